@@ -1,0 +1,145 @@
+# Every command of the project; `make` lists them. Each sets up what it needs: a virtual environment in .venv with the
+# pinned requirements, and the package built and installed into it. What is up to date is not done again.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BUILD := build/meson
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+EXTENSION := src/acclimate/runtime/_core.abi3.so
+C_FILES = $(filter-out %/ac_ops.h %/ac_table.inc %/ac_table.c,$(wildcard src/acclimate/*/*.[ch]))
+PYTEST_ARGS ?=
+
+# The first of these that is new enough; override with `make PYTHON=...`.
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+
+# Tests that need more data than the package carries look here, and are skipped without it.
+ifneq ($(wildcard ../shared/data),)
+export ACCLIMATE_DATA ?= $(abspath ../shared/data)
+endif
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export PYTHONPATH :=
+
+.PHONY: help demo test test-slow lint smoke inplace generate format check-types hooks install clean FORCE
+
+help:  ## list the commands
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s $$'\t' 2>/dev/null \
+		|| grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed  ## adapt a model to drifted data, end to end, in under a minute
+	$(VENV)/bin/acclimate demo
+
+test: lint $(VENV)/.installed  ## lint, then the tests that are not slow
+	@echo "== tests"
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.tools-test $(VENV)/.installed  ## the tests that are slow
+	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.tools-test  ## ruff, the direction of dependencies, and that generated files are current
+	@echo "== ruff"
+	$(PY) -m ruff check
+	@echo "== imports"
+	PYTHONPATH=src $(VENV)/bin/lint-imports --no-logo
+	@echo "== generated files"
+	PYTHONPATH=src $(PY) -m acclimate.ops.generate --check
+
+smoke: inplace $(VENV)/.tools-test  ## the ten-second test of the working tree
+	PYTHONPATH=src $(PY) -m pytest -q tests/test_smoke.py
+
+inplace: $(VENV)/.tools-run  ## compile the C into src/, so that PYTHONPATH=src runs the working tree
+	@[ -e $(BUILD)/build.ninja ] || meson setup $(BUILD) -Db_ndebug=if-release
+	ninja -C $(BUILD)
+	@# Renamed into place: a process that has the old one loaded keeps it.
+	cp $(BUILD)/$(notdir $(EXTENSION)) $(EXTENSION).tmp
+	mv -f $(EXTENSION).tmp $(EXTENSION)
+
+generate: $(VENV)/.tools-run  ## write the C files that are made from the op table
+	PYTHONPATH=src $(PY) -m acclimate.ops.generate
+
+format: $(VENV)/.tools-dev  ## ruff format and clang-format, in place
+	$(PY) -m ruff check --fix --exit-zero
+	$(PY) -m ruff format
+	$(VENV)/bin/clang-format -i $(C_FILES)
+
+check-types: $(VENV)/.tools-dev  ## mypy
+	$(PY) -m mypy
+
+hooks: $(VENV)/.tools-dev  ## have the quick checks run at each git commit
+	$(VENV)/bin/pre-commit install
+
+install: $(VENV)/.installed  ## build the package and install it into .venv
+
+clean:  ## remove what was built, and .venv
+	rm -rf $(VENV) build dist $(EXTENSION)* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What this machine must have before anything else works: say all of it at once.
+define check_machine
+missing=(); packages=(); \
+if [ -z "$(PYTHON)" ]; then \
+	found=$$(python3 --version 2>/dev/null || echo none); \
+	missing+=("Python 3.11 or newer (python3 is: $$found)"); packages+=(python3 python3-venv python3-dev); \
+else \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { missing+=("the venv module of $(PYTHON)"); packages+=(python3-venv); }; \
+	[ -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] \
+		|| { missing+=("Python.h, the C headers of $(PYTHON)"); packages+=(python3-dev); }; \
+fi; \
+compiler=; for name in $${CC:-} cc gcc clang; do command -v $$name >/dev/null && compiler=$$name && break; done; \
+[ -n "$$compiler" ] || { missing+=("a C compiler (cc, gcc or clang)"); packages+=(gcc libc6-dev); }; \
+if [ $${#missing[@]} -gt 0 ]; then \
+	{ echo "acclimate cannot be built: this machine lacks"; printf '  - %s\n' "$${missing[@]}"; \
+	echo "On Debian or Ubuntu:  sudo apt-get install $${packages[*]}"; \
+	echo "On Fedora:            sudo dnf install python3-devel gcc"; \
+	echo "On macOS:             xcode-select --install && brew install python"; \
+	echo "With a Python or a compiler elsewhere:  make PYTHON=/path/to/python3 CC=/path/to/cc"; } >&2; \
+	exit 1; \
+fi
+endef
+
+$(VENV)/.created:
+	@$(check_machine)
+	@echo "== virtual environment in $(VENV)"
+	@rm -rf $(BUILD)
+	@$(PYTHON) -m venv --clear $(VENV)
+	@echo "$(CURDIR)" > $@
+
+# It holds absolute paths: one that came with a copied or moved tree is made anew.
+ifneq ($(shell cat $(VENV)/.created 2>/dev/null),$(CURDIR))
+$(VENV)/.created: FORCE
+endif
+
+$(VENV)/.tools-run: requirements/run.txt $(VENV)/.created
+	@echo "== requirements to build and run"
+	@$(PIP) -r $<
+	@touch $@
+
+$(VENV)/.tools-test: requirements/test.txt $(VENV)/.tools-run
+	@echo "== torch, which the tests compare with (a large download the first time)"
+	@$(PIP) torch==2.13.0
+	@echo "== requirements to test"
+	@$(PIP) -r $<
+	@touch $@
+
+$(VENV)/.tools-dev: requirements/dev.txt $(VENV)/.tools-test
+	@echo "== requirements to develop"
+	@$(PIP) -r $<
+	@touch $@
+
+# Changes only when the content of a source does, whatever their dates say, and also when one is removed.
+$(VENV)/.sources: FORCE | $(VENV)/.created
+	@find src meson.build pyproject.toml LICENSE -type f ! -path '*/__pycache__/*' ! -name '*.so' ! -name '*.tmp' \
+		-exec cksum {} + | LC_ALL=C sort -k 3 > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(VENV)/.installed: $(VENV)/.sources $(VENV)/.tools-run
+	@echo "== building and installing acclimate"
+	@$(PIP) --no-build-isolation --no-deps --force-reinstall --config-settings=build-dir=$(BUILD) .
+	@touch $@

@@ -1,0 +1,49 @@
+"""Acclimate: a trained model learns on the device, inside a byte budget that is known before anything runs.
+
+>>> import acclimate
+>>> model = acclimate.load("model.onnx")                                              # doctest: +SKIP
+>>> plan = acclimate.plan(model, device="nano33ble", scheme="last")                   # doctest: +SKIP
+>>> learner = acclimate.Learner(plan).fit(x, y)                                       # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+#: public name -> module that holds it; imported when first used, so that `import acclimate` is quick
+_PUBLIC = {
+    "plan": "auto", "Plan": "planner", "Learner": "learner", "load": "frontend", "from_torch": "frontend",
+    "devices": "device", "Device": "device", "Graph": "ir", "UpdateSet": "grad", "Channels": "grad",
+    "CrossEntropy": "objective", "BinaryCrossEntropy": "objective", "MSE": "objective",
+    "SGD": "objective", "Adam": "objective", "AdamW": "objective",
+    "AcclimateError": "errors", "BadInput": "errors", "CannotFit": "errors", "Refused": "errors",
+    "Unsupported": "errors", "WrongUse": "errors",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from .auto import plan
+    from .device import Device, devices
+    from .errors import AcclimateError, BadInput, CannotFit, Refused, Unsupported, WrongUse
+    from .frontend import from_torch, load
+    from .grad import Channels, UpdateSet
+    from .ir import Graph
+    from .learner import Learner
+    from .objective import MSE, SGD, Adam, AdamW, BinaryCrossEntropy, CrossEntropy
+    from .planner import Plan
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _PUBLIC:
+        raise AttributeError(f"module acclimate has no attribute {name}")
+    value = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

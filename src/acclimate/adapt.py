@@ -1,0 +1,682 @@
+"""The verbs of the command line as functions: from a model, data and wishes to figures that report.py shows.
+
+`adapt` is the main job: choose, compile, learn, guard, keep. The samples that its accuracy is reported on
+take no part in choosing the scheme, in learning, or in choosing the learning rate and the epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import __version__, auto, delta, report, report_html, schemes
+from . import device as devices
+from .data import Dataset, split
+from .errors import AcclimateError, BadInput, CannotFit, Refused, WrongUse
+from .grad import predict_graph
+from .ir import PERSISTENT, Graph, Type
+from .learner import Learner
+from .objective import LOSSES, MSE, OPTIMIZERS, Optimizer, resolve
+from .ops import TABLE, cost
+from .planner import Plan, cannot_fit, compile_plan
+
+HELD_OUT = 0.25  # share of the data that the report is about, where the file has no x_val
+VALIDATION = 0.2  # share of the rest that chooses the epoch
+MIN_VALIDATED = 40  # with fewer training samples than this, all of them learn and the last epoch is kept
+RATE_FACTORS = (
+    0.25,
+    1.0,
+    4.0,
+)  # of the optimizer's learning rate; the validation samples choose where the user does not
+HISTORY = 2000  # points of the loss curve that are kept
+TELL_EVERY_S = 0.1
+
+#: Told of progress: stage, done, total, a remark.
+Tell = Callable[[str, int, int, str], None]
+
+
+def silent(stage: str, done: int, total: int, remark: str) -> None:
+    """A Tell that tells nobody."""
+
+
+# -- what is taken where nothing is said --------------------------------------------------------------
+
+
+def choose_loss(output: Type, y: np.ndarray | None = None) -> tuple[str, str]:
+    """(name of a loss, why) for a model's output and, where there are any, its labels or targets."""
+    outputs = int(np.prod(output.shape[1:]))
+    if y is None:
+        if len(output.shape) == 2 and outputs > 1:
+            return "cross_entropy", f"the model has {outputs} outputs, taken as classes"
+        return "mse", f"the model's output is {report.text(output.shape[1:], 'shape')}"
+    if y.ndim > 1 or outputs == 1:
+        if bool(((y == 0) | (y == 1)).all()):
+            return "binary_cross_entropy", "each target is 0 or 1, so they are labels that may be true or not"
+        if y.ndim > 1 and outputs > 1 and float(y.min()) >= 0 and float(y.max()) <= 1:
+            return "binary_cross_entropy", "targets lie in 0 to 1, so they are the probabilities of labels"
+        return "mse", "targets are numbers, not classes"
+    if y.dtype.kind in "iub":
+        return "cross_entropy", "y holds one class a sample"
+    return "mse", "y holds numbers that are not whole"
+
+
+def optimizer_of(name: str, lr: float | None) -> Optimizer:
+    """An optimiser by name, with another learning rate where one is given."""
+    found: Optimizer = resolve(name, OPTIMIZERS, "optimizer")
+    if lr is None:
+        return found
+    if not (math.isfinite(lr) and lr > 0):
+        raise WrongUse("the learning rate must be above zero", number=str(lr), action=f"--lr {found.lr}")
+    return replace(found, lr=lr)
+
+
+def _loss_for(model: Graph, y: np.ndarray | None, loss: str | None) -> tuple[str, str]:
+    output = model.type(model.outputs["output"])
+    name, why = choose_loss(output, y) if loss is None else (loss, "")
+    resolve(name, LOSSES, "loss")
+    return name, f"Loss {name}: {why}; --loss takes another." if why else ""
+
+
+# -- facts about a model and a plan -------------------------------------------------------------------
+
+
+def model_facts(model: Graph, name: str) -> dict[str, Any]:
+    """Name, shapes of a sample and of its output, and weights."""
+    return {
+        "name": name,
+        "input": [int(s) for s in model.shape(model.inputs["x"])[1:]],
+        "output": [int(s) for s in model.shape(model.outputs["output"])[1:]],
+        "weights": sum(v.type.size for v in model.parameters().values()),
+        "weight_bytes": model.parameter_bytes(),
+        "hash": f"{delta.model_hash(model):08x}",
+    }
+
+
+def device_facts(plan: Plan) -> dict[str, Any]:
+    """The device, and the limit that the plan was held against."""
+    device = plan.device
+    return {
+        "name": device.name,
+        "title": device.title,
+        "limit_bytes": plan.ram_limit_bytes,
+        "usable_ram_bytes": device.usable_ram_bytes,
+        "flash_bytes": device.flash_bytes,
+        "runtime_ram_bytes": device.runtime_ram_bytes,
+        "power_kind": device.power_kind,
+    }
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """Its row, what learns and why, the timeline of a step and what is alive at the step's peak."""
+    tensors = []
+    for name, channels in plan.update_set.tensors.items():
+        shape = plan.model.shape(name)
+        learns = (
+            report.text(shape, "shape")
+            if channels is None
+            else (f"{len(channels.index)} of {shape[channels.axis]} along axis {channels.axis}")
+        )
+        tensors.append({"name": name, "learns": learns, "why": plan.update_set.reasons.get(name, "")})
+    return {
+        **plan.row(),
+        "state_bytes": plan.state_bytes,
+        "tensors": tensors,
+        "timeline": plan.timeline(),
+        "at_peak": plan.at_peak(),
+    }
+
+
+def _scheme_rows(model: Graph, tell: Tell, extra: Any = None, **options: Any) -> list[dict[str, Any]]:
+    """A row for each candidate scheme, and for `extra` where it is none of them."""
+    chosen = schemes.candidates(model)
+    if extra is not None and extra.label not in {s.label for s in chosen}:
+        chosen.append(extra)
+    rows = []
+    for i, scheme in enumerate(chosen):
+        tell("plan", i, len(chosen), scheme.label)
+        rows.append(compile_plan(model, scheme=scheme, must_fit=False, **options).row())
+    tell("plan", len(chosen), len(chosen), "")
+    return rows
+
+
+# -- inspect ------------------------------------------------------------------------------------------
+
+
+def inspect(
+    model: Graph, name: str = "model", device: str = "nano33ble", tell: Tell = silent
+) -> dict[str, Any]:
+    """Layers with their weights and MACs, and what each candidate scheme takes to learn at batch 1."""
+    graph = predict_graph(model)
+    known = graph.parameters()
+    layers, seen = [], set()
+    for node in graph.nodes:
+        if TABLE[node.op].view:
+            continue
+        own = [n for n in node.inputs if n in known and n not in seen]
+        seen.update(own)
+        work = cost(graph, node)
+        layers.append(
+            {
+                "name": own[0].rpartition(".")[0] or own[0] if own else node.outputs[0],
+                "op": node.op,
+                "shape": [int(s) for s in graph.shape(node.outputs[0])[1:]],
+                "parameters": sum(known[n].type.size for n in own),
+                "macs": work.mac + work.dw_mac,
+            }
+        )
+    loss, note = _loss_for(model, None, None)
+    facts = model_facts(model, name)
+    rows = _scheme_rows(model, tell, device=device, loss=loss)
+    board = devices.get(device)
+    return {
+        "kind": "inspect",
+        "model": facts,
+        "layers": layers,
+        "schemes": rows,
+        "loss_name": loss,
+        "notes": [note],
+        "device": {
+            "name": board.name,
+            "title": board.title,
+            "limit_bytes": board.usable_ram_bytes,
+            "flash_bytes": board.flash_bytes,
+        },
+        "totals": {
+            "parameters": facts["weights"],
+            "parameter_bytes": facts["weight_bytes"],
+            "macs": sum(layer["macs"] for layer in layers),
+        },
+    }
+
+
+# -- plan ---------------------------------------------------------------------------------------------
+
+
+def will_it_fit(
+    model: Graph,
+    name: str,
+    device: str,
+    scheme: str = "auto",
+    dataset: Dataset | None = None,
+    memory_bytes: int | None = None,
+    loss: str | None = None,
+    optimizer: str = "sgd",
+    lr: float | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    tell: Tell = silent,
+) -> tuple[dict[str, Any], CannotFit | None]:
+    """Figures of every scheme and of the one asked for; and the error, with fixes, where it does not fit."""
+    loss, note = _loss_for(model, None if dataset is None else dataset.y, loss)
+    options: dict[str, Any] = {
+        "device": device,
+        "loss": loss,
+        "optimizer": optimizer_of(optimizer, lr),
+        "batch_size": batch_size,
+        "memory_bytes": memory_bytes,
+    }
+    error: CannotFit | None = None
+    extra = None
+    if scheme == "auto":
+        try:
+            plan = _auto(model, dataset, seed, tell, options)
+        except CannotFit as refusal:
+            error = refusal
+            plan = min(
+                (compile_plan(model, scheme=s, must_fit=False, **options) for s in schemes.candidates(model)),
+                key=lambda p: p.peak_bytes,
+            )
+    else:
+        extra = schemes.resolve(scheme)
+        plan = compile_plan(model, scheme=extra, must_fit=False, **options)
+        error = None if plan.fits else cannot_fit(plan)
+    rows = [dict(r) for r in plan.tried] or _scheme_rows(model, tell, extra, **options)
+    return {
+        "kind": "plan",
+        "fits": error is None,
+        "scheme": plan.update_set.scheme,
+        "schemes": rows,
+        "fixes": [] if error is None else list(error.fixes),
+        "explanation": plan.explanation,
+        "loss_name": loss,
+        "notes": [n for n in (note, plan.explanation) if n],
+        "device": device_facts(plan),
+        "model": model_facts(model, name),
+        "plan": plan_facts(plan),
+    }, error
+
+
+def _auto(model: Graph, dataset: Dataset | None, seed: int, tell: Tell, options: Mapping[str, Any]) -> Plan:
+    """`acclimate.plan` with scheme "auto", telling of each contender of the race."""
+    total, done = len(schemes.candidates(model)), 0
+
+    def told(row: Mapping[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        reached = row.get("race_after")
+        tell(
+            "race",
+            done,
+            total,
+            f"{row['scheme']}: {'does not fit' if reached is None else format(reached, '.1%')}",
+        )
+
+    if dataset is not None:
+        tell("race", 0, total, "")
+    data = None if dataset is None else (dataset.x, dataset.y)
+    return auto.plan(model, scheme="auto", data=data, seed=seed, callback=told, **options)
+
+
+# -- adapt --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `adapt` did. `refusal`: set where the guard refused, and then nothing was written."""
+
+    figures: dict[str, Any]
+    learner: Learner
+    refusal: Refused | None = None
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A learner in the state after its best epoch (1, ...; 0: the start), how good that is, and how it ended.
+
+    `epochs`: a row for each whole epoch. `step`: the number of steps to the best. `rank`: more is better.
+    """
+
+    learner: Learner
+    lr: float
+    epochs: tuple[dict[str, Any], ...]
+    epoch: int
+    step: int
+    rank: tuple[float, float]
+    interrupted: bool = False
+    diverged: bool = False
+
+
+def adapt(
+    model: Graph,
+    dataset: Dataset,
+    out: Path,
+    name: str = "model",
+    device: str = "host",
+    scheme: str = "auto",
+    memory_bytes: int | None = None,
+    loss: str | None = None,
+    optimizer: str = "sgd",
+    lr: float | None = None,
+    batch_size: int = 1,
+    epochs: int = 10,
+    seed: int = 0,
+    tell: Tell = silent,
+) -> Outcome:
+    """Choose a scheme, learn, and keep the result where it does held-out samples no harm.
+
+    out: the folder of the run (`<name>.acu`, run.json, report.html), or the .acu file itself, with the other
+    two in a folder beside it. lr: without it, RATE_FACTORS are tried. Raises CannotFit, BadInput, WrongUse
+    before anything is learned; KeyboardInterrupt where it is stopped before the first epoch is done.
+    """
+    if epochs < 1:
+        raise WrongUse("epochs must be a whole number from 1", number=str(epochs))
+    update, folder = _places(out, name)
+    loss, loss_note = _loss_for(model, dataset.y, loss)
+    known, held_out, notes = _parted(model, dataset, loss, seed)
+    options: dict[str, Any] = {
+        "device": device,
+        "loss": loss,
+        "optimizer": optimizer_of(optimizer, lr),
+        "batch_size": batch_size,
+        "memory_bytes": memory_bytes,
+    }
+    if scheme == "auto":
+        plan = _auto(model, known, seed, tell, options)
+    else:
+        plan = compile_plan(model, scheme=scheme, **options)
+
+    before = Learner(plan).evaluate(held_out.x, held_out.y)
+    began = time.perf_counter()
+    fit, validation = carved(known, seed)
+    rates = [
+        plan.optimizer.lr * f for f in (RATE_FACTORS if lr is None and validation is not None else (1.0,))
+    ]
+    kept, rate_rows = learn_at_best_rate(plan, rates, fit, validation, epochs, seed, tell)
+    seconds = time.perf_counter() - began
+    after = kept.learner.evaluate(held_out.x, held_out.y)
+    if kept.interrupted:
+        notes.append(f"Stopped by you: what is kept is epoch {kept.epoch} at learning rate {kept.lr:g}.")
+    if kept.diverged:
+        notes.append(
+            f"The loss stopped being a number after {len(kept.epochs)} epochs; learning ended there."
+        )
+    samples = {
+        "learned_from": len(fit),
+        "validation": 0 if validation is None else len(validation),
+        "held_out": len(held_out),
+    }
+    figures: dict[str, Any] = {
+        "kind": "adapt",
+        "acclimate": __version__,
+        "scheme": plan.update_set.scheme,
+        "drift": "not diagnosed",
+        "metric": "loss" if loss == "mse" else "accuracy",
+        **{f"{key}_before": before[key] for key in ("accuracy", "loss")},
+        **{f"{key}_after": after[key] for key in ("accuracy", "loss")},
+        **{k: v for k, v in plan.row().items() if k not in ("scheme", "update_bytes")},
+        **_learning_facts(kept),
+        "seconds": seconds,
+        "rates": rate_rows,
+        "measured_arena_bytes": _measured(kept.learner, fit),
+        "samples": samples,
+        "loss_name": loss,
+        "optimizer": optimizer,
+        "seed": seed,
+        "explanation": plan.explanation,
+        "tried": [dict(r) for r in plan.tried],
+        "notes": [n for n in (loss_note, *notes) if n],
+        "model": model_facts(model, name),
+        "data": {"name": dataset.name, "classes": list(dataset.class_names)},
+        "device": device_facts(plan),
+        "plan": plan_facts(plan),
+    }
+    refusal = _guard(figures)
+    if refusal is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        figures |= {"update": str(update), "update_bytes": kept.learner.save(update, optimizer=False)}
+        figures |= {"report": str(write_run(figures, folder))}
+    return Outcome(figures, kept.learner, refusal)
+
+
+def _learning_facts(kept: Learned) -> dict[str, Any]:
+    history, every = report.thin(kept.learner.loss_history, HISTORY)
+    return {
+        "steps": len(kept.learner.loss_history),
+        "epochs_run": len(kept.epochs),
+        "kept_epoch": kept.epoch,
+        "kept_step": kept.step,
+        "lr": kept.lr,
+        "interrupted": kept.interrupted,
+        "epoch_rows": list(kept.epochs),
+        "loss_history": history,
+        "loss_every": every,
+    }
+
+
+def _measured(learner: Learner, part: Dataset) -> int | None:
+    """Bytes of the arena that a step really touches; None where there are too few samples for a batch."""
+    if len(part) < learner.plan.batch_size:
+        return None
+    return learner.measured_peak_bytes(part.x, part.y)
+
+
+def _places(out: Path, name: str) -> tuple[Path, Path]:
+    """(the update's file, the run's folder), which can be made; so that nothing is learned in vain."""
+    file = out.suffix.lower() == ".acu"
+    folder = out.with_name(f"{out.stem}-run") if file else out
+    for path, wrong in (
+        (out, out.is_dir() if file else out.exists() and not out.is_dir()),
+        (folder, folder.exists() and not folder.is_dir()),
+    ):
+        if wrong:
+            raise WrongUse(
+                "--out is a folder, or a file that ends in .acu", where=str(path), action="give another name"
+            )
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(
+            "the folder of the run cannot be written", where=str(there), action="--out somewhere else"
+        )
+    return (out if file else folder / f"{name}.acu"), folder
+
+
+def _parted(model: Graph, dataset: Dataset, loss: str, seed: int) -> tuple[Dataset, Dataset, list[str]]:
+    """(samples to learn from, samples held out, remarks); every label is checked before any learning."""
+    output, rule = model.type(model.outputs["output"]), resolve(loss, LOSSES, "loss")
+    for y in (dataset.y, dataset.y_val):
+        if y is not None:
+            rule.check(y, output)
+    if loss == "mse" and dataset.y.ndim == 1:  # numbers, not classes to be held out in proportion
+        y_val = None if dataset.y_val is None else dataset.y_val[:, None]
+        dataset = replace(dataset, y=dataset.y[:, None], y_val=y_val)
+    notes = []
+    if loss == "cross_entropy" and dataset.class_names and len(dataset.class_names) != output.shape[1]:
+        notes.append(
+            f"The data names {len(dataset.class_names)} classes, the model has {output.shape[1]} outputs. "
+            f"Names were numbered in their order, {', '.join(dataset.class_names[:4])} as 0, 1, ...; check "
+            "that the model means the same."
+        )
+    return *halves(split(dataset, HELD_OUT, seed)), notes
+
+
+def halves(dataset: Dataset) -> tuple[Dataset, Dataset]:
+    """A data set that has a held-out part as two data sets."""
+    assert dataset.x_val is not None and dataset.y_val is not None
+    return (
+        replace(dataset, x_val=None, y_val=None),
+        replace(dataset, x=dataset.x_val, y=dataset.y_val, x_val=None, y_val=None),
+    )
+
+
+def carved(known: Dataset, seed: int) -> tuple[Dataset, Dataset | None]:
+    """(samples to learn from, samples that choose the epoch or None where there are too few)."""
+    if len(known) < MIN_VALIDATED:
+        return known, None
+    return halves(split(known, VALIDATION, seed + 1))
+
+
+class _Diverged(Exception):
+    """The loss is no longer a number."""
+
+
+def learn_at_best_rate(
+    plan: Plan,
+    rates: Sequence[float],
+    fit: Dataset,
+    validation: Dataset | None,
+    epochs: int,
+    seed: int = 0,
+    tell: Tell = silent,
+) -> tuple[Learned, list[dict[str, Any]]]:
+    """(the best of learning anew at each rate, a row a rate). Ctrl-C ends it with the best so far."""
+    best: Learned | None = None
+    rows = []
+    for i, lr in enumerate(rates):
+
+        def told(stage: str, done: int, total: int, remark: str, i: int = i, lr: float = lr) -> None:
+            tell(
+                stage,
+                i * total + done,
+                len(rates) * total,
+                f"learning rate {lr:g}, {remark}" if len(rates) > 1 else remark,
+            )
+
+        try:
+            now = learn(plan, lr, fit, validation, epochs, seed, told)
+        except KeyboardInterrupt:
+            if best is None:
+                raise
+            best = replace(best, interrupted=True)
+            break
+        rows.append({"lr": lr, **(now.epochs[now.epoch - 1] if now.epoch else {"epoch": None})})
+        if best is None or now.rank > best.rank:
+            best = now
+        if now.interrupted:
+            best = replace(best, interrupted=True)
+            break
+    if best is None:
+        raise WrongUse("there is no learning rate to learn at", action="--lr 0.01")
+    return best, rows
+
+
+def learn(
+    plan: Plan,
+    lr: float,
+    fit: Dataset,
+    validation: Dataset | None,
+    epochs: int,
+    seed: int = 0,
+    tell: Tell = silent,
+) -> Learned:
+    """Learn from the start of the plan for some epochs, and return to the best of them by `validation`.
+
+    Best is the highest accuracy, then the lowest loss; the loss alone for a regression; the last whole epoch
+    without validation samples. Ends early, with the best whole epoch, at Ctrl-C and where the loss is no more
+    a number; before the first whole epoch, Ctrl-C is passed on and divergence gives epoch 0.
+    """
+    learner, regression = Learner(plan), isinstance(plan.loss, MSE)
+    rows: list[dict[str, Any]] = []
+    best = Learned(learner, lr, (), 0, 0, (-math.inf, -math.inf))
+    total, done, told = epochs * len(fit), 0, 0.0
+
+    def watch(event: dict[str, Any]) -> None:
+        nonlocal told
+        if not math.isfinite(event["loss"]):
+            raise _Diverged
+        now = time.monotonic()
+        if now - told >= TELL_EVERY_S:
+            told = now
+            tell("learn", done + event["samples"], total, f"loss {event['loss']:.3f}")
+
+    interrupted = diverged = False
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            for epoch in range(1, epochs + 1):
+                first = len(learner.loss_history)
+                learner.fit(fit.x, fit.y, lr=lr, seed=seed + epoch, callback=watch)
+                done += len(fit)
+                row = {"epoch": epoch, "loss": float(np.mean(learner.loss_history[first:]))}
+                rank = (float(epoch), 0.0)
+                remark = f"loss {row['loss']:.3f}"
+                if validation is not None:
+                    score = learner.evaluate(validation.x, validation.y)
+                    if not math.isfinite(score["loss"]):
+                        raise _Diverged
+                    row |= {"validation_accuracy": score["accuracy"], "validation_loss": score["loss"]}
+                    rank = (-score["loss"], 0.0) if regression else (score["accuracy"], -score["loss"])
+                    remark += (
+                        f", validation {score['loss']:.4g}"
+                        if regression
+                        else f", validation {score['accuracy']:.1%}"
+                    )
+                tell("learn", done, total, remark)
+                rows.append(row)
+                if rank > best.rank:
+                    best = replace(best, epoch=epoch, step=len(learner.loss_history), rank=rank)
+                    learner.save(Path(scratch) / "best.acu")  # what rollback returns to
+        except KeyboardInterrupt:
+            if not best.epoch:
+                raise
+            interrupted = True
+        except _Diverged:
+            diverged = True
+        learner.rollback()
+    return replace(best, epochs=tuple(rows), interrupted=interrupted, diverged=diverged)
+
+
+def _guard(figures: Mapping[str, Any]) -> Refused | None:
+    """The refusal of an update that makes held-out samples worse, or None."""
+    keys = (
+        ("loss_before", "loss_after")
+        if figures["metric"] == "loss"
+        else ("accuracy_before", "accuracy_after")
+    )
+    before, after = (figures[k] for k in keys)
+    count = figures["samples"]["held_out"]
+    if not figures["kept_epoch"]:
+        return Refused(
+            "nothing was learned: the loss stopped being a number in the first epoch",
+            where=f"scheme {figures['scheme']}",
+            number=f"learning rate {figures['lr']:g}",
+            action=f"--lr {figures['lr'] / 10:g}; nothing was saved",
+        )
+    worse = not after <= before if figures["metric"] == "loss" else not after >= before
+    if not worse:
+        return None
+    show = "{:.4g}" if figures["metric"] == "loss" else "{:.1%}"
+    return Refused(
+        "the update was refused: it makes held-out samples worse",
+        where=f"scheme {figures['scheme']}",
+        number=f"{figures['metric']} {show.format(before)} before, {show.format(after)} after"
+        f" on {count} samples",
+        action=f"nothing was saved; check the labels, give more samples, or try --lr {figures['lr'] / 10:g}",
+    )
+
+
+def write_run(figures: dict[str, Any], folder: Path) -> Path:
+    """Write run.json and report.html into the folder; returns the path of the page."""
+    page = folder / "report.html"
+    figures = {**figures, "report": str(page)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(report.to_json(figures) + "\n", "utf-8")
+    page.write_text(report_html.render(report.report_of(report.plain(figures))), "utf-8")
+    return page
+
+
+# -- evaluate -----------------------------------------------------------------------------------------
+
+
+def updated_model(model: Graph, path: Path) -> Graph:
+    """The model with a saved update in it; BadInput where the update is damaged or of another model."""
+    fingerprint, records = delta.decode(delta.read(path), str(path))
+    if fingerprint != delta.model_hash(model):
+        raise BadInput(
+            "the update was learned from another model",
+            where=str(path),
+            number=f"model {fingerprint:08x}, this one {delta.model_hash(model):08x}",
+            action="give the model that it was saved with",
+        )
+    known = {v.name: v for v in model.values.values() if v.kind in PERSISTENT}
+    own = [r for r in records if r.name in known]  # an optimiser's moments play no part in predicting
+    delta.check(own, {n: v.type for n, v in known.items()}, str(path))
+    changed: dict[str, np.ndarray] = {}
+    for record in own:
+        start = known[record.name].data
+        assert start is not None
+        changed[record.name] = record.apply(np.array(start))
+    return model.with_data(changed)
+
+
+def evaluate(
+    model: Graph, dataset: Dataset, name: str = "model", update: Path | None = None, loss: str | None = None
+) -> dict[str, Any]:
+    """Accuracy and loss, on the held-out part of the data where it has one, otherwise on all of it."""
+    loss, note = _loss_for(model, dataset.y, loss)
+    x, y, part = dataset.x, dataset.y, "all samples of the file"
+    if dataset.x_val is not None and dataset.y_val is not None:
+        x, y, part = dataset.x_val, dataset.y_val, "x_val and y_val of the file"
+    facts = model_facts(model, name)
+    if update is not None:
+        model = updated_model(model, update)
+    score = Learner(_any_plan(model, loss)).evaluate(x, y)
+    return {
+        "kind": "evaluate",
+        **score,
+        "metric": "loss" if loss == "mse" else "accuracy",
+        "loss_name": loss,
+        "part": part,
+        "notes": [note] if note else [],
+        "model": facts,
+        "update": "" if update is None else str(update),
+    }
+
+
+def _any_plan(model: Graph, loss: str) -> Plan:
+    """Some plan of the model, to predict with: the first scheme that it can be compiled with."""
+    first: AcclimateError | None = None
+    candidates: Sequence[Any] = schemes.candidates(model)
+    for scheme in candidates:
+        try:
+            return compile_plan(model, scheme=scheme, loss=loss, must_fit=False)
+        except AcclimateError as error:
+            first = first or error
+    assert first is not None
+    raise first

@@ -1,0 +1,93 @@
+"""`acclimate.plan`: a scheme by name, or "auto": by exact cost, and where there is data by a short race on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import schemes
+from .data import Dataset, split
+from .device import Device
+from .errors import WrongUse
+from .ir import Graph
+from .learner import Learner
+from .objective import Loss, Optimizer
+from .planner import Plan, cannot_fit, compile_plan, kib
+
+RACE_SAMPLES = 512  # a contender sees at most this many samples
+RACE_EPOCHS = 4
+RACE_HELD_OUT = 0.25
+TIE = 0.005  # accuracies this close count as equal: the cheaper scheme wins
+
+
+def plan(model: Graph | str | Path, device: str | Device = "host", scheme: Any = "auto", loss: str | Loss = "cross_entropy",
+         optimizer: str | Optimizer = "sgd", batch_size: int = 1, memory_bytes: int | None = None,
+         threads: int | None = None, data: tuple[np.ndarray, np.ndarray] | None = None, seed: int = 0,
+         callback: Callable[[Mapping[str, Any]], None] | None = None) -> Plan:
+    """Compile what will learn, and answer exactly whether it fits.
+
+    model: a Graph (or a path that `load` takes). device: a name of `devices()`, or a Device. scheme: "auto", "full",
+    "last", "last-3", "bias", "norm", "block:a,b", "match:*.bn*", a dict of tensors and channels, an UpdateSet, or an
+    object with `label` and `choose(graph)`. loss: a name or CrossEntropy(...), BinaryCrossEntropy(...), MSE().
+    optimizer: a name or SGD(...), Adam(...), AdamW(...). memory_bytes: a limit on peak_bytes below the device's own.
+    threads: 1 or None. data: (x, y), on which "auto" holds a short race between the schemes that fit; without it the
+    one that lets most weights learn is taken. callback: told of each contender, a row of figures.
+
+    Raises CannotFit, with the cheapest `fixes`, where nothing asked for fits; WrongUse for arguments that make no sense.
+    """
+    if isinstance(model, (str, Path)):
+        from .frontend import load
+
+        model = load(model)
+    args: dict[str, Any] = {"device": device, "loss": loss, "optimizer": optimizer, "batch_size": batch_size,
+                            "memory_bytes": memory_bytes, "threads": threads}
+    if not (isinstance(scheme, str) and scheme == "auto"):
+        return compile_plan(model, scheme=scheme, **args)
+    plans = [compile_plan(model, scheme=s, must_fit=False, **args) for s in schemes.candidates(model)]
+    fitting = [p for p in plans if p.fits]
+    if not fitting:
+        raise cannot_fit(min(plans, key=lambda p: p.peak_bytes))
+    if data is None:
+        best = max(fitting, key=lambda p: (p.update_set.size(model), -p.macs_per_step))
+        why = (f"auto: {best.update_set.scheme} lets most weights learn of the {len(fitting)} of {len(plans)} schemes that fit "
+               f"{kib(best.ram_limit_bytes)}; no data was given to measure by")
+        return replace(best, explanation=why, tried=tuple(p.row() for p in plans))
+    return _race(plans, data, seed, callback)
+
+
+def _race(plans: list[Plan], data: tuple[np.ndarray, np.ndarray], seed: int,
+          callback: Callable[[Mapping[str, Any]], None] | None) -> Plan:
+    """Train each plan that fits for a moment on a part of the data; the best on the rest wins, ties by energy."""
+    x, y = np.asarray(data[0]), np.asarray(data[1])
+    if len(x) != len(y) or len(x) < 4:
+        raise WrongUse("auto needs at least four labelled samples to measure by", number=f"{len(x)} samples, {len(y)} labels",
+                       action="name a scheme, or give more data")
+    parts = split(Dataset(x, y), RACE_HELD_OUT, seed)
+    assert parts.x_val is not None and parts.y_val is not None
+    take = np.random.default_rng(seed).permutation(len(parts.x))[:RACE_SAMPLES]
+    keep = slice(0, RACE_SAMPLES)
+    rows: list[dict[str, Any]] = []
+    scores: dict[int, float] = {}
+    for contender in plans:
+        row = contender.row()
+        if contender.fits:
+            learner = Learner(contender)
+            before = learner.score(parts.x_val[keep], parts.y_val[keep])
+            learner.fit(parts.x[take], parts.y[take], epochs=RACE_EPOCHS, seed=seed)
+            score = learner.score(parts.x_val[keep], parts.y_val[keep])
+            scores[len(rows)] = score if np.isfinite(learner.loss_history[-1]) else -1.0
+            row |= {"race_before": before, "race_after": score}
+        rows.append(row)
+        if callback is not None:
+            callback(row)
+    top = max(scores.values())
+    winner = min((i for i, s in scores.items() if s >= top - TIE), key=lambda i: (plans[i].energy_uj, i))
+    best = plans[winner]
+    why = (f"auto: {best.update_set.scheme} reached {scores[winner]:.1%} on held-out samples after a race of {RACE_EPOCHS} epochs "
+           f"on {len(take)} (before: {rows[winner]['race_before']:.1%}; best of {len(scores)} that fit: {top:.1%}); "
+           f"among equals it takes the least energy")
+    return replace(best, explanation=why, tried=tuple(rows))

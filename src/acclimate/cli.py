@@ -1,0 +1,554 @@
+"""The command line. Thin: it reads arguments, shows progress, and prints what adapt.py and demo.py give.
+
+Results go to stdout, as a page or (--json) as exactly one JSON object; progress and errors go to stderr.
+Exit codes: 0 done, 2 wrong use, 3 cannot fit, 4 bad input, 5 refused by the guard, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from .errors import AcclimateError, BadInput, WrongUse, missing_extra
+
+try:
+    import click
+    import typer
+    from rich.console import Console
+except ImportError as error:
+    print(f"acclimate: {missing_extra(str(error.name), 'cli')}", file=sys.stderr)
+    raise SystemExit(WrongUse.exit_code) from None
+
+from . import __version__, report
+
+STOPPED = 130  # as shells have it for Ctrl-C
+#: As datasheets of microcontrollers have it, a KB of memory is 1024 bytes, like a KiB.
+MEMORY_UNITS = {"": 1, "b": 1} | {
+    letter + end: 1 << 10 * power for power, letter in enumerate("kmg", 1) for end in ("", "b", "ib")
+}
+
+app = typer.Typer(
+    name="acclimate",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Makes a trained model learn on the device it runs on, inside a memory budget known to the byte.",
+)
+
+
+# -- what several verbs take --------------------------------------------------------------------------
+
+
+def memory_bytes(words: str) -> int:
+    """Bytes from 96KB, 96KiB, 1MB, 0.5MB or 131072; a KB and a KiB are both 1024 bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", words.lower())
+    size = float(match[1]) * MEMORY_UNITS.get(match[2], 0) if match else 0
+    if not 1 <= size < 2**53:
+        raise WrongUse(
+            "--memory is not an amount of memory",
+            number=repr(words),
+            action="such as 96KB, 1MB or 131072 (bytes)",
+        )
+    return int(size)
+
+
+def _numbers(words: str | None, option: str) -> list[float] | None:
+    """One number, or one a channel: 0.5 or 0.485,0.456,0.406."""
+    if words is None:
+        return None
+    try:
+        return [float(word) for word in words.split(",")]
+    except ValueError:
+        raise WrongUse(
+            f"{option} takes a number, or one a channel", number=repr(words), action=f"{option} 0.5,0.5,0.5"
+        ) from None
+
+
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="The model: an .onnx or .pt2 file.", show_default=False)
+]
+Data = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Labelled data: .npz with x and y, .csv, or a folder with one sub-folder of images a class.",
+        show_default=False,
+    ),
+]
+MaybeData = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Labelled data, on which --scheme auto holds a race.",
+        show_default=False,
+    ),
+]
+DeviceName = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="Where it will learn; `acclimate devices` lists them.")
+]
+Scheme = Annotated[
+    str,
+    typer.Option(
+        "--scheme",
+        metavar="S",
+        help="What learns: auto, full, last, last-3, bias, norm, block:NAME,... or match:PATTERN,...",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="A limit on peak RAM below the device's own, such as 96KB (1024 bytes each) or 131072.",
+        show_default=False,
+    ),
+]
+Batch = Annotated[int, typer.Option("--batch", metavar="N", help="Samples a training step.")]
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        "--loss",
+        metavar="L",
+        help="cross_entropy, binary_cross_entropy or mse; by default what suits the labels.",
+        show_default=False,
+    ),
+]
+OptimizerName = Annotated[str, typer.Option("--optimizer", metavar="O", help="sgd, momentum, adam or adamw.")]
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        "--lr",
+        metavar="RATE",
+        help="Learning rate; without it adapt tries three around the optimizer's own.",
+        show_default=False,
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        "--mean",
+        metavar="M",
+        help="For uint8 images: (x / 255 - mean) / std, a number or one a channel.",
+        show_default=False,
+    ),
+]
+Std = Annotated[str | None, typer.Option("--std", metavar="S", help="See --mean.", show_default=False)]
+Label = Annotated[str, typer.Option("--label", metavar="COLUMN", help="The label column of a CSV file.")]
+Resize = Annotated[bool, typer.Option("--resize", help="Bring images to the model's size.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of everything random.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a page.")]
+
+
+def _model(path: Path) -> Any:
+    from .frontend import load
+
+    if not path.exists():
+        raise BadInput("there is no such model file", where=str(path), action="check the path")
+    return load(path)
+
+
+def _dataset(
+    path: Path, model: Any, seed: int, label: str, mean: str | None, std: str | None, resize: bool
+) -> Any:
+    from . import data
+
+    return data.load(
+        path,
+        [int(s) for s in model.shape(model.inputs["x"])[1:]],
+        label,
+        _numbers(mean, "--mean"),
+        _numbers(std, "--std"),
+        seed,
+        resize,
+    )
+
+
+# -- showing ------------------------------------------------------------------------------------------
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
+    """A bar a stage on stderr; yields what is told of progress."""
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description:>6}"),
+        BarColumn(30),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[remark]}"),
+    )
+    with Progress(*columns, console=_stderr()) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int, remark: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, remark="")
+            bars.update(tasks[stage], completed=done, total=total, remark=escape(remark))
+
+        yield tell
+
+
+#: Figures that fill pages; they stand in run.json, not on stdout.
+BULK = ("plan", "loss_history", "loss_every", "epoch_rows")
+
+
+def _show(figures: Mapping[str, Any], as_json: bool, error: AcclimateError | None = None) -> None:
+    """Print a verb's result, and with it the error that it ended in."""
+    if as_json:
+        kept = {
+            k: v
+            for k, v in figures.items()
+            if figures["kind"] not in ("adapt", "plan", "demo") or k not in BULK
+        }
+        print(report.to_json(kept | ({} if error is None else _described(error))))
+    else:
+        report.print_report(report.report_of(report.plain(figures)), Console())
+    if error is not None:
+        _complain(error)
+        raise typer.Exit(error.exit_code)
+
+
+def _described(error: AcclimateError) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "type": type(error).__name__,
+        "what": error.what,
+        "where": error.where,
+        "number": error.number,
+        "action": error.action,
+    }
+    for name in ("fixes", "nodes"):
+        if getattr(error, name, ()):
+            fields[name] = list(getattr(error, name))
+    return {"error": fields, "exit_code": error.exit_code}
+
+
+def _complain(error: AcclimateError) -> None:
+    """What, where, the number and the next action, as one block on stderr."""
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 1))
+    for head, words, style in (
+        ("error", error.what, "bold red"),
+        ("where", error.where, ""),
+        ("number", error.number, ""),
+        ("next", error.action, "bold"),
+    ):
+        if words:
+            grid.add_row(report.terminal_text(head, "dim"), report.terminal_text(words, style))
+    for node in getattr(error, "nodes", ()):
+        grid.add_row("", report.terminal_text(str(node)))
+    _stderr().print(grid)
+
+
+# -- the verbs ----------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example:  acclimate demo --device stm32f4")
+def demo(
+    device: DeviceName = "nano33ble",
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the report goes.")] = Path(
+        "acclimate-demo"
+    ),
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The main job on embedded data, in under a minute.
+
+    A network trained on handwritten digits meets three drifts, and adapts to each on a small board.
+    """
+    from .adapt import write_run
+    from .demo import demo as run
+
+    with _progress() as tell:
+        figures = run(device, seed, tell)
+    figures["report"] = str(write_run(figures, out))
+    _show(figures, as_json)
+    _point_at(figures, as_json)
+
+
+def _point_at(figures: Mapping[str, Any], as_json: bool) -> None:
+    if not as_json:
+        _stderr().print(f"report: {figures['report']}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example:  acclimate inspect model.onnx --device nano33ble")
+def inspect(model: Model, device: DeviceName = "nano33ble", seed: Seed = 0, as_json: AsJson = False) -> None:
+    """Layers of a model, and what learning takes.
+
+    MODEL is an .onnx or .pt2 file. Weights and MACs of each layer, and the memory of each scheme at batch
+    1, exact to the byte.
+    """
+    from .adapt import inspect as run
+
+    graph = _model(model)
+    with _progress() as tell:
+        figures = run(graph, model.stem, device, tell)
+    _show(figures, as_json)
+
+
+@app.command(epilog="Example:  acclimate plan model.onnx --device nano33ble --memory 96KB")
+def plan(
+    model: Model,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help="Where it will learn; `acclimate devices` lists them.",
+            show_default=False,
+        ),
+    ],
+    data: MaybeData = None,
+    scheme: Scheme = "auto",
+    memory: Memory = None,
+    batch: Batch = 1,
+    loss: Loss = None,
+    optimizer: OptimizerName = "sgd",
+    lr: Rate = None,
+    mean: Mean = None,
+    std: Std = None,
+    label: Label = "label",
+    resize: Resize = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Will it fit? Every scheme, exact to the byte.
+
+    MODEL is an .onnx or .pt2 file. Where it cannot fit, the cheapest changes that do, and exit code 3.
+    """
+    from .adapt import will_it_fit
+
+    limit = None if memory is None else memory_bytes(memory)
+    graph = _model(model)
+    dataset = None if data is None else _dataset(data, graph, seed, label, mean, std, resize)
+    with _progress() as tell:
+        figures, error = will_it_fit(
+            graph, model.stem, device, scheme, dataset, limit, loss, optimizer, lr, batch, seed, tell
+        )
+    _show(figures, as_json, error)
+
+
+@app.command(epilog="Example:  acclimate adapt model.onnx --data mine.npz --device nano33ble --memory 96KB")
+def adapt(
+    model: Model,
+    data: Data,
+    device: DeviceName = "host",
+    scheme: Scheme = "auto",
+    memory: Memory = None,
+    epochs: Annotated[int, typer.Option("--epochs", metavar="N", help="Passes over the data.")] = 10,
+    lr: Rate = None,
+    batch: Batch = 1,
+    optimizer: OptimizerName = "sgd",
+    loss: Loss = None,
+    mean: Mean = None,
+    std: Std = None,
+    label: Label = "label",
+    resize: Resize = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="RUN",
+            help="Folder of the run, or the .acu file to write; by default MODEL-run.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Learn from data; keep it if held-out samples agree.
+
+    MODEL is an .onnx or .pt2 file. Chooses what learns, learns, and saves the update (.acu), run.json and
+    report.html. Ctrl-C stops it with the best so far. Where held-out samples get worse nothing is saved, and
+    the exit code is 5.
+    """
+    from .adapt import adapt as run
+
+    limit = None if memory is None else memory_bytes(memory)
+    graph = _model(model)
+    dataset = _dataset(data, graph, seed, label, mean, std, resize)
+    with _progress() as tell:
+        outcome = run(
+            graph,
+            dataset,
+            out or Path(f"{model.stem}-run"),
+            model.stem,
+            device,
+            scheme,
+            limit,
+            loss,
+            optimizer,
+            lr,
+            batch,
+            epochs,
+            seed,
+            tell,
+        )
+    if outcome.refusal is None:
+        _show(outcome.figures, as_json)
+        _point_at(outcome.figures, as_json)
+    elif as_json:
+        _show(outcome.figures, True, outcome.refusal)
+    else:
+        raise outcome.refusal
+
+
+@app.command(epilog="Example:  acclimate evaluate model.onnx --update model-run/model.acu --data mine.npz")
+def evaluate(
+    model: Model,
+    data: Data,
+    update: Annotated[
+        Path | None,
+        typer.Option("--update", metavar="FILE", help="What was learned: an .acu file.", show_default=False),
+    ] = None,
+    loss: Loss = None,
+    mean: Mean = None,
+    std: Std = None,
+    label: Label = "label",
+    resize: Resize = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy and loss, with or without an update.
+
+    MODEL is an .onnx or .pt2 file. On x_val and y_val where the data has them, else on all of it.
+    """
+    from .adapt import evaluate as run
+
+    graph = _model(model)
+    _show(
+        run(graph, _dataset(data, graph, seed, label, mean, std, resize), model.stem, update, loss), as_json
+    )
+
+
+@app.command("report", epilog="Example:  acclimate report model-run")
+def report_verb(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="The folder that adapt or demo made, or its run.json.", show_default=False
+        ),
+    ],
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show a run again, and write its page anew.
+
+    RUN is the folder that adapt or demo made, or the run.json in it.
+    """
+    from .adapt import write_run
+
+    figures = report.read_run(run)
+    report.report_of(figures)  # refuse what is not a run before anything is written
+    figures["report"] = str(write_run(figures, run if run.is_dir() else run.parent))
+    _show(figures, as_json)
+    _point_at(figures, as_json)
+
+
+@app.command(epilog="Example:  acclimate devices nano33ble")
+def devices(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="One device, with the source of each number.", show_default=False
+        ),
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The devices to plan for.
+
+    With a NAME, every number of that device with its source.
+    """
+    from dataclasses import asdict
+
+    from .device import devices as known
+    from .device import get
+
+    found = known() if name is None else {name: get(name)}
+    _show(
+        {
+            "kind": "devices",
+            "devices": {n: asdict(d) | {"usable_ram_bytes": d.usable_ram_bytes} for n, d in found.items()},
+        },
+        as_json,
+    )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"acclimate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# -- the program --------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without these letters is no reason to fail
+    try:
+        code = app(given or ["--help"], standalone_mode=False, prog_name="acclimate") or 0
+        sys.stdout.flush()
+        return code
+    except AcclimateError as error:
+        return _failed(error, given)
+    except click.exceptions.ClickException as error:
+        command = (
+            error.ctx.command_path
+            if isinstance(error, click.exceptions.UsageError) and error.ctx
+            else "acclimate"
+        )
+        return _failed(WrongUse(error.format_message(), action=f"{command} --help"), given)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _failed(AcclimateError("stopped: nothing was kept, and no file was changed"), given, STOPPED)
+    except ImportError as error:
+        return _failed(WrongUse(str(error)), given)
+    except BrokenPipeError:  # what reads our output has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _failed(
+            BadInput(
+                "a file could not be read or written",
+                where=str(error.filename or ""),
+                number=error.strerror or str(error),
+                action="check the path and the free space",
+            ),
+            given,
+        )
+
+
+def _failed(error: AcclimateError, given: Sequence[str], code: int | None = None) -> int:
+    code = error.exit_code if code is None else code
+    if "--json" in given:
+        print(report.to_json(_described(error) | {"exit_code": code}))
+    _complain(error)
+    return code

@@ -1,0 +1,287 @@
+"""Reverse-mode differentiation over the op table, driven by the update set.
+
+From a model and an UpdateSet come ordinary Graphs: `predict`, `gradient`, `step` (or `accumulate` and `apply`).
+Only paths that end at a tensor of the update set are differentiated; what the backward part needs to keep is
+whatever it still references. No op's gradient is known here, only the rows'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .errors import WrongUse
+from .ir import DTYPES, PERSISTENT, Graph, Node, Value, reachable
+from .objective import Loss, Optimizer
+from .ops import TABLE, emit, infer, parse
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Some channels of a tensor: indices along an axis."""
+
+    axis: int
+    index: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UpdateSet:
+    """Which tensors learn: name -> None for the whole tensor, or its Channels. `reasons` says why, by name."""
+
+    tensors: Mapping[str, Channels | None]
+    scheme: str = ""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """The tensors that learn, by the user's names."""
+        return list(self.tensors)
+
+    def size(self, graph: Graph) -> int:
+        """Number of weights that learn."""
+        total = 0
+        for name, channels in self.tensors.items():
+            shape = graph.shape(name)
+            n = int(np.prod(shape))
+            total += n if channels is None else n // shape[channels.axis] * len(channels.index)
+        return total
+
+    def check(self, graph: Graph) -> UpdateSet:
+        """This set with aliases resolved; WrongUse for unknown tensors or channels out of range."""
+        tensors: dict[str, Channels | None] = {}
+        known = graph.parameters()
+        for name, channels in self.tensors.items():
+            name = graph.aliases.get(name, name)
+            if name not in known:
+                raise WrongUse("the update set names a tensor that the model does not have", where=name,
+                               action=f"one of {', '.join(list(known)[:8])}{' ...' if len(known) > 8 else ''}")
+            if channels is not None:
+                shape = known[name].shape
+                if not (0 <= channels.axis < len(shape)) or not channels.index or len(set(channels.index)) != len(
+                        channels.index) or not all(0 <= i < shape[channels.axis] for i in channels.index):
+                    raise WrongUse("channels of the update set are out of range or repeated", where=name,
+                                   number=f"axis {channels.axis}, {channels.index} of shape {shape}")
+            tensors[name] = channels
+        if not tensors:
+            raise WrongUse(f"the update set is empty (scheme {self.scheme})", action="choose a scheme that names a tensor")
+        return UpdateSet(tensors, self.scheme, self.reasons)
+
+
+class Tape:
+    """What a row's rules see: a graph to add nodes to, and which values a gradient is wanted for."""
+
+    def __init__(self, graph: Graph, wanted: set[str] | frozenset[str] = frozenset()) -> None:
+        self.graph = graph
+        self._wanted = wanted
+        self._producers = graph.producers()
+
+    def emit(self, op: str, *inputs: str, **attrs: Any) -> Any:
+        """Add a node; see ops.emit."""
+        out = emit(self.graph, op, *inputs, **attrs)
+        node = self.graph.nodes[-1]
+        self._producers.update({n: node for n in node.outputs if n})
+        return out
+
+    def wants(self, name: str) -> bool:
+        return name in self._wanted
+
+    def roles(self, node: Node) -> Mapping[int, str]:
+        return TABLE[node.op].roles
+
+    def producer(self, name: str) -> Node | None:
+        return self._producers.get(name)
+
+    def reshape(self, name: str, shape: tuple[int, ...]) -> str:
+        """`name` under another shape; nothing where it has that shape already."""
+        return name if tuple(self.graph.shape(name)) == tuple(shape) else self.emit("reshape", name, shape=tuple(shape))
+
+    def keep_output(self, node: Node, i: int) -> str:
+        """The name of an optional output of an earlier node, which is switched on where it was left out."""
+        current = next(n for n in self.graph.nodes if n.op == node.op and n.outputs[0] == node.outputs[0])
+        if current.outputs[i]:
+            return current.outputs[i]
+        row = TABLE[node.op]
+        types = infer(row, node.attrs, [self.graph.type(n) if n else None for n in node.inputs])
+        name = self.graph.add(Value(self.graph.fresh(f"{node.outputs[0]}_{i}"), types[i]))
+        outputs = tuple(name if j == i else o for j, o in enumerate(current.outputs))
+        new = Node(node.op, node.inputs, outputs, node.attrs, node.where)
+        self.graph.nodes[self.graph.nodes.index(current)] = new
+        self._producers.update({n: new for n in outputs if n})
+        return name
+
+    def take(self, name: str, channels: Channels) -> tuple[str, str]:
+        """(the channels of a gradient, their index), computed from the start on those channels only where the row can."""
+        index = self.graph.constant(f"{name}.channels", np.array(channels.index), "i32")
+        node = self.producer(name)
+        if node is not None and TABLE[node.op].take is not None:
+            inputs = TABLE[node.op].take(self, node, channels.axis, index)
+            if inputs is not None:
+                return self.emit(node.op, *inputs, **node.attrs), index
+        return self.emit("take", name, index, axis=channels.axis), index
+
+    # -- persistent values --------------------------------------------------------------------------------------
+    def state(self, name: str, shape: tuple[int, ...], dtype: str = "f32") -> str:
+        """A persistent value that starts at zero; the same one each time it is asked for."""
+        if name not in self.graph.values:
+            self.graph.persistent(name, np.zeros(shape, DTYPES[dtype]), "state", dtype)
+        return name
+
+    def update(self, op: str, *inputs: str, **attrs: Any) -> None:
+        emit(self.graph, op, *inputs, **attrs)
+
+    def count(self, name: str) -> None:
+        """Add one to a counter, once a run."""
+        if not any(n.op == "increment" and n.inputs[0] == name for n in self.graph.nodes):
+            self.update("increment", name)
+
+
+def differentiate(graph: Graph, loss: str, wanted: list[str]) -> dict[str, str]:
+    """Add the backward part to `graph`; returns wanted name -> name of its gradient ("" where the loss ignores it)."""
+    reaches = set(wanted)
+    for node in graph.nodes:
+        if any(n in reaches for n in node.inputs):
+            reaches.update(n for n in node.outputs if n)
+    tape = Tape(graph, reaches)
+    grads: dict[str, str] = {loss: graph.constant("d_loss", np.ones(1))}
+    for node in reversed(list(graph.nodes)):
+        if not node.outputs or node.outputs[0] not in grads or not any(tape.wants(n) for n in node.inputs):
+            continue
+        row = TABLE[node.op]
+        if row.grad is None:
+            raise WrongUse(f"{node.op} has no gradient: {row.no_grad or 'none was written'}", where=node.where,
+                           action="choose a scheme that updates only tensors after it")
+        d_inputs = row.grad(tape, node, *[grads.get(n, "") for n in node.outputs])
+        for name, d in zip(node.inputs, d_inputs, strict=False):
+            if name and d and tape.wants(name):
+                grads[name] = _accumulate(tape, grads[name], d) if name in grads else d
+    return {name: grads.get(name, "") for name in wanted}
+
+
+def _accumulate(tape: Tape, total: str, d: str) -> str:
+    """Sum of two gradients of one value: where the second only fills a part, it is added to that part in place."""
+    node = tape.producer(d)
+    if node is not None and TABLE[node.op].accumulate and tape.graph.nodes[-1] is node:
+        tape.graph.nodes.pop()
+        op = TABLE[node.op].accumulate
+        return tape.emit(op, total, *node.inputs, **{k: node.attrs[k] for k in TABLE[op].attrs})
+    return tape.emit("add", total, d)
+
+
+# -- the graphs of a plan ------------------------------------------------------------------------------------------
+
+
+def predict_graph(model: Graph) -> Graph:
+    """The model as it predicts: batch norm on running statistics, no dropout. Output role "output"."""
+    graph = model.copy()
+    graph.nodes = []
+    renamed: dict[str, str] = {}
+    for node in model.nodes:
+        inputs = tuple(renamed.get(n, n) for n in node.inputs)
+        row = TABLE[node.op]
+        node = Node(node.op, inputs, node.outputs, node.attrs, node.where)
+        if row.predict is not None:
+            op, kept, attrs = row.predict(node)
+            if not op:
+                renamed[node.outputs[0]] = inputs[kept[0]]
+                continue
+            skipped = ("",) * (len(parse(TABLE[op].signature)[1]) - 1)
+            node = Node(op, tuple(inputs[i] for i in kept), (node.outputs[0], *skipped), TABLE[op].fill(attrs), node.where)
+        graph.nodes.append(node)
+    graph.outputs = {role: renamed.get(name, name) for role, name in model.outputs.items()}
+    return graph
+
+
+def _with_loss(model: Graph, loss: Loss) -> tuple[Graph, str]:
+    graph = model.copy()
+    output = graph.outputs["output"]
+    target = loss.target(graph.type(output))
+    tape = Tape(graph)
+    return graph, loss.build(tape, output, graph.input("y", target.shape, target.dtype))
+
+
+def gradient_graph(model: Graph, update_set: UpdateSet, loss: Loss) -> Graph:
+    """Outputs "loss" and "d_<name>" for each tensor of the update set; nothing is written."""
+    graph, value = _with_loss(model, loss)
+    grads = differentiate(graph, value, update_set.names())
+    graph.outputs = {"loss": value}
+    for name, channels in update_set.tensors.items():
+        if grads[name]:
+            graph.outputs[f"d_{name}"] = grads[name] if channels is None else Tape(graph).take(grads[name], channels)[0]
+    return graph
+
+
+def step_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Optimizer) -> dict[str, Graph]:
+    """{"step": forward, loss, backward and update in one}, or with accumulation {"accumulate": ..., "apply": ...}."""
+    graph, value = _with_loss(model, loss)
+    forward = list(graph.nodes)
+    grads = differentiate(graph, value, update_set.names())
+    graph.outputs = {"loss": value}
+    tape = Tape(graph)
+    parts: dict[str, tuple[str, str, int]] = {}  # name -> gradient, index, axis
+    for name in reversed(update_set.names()):  # backward reaches the last layers first
+        channels = update_set.tensors[name]
+        if grads[name]:
+            grad, index = (grads[name], "") if channels is None else tape.take(grads[name], channels)
+            parts[name] = (grad, index, 0 if channels is None else channels.axis)
+    for node in forward:
+        effects: Callable[..., None] | None = TABLE[node.op].effects
+        if effects is not None:
+            effects(tape, node)
+    if optimizer.accumulate == 1:
+        _apply(tape, parts, optimizer)
+        return {"step": graph}
+    for name, (grad, _, _) in parts.items():
+        tape.update("accumulate", tape.state(f"{name}.gradient", graph.shape(grad)), grad)
+    return {"accumulate": graph, "apply": _apply_graph(graph, parts, optimizer)}
+
+
+def _apply_graph(source: Graph, parts: Mapping[str, tuple[str, str, int]], optimizer: Optimizer) -> Graph:
+    """One optimiser step on the mean of the accumulated gradients, which are cleared."""
+    graph = Graph(source.batch, aliases=dict(source.aliases))
+    tape = Tape(graph)
+    means = {}
+    for name, (_, index, axis) in parts.items():
+        for n in (name, f"{name}.gradient", index):
+            if n and n not in graph.values:
+                graph.add(source.values[n])
+        means[name] = (tape.emit("affine", f"{name}.gradient", scale=1.0 / optimizer.accumulate), index, axis)
+    _apply(tape, means, optimizer)
+    for name in parts:
+        tape.update("clear", f"{name}.gradient")
+    return graph
+
+
+def _apply(tape: Tape, parts: Mapping[str, tuple[str, str, int]], optimizer: Optimizer) -> None:
+    """Write each tensor from its gradient. Clipping by the common norm needs all gradients at once."""
+    lr = tape.graph.input("lr", (1,))
+    scale = ""
+    if optimizer.clip_norm is not None and parts:
+        total = ""
+        for grad, _, _ in parts.values():
+            square = tape.emit("sum_squares", grad)
+            total = tape.emit("add", total, square) if total else square
+        scale = tape.emit("clip_scale", total, max_norm=optimizer.clip_norm)
+    for name, (grad, index, axis) in parts.items():
+        if scale:
+            grad = tape.emit("mul", grad, scale)
+        optimizer.build(tape, name, grad, lr, index, axis)
+
+
+def updated(graph: Graph) -> list[str]:
+    """The persistent values that the graph writes, in the graph's order."""
+    written = {node.inputs[i] for node in graph.nodes for i in TABLE[node.op].updates
+               if i < len(node.inputs) and node.inputs[i]}
+    return [v for v in graph.values if v in written and graph.values[v].kind in PERSISTENT]
+
+
+def prune(graph: Graph) -> Graph:
+    """Without the nodes and values that neither an output nor an update depends on."""
+    effects = [n for n in graph.nodes if TABLE[n.op].updates]
+    new = graph.copy()
+    new.nodes = reachable(graph, graph.outputs.values(), effects)
+    used = {n for node in new.nodes for n in (*node.inputs, *node.outputs) if n} | set(graph.outputs.values())
+    used |= set(graph.inputs.values())
+    new.values = {k: v for k, v in graph.values.items() if k in used}
+    return new

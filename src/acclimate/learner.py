@@ -1,0 +1,305 @@
+"""The Learner: a Plan that runs here, on the C runtime, with the habits of scikit-learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import delta
+from .errors import BadInput, WrongUse
+from .grad import Channels, Tape
+from .ir import Graph, Type
+from .ops import evaluate
+from .planner import Plan
+from .program import STATE_ENTRY
+from .runtime import Session
+
+PREDICT_BATCH = 256  # samples predicted at once, at most,
+PREDICT_BYTES = 32 << 20  # and so many that their arena stays below this
+PENDING = "optimizer.pending"  # record of a delta: micro-batches accumulated when it was saved
+Callback = Callable[[dict[str, Any]], None]
+
+
+class Learner:
+    """Learns and predicts by a Plan. Batches smaller than the plan's (the rest of a data set) are compiled when met.
+
+    x: float array (n, ...) as the model takes it. y: labels (n,) or targets (n, ...), as the loss takes them.
+
+    >>> learner = Learner(plan).fit(x, y, epochs=3)                                   # doctest: +SKIP
+    >>> learner.score(x_new, y_new)                                                   # doctest: +SKIP
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.lr: float = plan.optimizer.lr
+        self.loss_history: list[float] = []
+        self._main = Session(plan.program)
+        self._sessions: dict[tuple[str, int], Session] = {(kind, plan.batch_size): self._main for kind in ("train", "predict")}
+        self._pending = 0  # micro-batches accumulated since the last update
+        self._saved = self._kept()  # what rollback returns to
+
+    # -- learning ------------------------------------------------------------------------------------------------
+    def partial_fit(self, x: np.ndarray, y: np.ndarray, lr: float | None = None, callback: Callback | None = None) -> Learner:
+        """One pass over x in its order, in batches of plan.batch_size; a step for each. Returns self.
+
+        lr: learning rate of this call, else the optimiser's. callback: called after each step with a dict of
+        `step`, `steps`, `loss`, `samples`. Everything is checked before the first step.
+        """
+        x = self._samples(x)
+        y, rate = self._targets(y, len(x)), self._rate(lr)
+        batch = self.plan.batch_size
+        steps = -(-len(x) // batch)
+        for i in range(steps):
+            xb, yb = x[i * batch: (i + 1) * batch], y[i * batch: (i + 1) * batch]
+            loss = self._step(xb, yb, rate)
+            self.loss_history.append(loss)
+            if callback is not None:
+                callback({"step": i + 1, "steps": steps, "loss": loss, "samples": min((i + 1) * batch, len(x))})
+        return self
+
+    def fit(self, x: np.ndarray, y: np.ndarray, epochs: int = 1, lr: float | None = None, shuffle: bool = True, seed: int = 0,
+            callback: Callback | None = None) -> Learner:
+        """`epochs` passes over x, each in a new order from `seed`. Returns self; goes on from what was learned before."""
+        if not isinstance(epochs, (int, np.integer)) or epochs < 0:
+            raise WrongUse("epochs must be a whole number from zero", number=repr(epochs), action="epochs=1")
+        x = self._samples(x)  # refuse bad data before the first epoch, not in the last
+        y = self._targets(y, len(x))
+        random = np.random.default_rng(seed)
+        for epoch in range(epochs):
+            order = random.permutation(len(x)) if shuffle else np.arange(len(x))
+            tell = None
+            if callback is not None:
+                def tell(event: dict[str, Any], epoch: int = epoch) -> None:
+                    callback({**event, "epoch": epoch + 1, "epochs": epochs})
+            self.partial_fit(x[order], y[order], lr, tell)
+        return self
+
+    def _step(self, x: np.ndarray, y: np.ndarray, rate: float) -> float:
+        session = self._session("train", len(x))
+        if self.plan.train_entry == "step":
+            return float(session.run("step", x=x, y=y, lr=rate)["loss"][0])
+        loss = float(session.run("accumulate", x=x, y=y)["loss"][0])
+        self._pending += 1
+        if self._pending == self.plan.optimizer.accumulate:
+            self._main.run("apply", lr=rate)
+            self._pending = 0
+        return loss
+
+    def gradients(self, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+        """Gradient of the mean loss over x for each tensor of the update set, by name; nothing is updated.
+
+        Where only some channels learn, the others are zero. All of x is one batch.
+        """
+        x = self._samples(x)
+        y = self._targets(y, len(x))
+        session = Session(self.plan.with_batch_size(len(x)).gradient_program, self._main.state)
+        out = session.run("gradient", x=x, y=y)
+        found = {}
+        for name, channels in self.plan.update_set.tensors.items():
+            shape = self.plan.model.shape(name)
+            grad = out.get(f"d_{name}")
+            if grad is None:
+                grad = np.zeros(shape, np.float32)  # the loss does not depend on it
+            elif channels is not None:
+                grad = delta.Record(name, grad, channels).apply(np.zeros(shape, np.float32))
+            found[name] = grad.reshape(shape)
+        return found
+
+    # -- predicting ----------------------------------------------------------------------------------------------
+    def decision_function(self, x: np.ndarray) -> np.ndarray:
+        """The model's raw output (logits), float32 (n, ...)."""
+        x = self._samples(x)
+        sample_bytes = self.plan.layouts["predict"].arena_bytes // self.plan.batch_size + 1
+        step = max(self.plan.batch_size, min(PREDICT_BATCH, PREDICT_BYTES // sample_bytes))
+        parts = [self._session("predict", len(x[i: i + step])).run("predict", x=x[i: i + step])["output"]
+                 for i in range(0, len(x), step)]
+        return np.concatenate(parts)
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """Class labels (n,) for cross entropy, 0/1 (n, labels) for binary cross entropy, values for a regression."""
+        out = self.decision_function(x)
+        kind = type(self.plan.loss).__name__
+        if kind == "CrossEntropy":
+            return out.argmax(-1)
+        return (out > 0).astype(np.int64) if kind == "BinaryCrossEntropy" else out
+
+    def predict_proba(self, x: np.ndarray) -> np.ndarray:
+        """Probabilities, of the classes or of each label; float32."""
+        return self.plan.loss.probabilities(self.decision_function(x)).astype(np.float32)
+
+    def score(self, x: np.ndarray, y: np.ndarray) -> float:
+        """Accuracy (of labels one by one for binary cross entropy); R^2 for a regression."""
+        x = self._samples(x)
+        return self.plan.loss.correct(self.decision_function(x), self._targets(y, len(x)))
+
+    def evaluate(self, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+        """`accuracy` (or R^2), mean `loss` in prediction mode, and `samples`."""
+        x = self._samples(x)
+        y = self._targets(y, len(x))
+        out = self.decision_function(x)
+        graph = Graph(len(out))
+        z = graph.input("z", out.shape)
+        target = self.plan.loss.target(Type(out.shape))
+        value = self.plan.loss.build(Tape(graph), z, graph.input("y", target.shape, target.dtype))
+        loss = float(evaluate(graph, {"z": out, "y": y}, np.float64)[value].reshape(()))
+        return {"accuracy": self.plan.loss.correct(out, y), "loss": loss, "samples": len(out)}
+
+    # -- what is known ---------------------------------------------------------------------------------------------
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Every parameter of the model by the user's own name, as it is now; copies."""
+        names = set(self._main.state_names())
+        return {name: (self._main.view(STATE_ENTRY, name).copy() if name in names else np.array(value.data))
+                for name, value in self.plan.model.parameters().items()}
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Running statistics of batch norm and the like, as they are now."""
+        names = set(self._main.state_names())
+        return {v.name: (self._main.view(STATE_ENTRY, v.name).copy() if v.name in names else np.array(v.data))
+                for v in self.plan.model.values.values() if v.kind == "state"}
+
+    def measured_peak_bytes(self, x: np.ndarray, y: np.ndarray) -> int:
+        """Bytes of the arena that a training step on the first batch of x really touches; what was learned stays."""
+        n = self.plan.batch_size
+        x = self._samples(x)
+        y = self._targets(y, len(x))
+        if len(x) < n:
+            raise WrongUse("measuring needs one whole batch", number=f"{len(x)} samples, batch_size {n}")
+        feeds: dict[str, Any] = {"x": x[:n], "y": y[:n]}
+        entry = self.plan.train_entry
+        if entry == "step":
+            feeds["lr"] = self.lr
+        touched = self._main.touched_bytes(entry, **feeds)
+        return max(touched, self._main.touched_bytes("predict", x=x[:n]))
+
+    # -- keeping -------------------------------------------------------------------------------------------------
+    def save(self, path: str | Path, optimizer: bool = True) -> int:
+        """Write what changed since the model was loaded (.acu); returns its bytes. A crash loses nothing.
+
+        optimizer: also keep moments and counters, so that learning goes on exactly where it stopped.
+        """
+        records = self._records(optimizer)
+        delta.check(records, self._types(), "what was learned")  # what restore would refuse must not replace a good file
+        raw = delta.encode(records, delta.model_hash(self.plan.model))
+        delta.write(path, raw)
+        self._saved = self._kept()
+        return len(raw)
+
+    def restore(self, path: str | Path) -> Learner:
+        """Take over what `save` wrote. On any error everything stays as it was."""
+        model, records = delta.decode(delta.read(path), str(path))
+        if model != delta.model_hash(self.plan.model):
+            raise BadInput("the delta was learned from another model", where=str(path),
+                           number=f"model {model:08x}, this one {delta.model_hash(self.plan.model):08x}",
+                           action="load the model that it was saved with")
+        delta.check(records, self._types(), str(path))
+        fresh, pending = Session(self.plan.program), 0  # back to the model, then the changes
+        for r in records:
+            if r.name == PENDING:
+                pending = int(r.data[0])
+                continue
+            view = fresh.view(STATE_ENTRY, r.name)
+            view[...] = r.apply(view.copy())
+        if not 0 <= pending < self.plan.optimizer.accumulate:
+            raise BadInput("the delta holds another number of micro-batches than this plan accumulates", where=str(path),
+                           number=f"{pending} of {self.plan.optimizer.accumulate}", action="restore it with the plan it was saved with")
+        self._main.state[:], self._pending = fresh.state, pending
+        self._saved = self._kept()
+        return self
+
+    def rollback(self) -> Learner:
+        """Return to the last save or restore, or to the model as it was loaded."""
+        self._main.state[:], self._pending = self._saved
+        return self
+
+    def _kept(self) -> tuple[np.ndarray, int]:
+        return self._main.state.copy(), self._pending
+
+    def _types(self) -> dict[str, Type]:
+        """What a delta of this plan may hold."""
+        types = {b.name: b.type for b in self._main.program.entries[STATE_ENTRY].values()}
+        return {**types, PENDING: Type((1,), "i32")} if self.plan.optimizer.accumulate > 1 else types
+
+    def _records(self, optimizer: bool) -> list[delta.Record]:
+        """The persistent values that differ from the start, and of them the channels that can."""
+        fresh = Session(self.plan.program)
+        kinds = {v.name: v.kind for v in self.plan.model.values.values()}
+        records = []
+        for name in self._main.state_names():
+            now, start = self._main.view(STATE_ENTRY, name), fresh.view(STATE_ENTRY, name)
+            if now.tobytes() == start.tobytes() or not (optimizer or name in kinds):
+                continue
+            channels: Channels | None = self.plan.update_set.tensors.get(name)
+            data = now if channels is None else np.take(now, channels.index, channels.axis)
+            dtype = self._main.program.entries[STATE_ENTRY][name].type.dtype
+            records.append(delta.Record(name, data.copy(), channels, dtype))
+        if optimizer and self._pending:
+            records.append(delta.Record(PENDING, np.array([self._pending], np.int32), None, "i32"))
+        return records
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"plan": self.plan, "lr": self.lr, "loss_history": self.loss_history, "state": self._main.state.copy(),
+                "saved": self._saved, "pending": self._pending}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__init__(kept["plan"])  # type: ignore[misc]
+        self.lr, self.loss_history, self._pending = kept["lr"], kept["loss_history"], kept["pending"]
+        self._main.state[:] = kept["state"]
+        self._saved = kept["saved"]
+
+    # -- inside --------------------------------------------------------------------------------------------------
+    def _session(self, kind: str, batch: int) -> Session:
+        """The session for a batch size; all share one block of persistent memory."""
+        key = (kind, batch)
+        if key not in self._sessions:
+            program = self.plan.predict_program(batch) if kind == "predict" else self.plan.with_batch_size(batch).program
+            self._sessions[key] = Session(program, self._main.state)
+        return self._sessions[key]
+
+    def _rate(self, lr: float | None) -> float:
+        try:
+            rate = float(self.lr if lr is None else lr)
+        except (TypeError, ValueError):
+            rate = -1.0
+        if not 0 <= rate <= float(np.finfo(np.float32).max):  # NaN is refused too
+            raise WrongUse("the learning rate must be a finite number from zero", where="lr",
+                           number=repr(self.lr if lr is None else lr), action=f"lr={self.plan.optimizer.lr}")
+        return rate
+
+    def _samples(self, x: np.ndarray) -> np.ndarray:
+        x = _array(x, "x")
+        want = self.plan.model.shape(self.plan.model.inputs["x"])[1:]
+        if x.ndim == 0 or len(x) == 0:
+            raise BadInput("there are no samples", where="x", number=f"shape {x.shape}", action="pass an array (n, ...) with n > 0")
+        if x.dtype.kind not in "fiub":
+            raise BadInput("x must hold numbers", where="x", number=f"dtype {x.dtype}", action="x.astype(np.float32)")
+        if x.shape[1:] != tuple(want):
+            hint = "add the batch axis: x[None]" if x.shape == tuple(want) else "reshape or transpose x"
+            raise BadInput("x does not have the shape that the model takes", where="x",
+                           number=f"{x.shape}, must be (n, {', '.join(str(int(w)) for w in want)})", action=hint)
+        with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused as such
+            x = x.astype(np.float32, copy=False)
+        if not np.isfinite(x).all():
+            rows = np.unique(np.argwhere(~np.isfinite(x))[:, 0])
+            raise BadInput("x holds NaN or infinity", where=f"row {rows[0]} and {len(rows) - 1} more",
+                           number=f"{int((~np.isfinite(x)).sum())} values", action="drop or repair those samples")
+        return x
+
+    def _targets(self, y: np.ndarray, count: int) -> np.ndarray:
+        y = _array(y, "y")
+        if y.ndim == 0 or len(y) != count:
+            raise BadInput("x and y differ in length", where="y", number=f"{count} samples, y has shape {y.shape}",
+                           action="give one label or target a sample")
+        if y.dtype.kind not in "fiub":
+            raise BadInput("y must hold numbers", where="y", number=f"dtype {y.dtype}", action="map class names to 0..classes-1")
+        with np.errstate(over="ignore"):
+            return self.plan.loss.check(y, self.plan.model.type(self.plan.model.outputs["output"]))
+
+
+def _array(value: Any, what: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except Exception as error:  # of any object that a user may pass: numpy raises what it likes
+        raise BadInput(f"{what} is not an array", where=what, number=str(error), action="pass a numpy array") from error

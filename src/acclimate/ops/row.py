@@ -1,0 +1,165 @@
+"""What a row of the op table is, and the signature language that Python and the C loader both read.
+
+A signature names the dimensions of each tensor: `"NK, OK, O? -> NO"`. One letter binds one dimension, equal
+letters must be equal; `~` is any further dimensions; `*` is a whole shape, the same for every `*`; `1` is one;
+`:i32` gives the element type (f32 unless said; `:u8/u16` either); `?` marks an optional tensor; `+` repeats the last input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from ..errors import BadInput
+from ..ir import Type
+
+MAX_RANK = 6
+MAX_ARGS = 24
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one run of a node, by the classes that device profiles price."""
+
+    mac: int = 0  # multiply-accumulate in convolutions and matrix products
+    dw_mac: int = 0  # the same where each weight meets one channel only (depthwise)
+    elementwise: int = 0  # one float operation on one element
+    transcendental: int = 0  # exp, tanh, log, ...
+
+
+@dataclass(frozen=True)
+class Attr:
+    """An attribute. `kind`: "i" int32, "f" float32, "iN": N int32, shorter tuples padded on the left with `pad`;
+    "-": known at compile time only (the kernel reads it off the shapes)."""
+
+    kind: str
+    default: Any = None
+    pad: int = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A case that every automatic check of a row runs. `inputs`: shapes; `domain` of the values by input index."""
+
+    inputs: tuple[tuple[int, ...] | None, ...]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    domain: Mapping[int, str] = field(default_factory=dict)  # "positive", "below:K" (integers), "bits", "step"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op. Everything that the project knows of it stands here, except the C kernel's body."""
+
+    name: str
+    signature: str
+    doc: str
+    ref: Callable[..., Sequence[Any]]  # (attrs, *arrays or None) -> arrays; also in float64
+    examples: tuple[Example, ...]
+    attrs: Mapping[str, Attr] = field(default_factory=dict)
+    shape: Callable[..., Sequence[Type]] | None = None  # (attrs, *types) -> types, where the signature leaves it open
+    grad: Callable[..., Sequence[str]] | None = None  # (tape, node, *d_outputs) -> gradient names, "" for none
+    no_grad: str = ""  # why there is no gradient; shown to the user
+    cost: Callable[..., Cost] | None = None  # (attrs, in_types, out_types); default: one elementwise op an output
+    in_place: tuple[int, ...] = ()  # inputs whose bytes the first output may take over
+    updates: tuple[int, ...] = ()  # persistent inputs that the node writes
+    view: bool = False  # the output is the input's bytes under another shape
+    moves: bool = False  # the output holds the input's elements in another order
+    check: bool = False  # the C loader calls ac_check_<name> besides the signature
+    roles: Mapping[int, str] = field(default_factory=dict)  # what a parameter is as input i: "weight", "bias", "scale"
+    effects: Callable[..., None] | None = None  # (tape, node): what a training step writes besides gradients
+    compact: tuple[int, str, tuple[str, ...]] | None = None
+    # (input i, op, attrs): `op` does the same from the one-bit second output of the op that made input i
+    fold: Callable[..., str | None] | None = None
+    # (tape, node, producer of input 0): with constant parameters, one value that replaces both nodes
+    predict: Callable[[Any], tuple[str, tuple[int, ...], Mapping[str, Any]]] | None = None
+    # (node) -> (op, kept inputs, attrs) that stands in for this op outside of training
+    accumulate: str = ""  # row that adds this op's result to an existing gradient instead of making a new one
+    take: Callable[..., tuple[str, ...] | None] | None = None
+    # (tape, node, axis, index) -> inputs that make this op compute only `index` along output `axis`
+
+    def fill(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
+        """Attributes with defaults in place, in the row's order; unknown or missing ones are an error."""
+        unknown = set(attrs) - set(self.attrs)
+        if unknown:
+            raise BadInput(f"op {self.name} has no attribute {sorted(unknown)[0]}", action=f"one of {list(self.attrs)}")
+        out = {}
+        for name, attr in self.attrs.items():
+            if name in attrs:
+                out[name] = attrs[name]
+            elif attr.default is None:
+                raise BadInput(f"op {self.name} needs the attribute {name}")
+            else:
+                out[name] = attr.default
+        return out
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One tensor of a signature."""
+
+    dims: str
+    dtype: str
+    optional: bool
+    repeated: bool
+
+
+@lru_cache(maxsize=None)
+def parse(signature: str) -> tuple[tuple[Pattern, ...], tuple[Pattern, ...]]:
+    def side(text: str) -> tuple[Pattern, ...]:
+        out = []
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            optional, repeated = "?" in part, "+" in part
+            dims, _, dtype = part.replace("?", "").replace("+", "").partition(":")
+            out.append(Pattern(dims, dtype or "f32", optional, repeated))
+        return tuple(out)
+
+    left, _, right = signature.partition("->")
+    return side(left), side(right)
+
+
+def _match(pattern: Pattern, type_: Type, bound: dict[str, Any]) -> str:
+    """Bind the pattern's letters to a shape; the reason where it does not match, else ""."""
+    if type_.dtype not in pattern.dtype.split("/"):
+        return f"is {type_.dtype}, must be {pattern.dtype}"
+    shape = tuple(type_.shape)
+    if pattern.dims == "*":
+        if bound.setdefault("*", shape) != shape:
+            return f"has shape {shape}, must be {bound['*']}"
+        return ""
+    head, tilde, tail = pattern.dims.partition("~")
+    if len(shape) < len(head) + len(tail) or (not tilde and len(shape) != len(head)):
+        return f"has {len(shape)} dimensions, must match {pattern.dims or 'a scalar'}"
+    dims = list(zip(head, shape, strict=False)) + list(zip(tail, shape[len(shape) - len(tail):], strict=True))
+    for letter, size in dims:
+        want = 1 if letter == "1" else bound.setdefault(letter, size)
+        if want != size:
+            return f"dimension {letter} is {size}, must be {want}"
+    return ""
+
+
+def infer(row: Row, attrs: Mapping[str, Any], types: Sequence[Type | None], where: str = "") -> list[Type]:
+    """Output types of an op on inputs of the given types; raises BadInput with the reason where they do not fit."""
+    inputs, outputs = parse(row.signature)
+    if inputs and inputs[-1].repeated:
+        inputs = inputs + (inputs[-1],) * (len(types) - len(inputs))
+    place = f"{row.name}({', '.join('-' if t is None else str(t) for t in types)}) {where}".strip()
+    if len(types) > len(inputs) or len(types) > MAX_ARGS - len(outputs):
+        raise BadInput("too many inputs", where=place, number=f"{len(types)}, at most {len(inputs)}")
+    types = list(types) + [None] * (len(inputs) - len(types))
+    bound: dict[str, Any] = {}
+    for i, (pattern, type_) in enumerate(zip(inputs, types, strict=True)):
+        if type_ is None:
+            if not pattern.optional:
+                raise BadInput(f"input {i} is missing", where=place)
+            continue
+        if len(type_.shape) > MAX_RANK:
+            raise BadInput(f"input {i} has too many dimensions", where=place, number=f"{len(type_.shape)}, at most {MAX_RANK}")
+        reason = _match(pattern, type_, bound)
+        if reason:
+            raise BadInput(f"input {i} {reason}", where=place)
+    if row.shape is not None:
+        return list(row.shape(attrs, *types))
+    return [Type(bound["*"] if p.dims == "*" else tuple(1 if c == "1" else bound[c] for c in p.dims), p.dtype)
+            for p in outputs]

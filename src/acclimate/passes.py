@@ -1,0 +1,143 @@
+"""Graph -> Graph rewrites, in one visible pipeline. The verifier runs after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from .errors import BadInput
+from .grad import Tape, prune
+from .ir import Graph, Node, Value
+from .ops import TABLE, evaluate, parse, verify
+
+FOLD_LIMIT_BYTES = 4096  # a folded constant may grow the flash by this much, not more
+
+
+def _rename(node: Node, names: dict[str, str]) -> Node:
+    if not any(n in names for n in node.inputs):
+        return node
+    return replace(node, inputs=tuple(names.get(n, n) for n in node.inputs))
+
+
+def freeze(graph: Graph, written: set[str]) -> Graph:
+    """Persistent values that no graph of the plan writes become constants, so that they fold and stay in flash."""
+    new = graph.copy()
+    for name, value in graph.values.items():
+        if value.kind in ("parameter", "state") and name not in written:
+            new.values[name] = replace(value, kind="constant")
+    return new
+
+
+def fold_constants(graph: Graph) -> Graph:
+    """Compute at compile time what depends on constants alone."""
+    new = graph.copy()
+    new.nodes = []
+    names: dict[str, str] = {}
+    for node in graph.nodes:
+        node = _rename(node, names)
+        known = all(not n or new.values[n].kind == "constant" for n in node.inputs) and node.inputs and node.outputs
+        size = sum(new.type(n).size_bytes for n in node.outputs if n)
+        if not known or TABLE[node.op].updates or size > FOLD_LIMIT_BYTES + sum(
+                new.type(n).size_bytes for n in node.inputs if n):
+            new.nodes.append(node)
+            continue
+        part = Graph(graph.batch, {n: new.values[n] for n in (*node.inputs, *node.outputs) if n}, [node])
+        results = evaluate(part, {})
+        for name in filter(None, node.outputs):
+            new.values[name] = Value(name, new.type(name), "constant", np.ascontiguousarray(results[name]))
+    return new
+
+
+def fold_frozen(graph: Graph) -> Graph:
+    """Let frozen affine ops (batch norm with given statistics) disappear into the frozen op before them."""
+    new = graph.copy()
+    new.nodes = []
+    tape = Tape(new)
+    names: dict[str, str] = {}
+    uses = graph.consumers()
+    outputs = set(graph.outputs.values())
+    for node in graph.nodes:
+        node = _rename(node, names)
+        fold = TABLE[node.op].fold
+        producer = tape.producer(node.inputs[0]) if fold and node.inputs else None
+        if fold and producer is not None and producer in new.nodes:
+            single = len(uses[producer.outputs[0]]) == 1 and producer.outputs[0] not in outputs
+            params = [n for n in (*node.inputs[1:], *producer.inputs[1:]) if n]
+            if single and all(new.values[n].kind == "constant" for n in params):
+                out = fold(tape, node, producer)
+                if out is not None:
+                    new.nodes.remove(producer)
+                    new.nodes[-1] = replace(new.nodes[-1], where=node.where or producer.where)
+                    names[node.outputs[0]] = out
+                    uses[out] = uses[node.outputs[0]]
+                    continue
+        new.nodes.append(node)
+        tape._producers.update({n: node for n in node.outputs if n})
+    new.outputs = {role: names.get(n, n) for role, n in graph.outputs.items()}
+    return new
+
+
+def merge_equal(graph: Graph) -> Graph:
+    """One node where several compute the same."""
+    new = graph.copy()
+    new.nodes = []
+    names: dict[str, str] = {}
+    seen: dict[tuple, Node] = {}
+    kept = set(graph.outputs.values())
+    for node in graph.nodes:
+        node = _rename(node, names)
+        key = (node.op, node.inputs, tuple(sorted((k, repr(v)) for k, v in node.attrs.items())),
+               tuple(bool(n) for n in node.outputs))
+        twin = seen.get(key)
+        if twin is not None and node.outputs and not TABLE[node.op].updates and not kept & set(node.outputs):
+            names.update({a: b for a, b in zip(node.outputs, twin.outputs, strict=True) if a})
+            continue
+        seen[key] = node
+        new.nodes.append(node)
+    return new
+
+
+def compact_masks(graph: Graph) -> Graph:
+    """Save one bit an element instead of the whole activation, where only its sign or range is needed later.
+
+    Done where every other use of the activation comes earlier, so that it can be dropped after the forward part.
+    """
+    new = graph.copy()
+    tape = Tape(new)
+    position = {id(n): i for i, n in enumerate(graph.nodes)}
+    uses = graph.consumers()
+    for i, node in enumerate(graph.nodes):
+        compact = TABLE[node.op].compact
+        if compact is None:
+            continue
+        source, op, attrs = node.inputs[compact[0]], compact[1], compact[2]
+        producer = tape.producer(source)
+        if producer is None or source in graph.outputs.values():
+            continue
+        patterns = parse(TABLE[producer.op].signature)[1]
+        later = [u for u in uses[source] if position[id(u)] >= i and u.op != node.op]
+        if len(patterns) < 2 or patterns[1].dtype != "bit" or later or new.type(source).size < 32:
+            continue
+        bits = tape.keep_output(producer, 1)
+        kept = tuple(n for j, n in enumerate(node.inputs) if j != compact[0])
+        new.nodes[i] = Node(op, (*kept, bits), node.outputs, {k: node.attrs[k] for k in attrs}, node.where)
+    return new
+
+
+#: What every graph goes through, in this order.
+PIPELINE: tuple[Callable[[Graph], Graph], ...] = (prune, fold_constants, fold_frozen, merge_equal, compact_masks, prune)
+
+
+def run(graph: Graph, written: set[str]) -> Graph:
+    """The pipeline, after freezing all but `written`; a pass that breaks the graph is named in the error."""
+    graph = freeze(graph, written)
+    for step in PIPELINE:
+        graph = step(graph)
+        try:
+            verify(graph, after=step.__name__)
+        except BadInput as error:
+            raise AssertionError(f"pass {step.__name__} broke the graph: {error}") from error
+    return graph
+

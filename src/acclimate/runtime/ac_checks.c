@@ -1,0 +1,162 @@
+/* What the signatures cannot say of an op's arguments, checked once when a Program is loaded; the rows' `shape`
+ * functions say the same in Python. The loader has checked ranks and letters of the signature, and that every
+ * dimension is at least 1 and every tensor within its area. Compiled once, for no particular instruction set. */
+#include "ac_ops.h"
+
+static ac_status fits(int condition) { return condition ? AC_OK : AC_E_SHAPE; }
+
+/* Are the first `rank` dimensions those of `a`, and there are no more? */
+static int is_shape(const ac_tensor *t, const int32_t *dim, int rank) {
+    if (t->rank != rank)
+        return 0;
+    for (int i = 0; i < rank; i++)
+        if (t->dim[i] != dim[i])
+            return 0;
+    return 1;
+}
+
+static int same_shape(const ac_tensor *a, const ac_tensor *b) {
+    return is_shape(a, b->dim, b->rank);
+}
+
+/* ---- arithmetic ---- */
+
+/* numpy's rule: dimensions are compared from the last; one of them is 1, or they are equal. */
+static ac_status check_broadcast(const ac_call *call) {
+    const ac_tensor *a = AC_IN_T(call, 0), *b = AC_IN_T(call, 1), *y = AC_OUT_T(call, 0);
+    const int rank = a->rank > b->rank ? a->rank : b->rank;
+    if (y->rank != rank)
+        return AC_E_SHAPE;
+    for (int i = 1; i <= rank; i++) {
+        const int32_t size_a = i <= a->rank ? a->dim[a->rank - i] : 1,
+                      size_b = i <= b->rank ? b->dim[b->rank - i] : 1;
+        if (size_a != size_b && size_a != 1 && size_b != 1)
+            return AC_E_SHAPE;
+        if (y->dim[rank - i] != (size_a == 1 ? size_b : size_a))
+            return AC_E_SHAPE;
+    }
+    return AC_OK;
+}
+
+ac_status ac_check_add(const ac_call *call) { return check_broadcast(call); }
+ac_status ac_check_sub(const ac_call *call) { return check_broadcast(call); }
+ac_status ac_check_mul(const ac_call *call) { return check_broadcast(call); }
+ac_status ac_check_div(const ac_call *call) { return check_broadcast(call); }
+
+static ac_status check_reduction(const ac_call *call, int32_t axes, int32_t keep) {
+    const ac_tensor *x = AC_IN_T(call, 0);
+    int32_t dim[AC_MAX_RANK];
+    int rank = 0;
+    if (axes < 0 || axes >> x->rank)
+        return AC_E_OP;
+    for (int i = 0; i < x->rank; i++) {
+        const int reduced = (int)(axes >> i & 1);
+        if (keep || !reduced)
+            dim[rank++] = reduced ? 1 : x->dim[i];
+    }
+    return fits(is_shape(AC_OUT_T(call, 0), dim, rank));
+}
+
+ac_status ac_check_sum(const ac_call *call) {
+    const ac_attr_sum *a = call->attr;
+    return check_reduction(call, a->axes, a->keep);
+}
+
+ac_status ac_check_mean(const ac_call *call) {
+    const ac_attr_mean *a = call->attr;
+    return check_reduction(call, a->axes, a->keep);
+}
+
+/* ---- matrix products and softmax ---- */
+
+/* (M, K) (K, N) -> (M, N), either factor transposed, or stacks of such matrices; bias (N) */
+ac_status ac_check_matmul(const ac_call *call) {
+    const ac_attr_matmul *attr = call->attr;
+    const ac_tensor *a = AC_IN_T(call, 0), *b = AC_IN_T(call, 1), *bias = AC_IN_T(call, 2),
+                    *y = AC_OUT_T(call, 0);
+    const int rank = a->rank;
+    if ((rank != 2 && rank != 3) || b->rank != rank || y->rank != rank)
+        return AC_E_SHAPE;
+    if (rank == 3 && (a->dim[0] != b->dim[0] || a->dim[0] != y->dim[0]))
+        return AC_E_SHAPE;
+    const int32_t *da = a->dim + rank - 2, *db = b->dim + rank - 2, *dy = y->dim + rank - 2;
+    const int ta = attr->ta != 0, tb = attr->tb != 0;
+    const int32_t m = da[ta], k = da[1 - ta], n = db[1 - tb];
+    return fits(db[tb] == k && dy[0] == m && dy[1] == n && (!bias || bias->dim[0] == n));
+}
+
+/* One output of the first input's shape. */
+static ac_status check_same(const ac_call *call) {
+    return fits(same_shape(AC_IN_T(call, 0), AC_OUT_T(call, 0)));
+}
+
+/* The signature makes all shapes equal, but does not say that there is a last dimension. */
+static ac_status check_rows(const ac_call *call) { return fits(AC_IN_T(call, 0)->rank >= 1); }
+
+ac_status ac_check_softmax(const ac_call *call) { return check_same(call); }
+ac_status ac_check_log_softmax(const ac_call *call) { return check_same(call); }
+ac_status ac_check_softmax_grad(const ac_call *call) { return check_rows(call); }
+ac_status ac_check_log_softmax_grad(const ac_call *call) { return check_rows(call); }
+
+/* ---- normalisation ---- */
+
+ac_status ac_check_batch_norm(const ac_call *call) { return check_same(call); }
+ac_status ac_check_batch_norm_input_grad(const ac_call *call) { return check_same(call); }
+ac_status ac_check_batch_norm_train(const ac_call *call) { return check_same(call); }
+
+ac_status ac_check_batch_norm_gamma_grad(const ac_call *call) {
+    return fits(same_shape(AC_IN_T(call, 0), AC_IN_T(call, 1)));
+}
+
+ac_status ac_check_batch_norm_train_grad(const ac_call *call) {
+    const ac_tensor *d = AC_IN_T(call, 0), *dx = AC_OUT_T(call, 0);
+    return fits(same_shape(d, AC_IN_T(call, 1)) && (!dx || same_shape(d, dx)));
+}
+
+/* y as x; mean and rstd without the last dimension */
+ac_status ac_check_layer_norm(const ac_call *call) {
+    const ac_tensor *x = AC_IN_T(call, 0), *mean = AC_OUT_T(call, 1), *rstd = AC_OUT_T(call, 2);
+    return fits(same_shape(x, AC_OUT_T(call, 0)) &&
+                (!mean || is_shape(mean, x->dim, x->rank - 1)) &&
+                (!rstd || is_shape(rstd, x->dim, x->rank - 1)));
+}
+
+ac_status ac_check_layer_norm_grad(const ac_call *call) {
+    const ac_tensor *d = AC_IN_T(call, 0), *dx = AC_OUT_T(call, 0);
+    return fits(same_shape(d, AC_IN_T(call, 1)) &&
+                is_shape(AC_IN_T(call, 2), d->dim, d->rank - 1) &&
+                is_shape(AC_IN_T(call, 3), d->dim, d->rank - 1) && (!dx || same_shape(d, dx)));
+}
+
+/* ---- optimisers ---- */
+
+/* Gradient (input 1) and moments (from input 3 on) have the shape of what learns of w: its own, or along `axis` as
+ * many channels as the last input, a constant, lists; each listed channel exists. */
+static ac_status check_update(const ac_call *call, int32_t axis, int moments) {
+    const ac_tensor *w = AC_IN_T(call, 0), *index = AC_IN_T(call, call->n_in - 1);
+    const int32_t *channel = AC_IN(call, call->n_in - 1);
+    int32_t dim[AC_MAX_RANK];
+    for (int i = 0; i < w->rank; i++)
+        dim[i] = w->dim[i];
+    if (index) {
+        if (axis < 0 || axis >= w->rank || !channel)
+            return AC_E_OP;
+        for (uint32_t i = 0; i < index->size; i++)
+            if (channel[i] < 0 || channel[i] >= w->dim[axis])
+                return AC_E_OP;
+        dim[axis] = index->dim[0];
+    }
+    if (!is_shape(AC_IN_T(call, 1), dim, w->rank))
+        return AC_E_SHAPE;
+    for (int i = 3; i < 3 + moments; i++)
+        if (AC_IN_T(call, i) && !is_shape(AC_IN_T(call, i), dim, w->rank))
+            return AC_E_SHAPE;
+    return AC_OK;
+}
+
+ac_status ac_check_sgd(const ac_call *call) {
+    return check_update(call, ((const ac_attr_sgd *)call->attr)->axis, 1);
+}
+ac_status ac_check_adam(const ac_call *call) {
+    return check_update(call, ((const ac_attr_adam *)call->attr)->axis, 2);
+}

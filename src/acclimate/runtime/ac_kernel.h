@@ -1,0 +1,46 @@
+/* What a kernel sees. Private to the runtime. */
+#ifndef AC_KERNEL_H
+#define AC_KERNEL_H
+
+#include "acclimate.h"
+
+/* One call of an op: inputs first (absent ones NULL), then outputs. `attr` is the op's ac_attr_<op> of ac_ops.h. */
+typedef struct {
+    uint32_t n_in, n_out;
+    const ac_tensor *tensor[AC_MAX_ARGS];
+    void *data[AC_MAX_ARGS]; /* in a check: NULL unless the tensor is constant */
+    const void *attr;
+} ac_call;
+
+#define AC_IN(call, i) ((call)->data[i])
+#define AC_OUT(call, i) ((call)->data[(call)->n_in + (i)])
+#define AC_IN_T(call, i) ((call)->tensor[i])
+#define AC_OUT_T(call, i) ((call)->tensor[(call)->n_in + (i)])
+
+typedef ac_status (*ac_kernel)(const ac_call *call);
+
+/* Kernels are compiled once for each instruction set; AC_ISA names it (base, v3, v4). */
+#ifndef AC_ISA
+#define AC_ISA base
+#endif
+#define AC_JOIN2(a, b, c) a##b##c
+#define AC_JOIN(a, b, c) AC_JOIN2(a, b, c)
+#define AC_KERNEL(op) AC_JOIN(ac_##op##_f32, _, AC_ISA)
+#define AC_TABLE AC_JOIN(ac_table, _, AC_ISA)
+
+/* A row of the op table as the loader and interpreter use it; generated into ac_table.c. */
+typedef struct ac_row {
+    const char *name, *signature; /* the language of ops/row.py */
+    uint8_t n_in, n_out, attr_words, updates; /* updates: bit mask of inputs that are written */
+    ac_kernel kernel;
+    ac_kernel check; /* what the signature cannot say, or NULL */
+} ac_row;
+
+extern const ac_row ac_table_base[], ac_table_v3[], ac_table_v4[]; /* those that AC_HAVE_<isa> says were built */
+
+const ac_row *ac_best_table(void);
+
+/* ac_load with a given table, for tests that compare instruction sets. */
+ac_status ac_load_with(ac_program *program, const void *bytes, size_t size, const ac_row *rows);
+
+#endif

@@ -1,0 +1,723 @@
+/* Convolution and pooling, forward and backward: the plain reference that faster kernels are measured against.
+ *
+ * Every tensor is seen with two spatial dimensions; (N, C, W) is (N, C, 1, W). Each sum has one order, whatever
+ * the compiler and processor: what runs side by side are different outputs, or a fixed number of lanes.
+ * Stack: under 7 KiB; under 6.5 KiB without vectors.
+ */
+#include "ac_ops.h"
+
+#include <math.h> /* INFINITY */
+#include <string.h>
+
+/* Sums kept in registers: OUT_ROWS x OUT_LANES different outputs, so the bits are the same for any choice. */
+#if defined(__AVX512F__)
+enum { OUT_ROWS = 8, OUT_LANES = 16 };
+#elif defined(__AVX__) || defined(__ARM_NEON)
+enum { OUT_ROWS = 4, OUT_LANES = 16 };
+#elif defined(__SSE__)
+enum { OUT_ROWS = 4, OUT_LANES = 8 };
+#else
+enum { OUT_ROWS = 4, OUT_LANES = 4 };
+#endif
+
+/* Before a loop over lanes: gcc is to make it vectors, not to unroll it first. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define AC_LANES _Pragma("GCC unroll 1")
+#else
+#define AC_LANES
+#endif
+
+/* Block sizes. They fix the order of sums (but SEGMENT), so they are the same everywhere. */
+enum {
+    TAPS = 32,   /* kernel elements looked at together */
+    PANEL = 64,  /* rows of a panel: products summed before the sum goes back to memory */
+    CHAIN = 16,   /* products summed before they meet the rest of the sum; the bits depend on it */
+    PIXELS = 64, /* pixels that a weight gradient sums before it adds to memory */
+    LANES = 8,   /* side by side in depthwise convolutions and in poolings */
+    PATCH = 768, /* floats of input that a depthwise convolution copies, zeros around it included */
+    EDGE = 32,   /* rows that a depthwise weight gradient looks at together */
+    SEGMENT = 64 /* columns that a pooling works on together */
+};
+
+static int smaller(int a, int b) { return a < b ? a : b; }
+static int larger(int a, int b) { return a > b ? a : b; }
+
+/* Of the positions at + i * step, i = 0, 1, ..., count - 1: the first i that is not negative, at most count, */
+static int first_inside(int at, int step, int count) {
+    return at >= 0 ? 0 : smaller(count, step == 1 ? -at : (-at + step - 1) / step);
+}
+
+/* and one past the last i that is below size; never below first_inside. */
+static int end_inside(int at, int step, int size, int count) {
+    if (at + (count - 1) * (int64_t)step < size) return count;
+    int end = at >= size ? 0 : step == 1 ? size - at : (size - 1 - at) / step + 1;
+    return larger(end, first_inside(at, step, count));
+}
+
+/* ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)) */
+static float sum_lanes(const float v[LANES]) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+/* Batch, channels and the two spatial dimensions of a tensor; elements of a plane and of an image. */
+typedef struct {
+    int n, c, h, w;
+    size_t plane, image;
+} shape;
+
+static shape shape_of(const ac_tensor *t) {
+    int h = t->rank == 4 ? t->dim[2] : 1, w = t->dim[t->rank - 1];
+    size_t plane = (size_t)h * (size_t)w;
+    return (shape){t->dim[0], t->dim[1], h, w, plane, plane * (size_t)t->dim[1]};
+}
+
+/* ---- correlation of planes: what conv and conv_input_grad share ------------------------------------------------ */
+
+/* Grid point (n, i, j) of output plane r gets bias[r] (or 0), or what is there if `resume`, plus
+ *   sum over source planes c, over taps t, of w[r * w_row + c * w_plane + weight[t]]
+ *     * source[n][c][i * step[0] + row[t]][j * step[1] + col[t]],
+ * zero outside of the source. It lies at out[n * out_image + r * out_plane + i * out_row + j * out_col]. */
+typedef struct {
+    int batch, rows, planes, grid[2], step[2], size[2];
+    const float *source, *w, *bias;
+    float *out;
+    size_t source_plane, source_image, w_row, w_plane, w_group, out_image, out_plane, out_row, out_col;
+    int resume, taps;
+    int32_t weight[TAPS], row[TAPS], col[TAPS];
+} field;
+
+/* Lanes [lane, lane + count) of a tile: grid points (n, i, j), (n, i, j + 1), ... */
+typedef struct {
+    int n, i, j, lane, count;
+} run;
+
+/* Up to OUT_LANES grid points that follow each other, cut where a grid row ends; where each lies in its plane. */
+typedef struct {
+    int runs, lanes, contiguous;
+    run part[OUT_LANES];
+    size_t out[OUT_LANES];
+} tile;
+
+static void cut_tile(tile *t, const field *f, size_t at, size_t end) {
+    size_t width = (size_t)f->grid[1], points = (size_t)f->grid[0] * width;
+    t->runs = t->lanes = 0;
+    while (t->lanes < OUT_LANES && at < end) {
+        size_t n = at / points, i = at % points / width, j = at % width;
+        run r = {(int)n, (int)i, (int)j, t->lanes, smaller((int)(width - j), OUT_LANES - t->lanes)};
+        for (int l = 0; l < r.count; l++)
+            t->out[r.lane + l] = n * f->out_image + i * f->out_row + (j + (size_t)l) * f->out_col;
+        t->part[t->runs++] = r;
+        t->lanes += r.count;
+        at += (size_t)r.count;
+    }
+    t->contiguous = t->lanes == OUT_LANES && t->out[OUT_LANES - 1] - t->out[0] == OUT_LANES - 1;
+}
+
+/* to[l] = from[l * step] */
+static void copy_steps(float *to, const float *from, int step, int count) {
+    if (step == 1)
+        memcpy(to, from, (size_t)count * sizeof(float));
+    else if (step == 2)
+        for (int l = 0; l < count; l++) to[l] = from[2 * l];
+    else
+        for (int l = 0; l < count; l++) to[l] = from[l * (ptrdiff_t)step];
+}
+
+/* One row of a panel: what tap k sees of source plane c from each grid point of the tile. */
+static void fill_row(float to[OUT_LANES], const field *f, const tile *t, int c, int k) {
+    for (int p = 0; p < t->runs; p++) {
+        const run *r = &t->part[p];
+        int row = r->i * f->step[0] + f->row[k], col = r->j * f->step[1] + f->col[k];
+        int low = first_inside(col, f->step[1], r->count), high = end_inside(col, f->step[1], f->size[1], r->count);
+        if (row < 0 || row >= f->size[0]) low = high = r->count;
+        for (int l = 0; l < low; l++) to[r->lane + l] = 0;
+        if (low < high)
+            copy_steps(to + r->lane + low, f->source + (size_t)r->n * f->source_image + (size_t)c * f->source_plane
+                       + (size_t)row * (size_t)f->size[1] + (size_t)(col + low * f->step[1]), f->step[1], high - low);
+        for (int l = high; l < r->count; l++) to[r->lane + l] = 0;
+    }
+    for (int l = t->lanes; l < OUT_LANES; l++) to[l] = 0;
+}
+
+/* What one tile sees of some source planes: a row for each (plane, tap), and where that one's weights are. */
+typedef struct {
+    int32_t offset[PANEL];
+    float row[PANEL][OUT_LANES];
+} panel;
+
+/* sum[r][l] += w[r * w_row + offset[k]] * row[k][l]: CHAIN products are summed from zero, then added, so that rounding
+ * grows with the square root of the depth's parts and not of the depth. `rows` is a constant at each call. */
+static inline void add_products(float sum[][OUT_LANES], int rows, const float *w, size_t w_row, const int32_t *offset,
+                                const float (*row)[OUT_LANES], int depth) {
+    for (int k0 = 0; k0 < depth; k0 += CHAIN) {
+        float acc[OUT_ROWS][OUT_LANES];
+        int end = smaller(k0 + CHAIN, depth);
+        for (int r = 0; r < rows; r++)
+            for (int l = 0; l < OUT_LANES; l++) acc[r][l] = 0;
+        for (int k = k0; k < end; k++)
+            for (int r = 0; r < rows; r++)
+                AC_LANES for (int l = 0; l < OUT_LANES; l++)
+                    acc[r][l] += w[(size_t)r * w_row + (size_t)offset[k]] * row[k][l];
+        for (int r = 0; r < rows; r++)
+            for (int l = 0; l < OUT_LANES; l++) sum[r][l] += acc[r][l];
+    }
+}
+
+/* Add weights x panel to the tile's points of every output plane. */
+static void multiply_panel(const field *f, const tile *t, const panel *b, int depth, int resume) {
+    for (int r0 = 0; r0 < f->rows; r0 += OUT_ROWS) {
+        float sum[OUT_ROWS][OUT_LANES];
+        int rows = smaller(OUT_ROWS, f->rows - r0);
+        const float *w = f->w + (size_t)r0 * f->w_row;
+        for (int r = 0; r < rows; r++) {
+            const float *from = f->out + (size_t)(r0 + r) * f->out_plane;
+            float start = f->bias ? f->bias[r0 + r] : 0;
+            if (resume && t->contiguous)
+                memcpy(sum[r], from + t->out[0], sizeof sum[r]);
+            else
+                AC_LANES for (int l = 0; l < OUT_LANES; l++) sum[r][l] = start;
+            for (int l = 0; resume && !t->contiguous && l < t->lanes; l++) sum[r][l] = from[t->out[l]];
+        }
+        if (rows == OUT_ROWS)
+            add_products(sum, OUT_ROWS, w, f->w_row, b->offset, b->row, depth);
+        else
+            for (int r = 0; r < rows; r++)
+                add_products(sum + r, 1, w + (size_t)r * f->w_row, f->w_row, b->offset, b->row, depth);
+        for (int r = 0; r < rows; r++) {
+            float *to = f->out + (size_t)(r0 + r) * f->out_plane;
+            if (t->contiguous)
+                memcpy(to + t->out[0], sum[r], sizeof sum[r]);
+            else
+                for (int l = 0; l < t->lanes; l++) to[t->out[l]] = sum[r][l];
+        }
+    }
+}
+
+/* Dense: for each tile, weights (rows x depth) times a panel (depth x OUT_LANES) copied from the source. */
+static void correlate_panels(const field *f, panel *b) {
+    size_t points = (size_t)f->batch * (size_t)f->grid[0] * (size_t)f->grid[1];
+    int together = f->taps ? PANEL / f->taps : f->planes;
+    for (size_t at = 0; at < points; at += OUT_LANES) {
+        tile t;
+        cut_tile(&t, f, at, points);
+        for (int c0 = 0; c0 < f->planes; c0 += together) {
+            int depth = 0;
+            for (int c = c0; c < smaller(c0 + together, f->planes); c++)
+                for (int k = 0; k < f->taps; k++, depth++) {
+                    b->offset[depth] = (int32_t)((size_t)c * f->w_plane) + f->weight[k];
+                    fill_row(b->row[depth], f, &t, c, k);
+                }
+            multiply_panel(f, &t, b, depth, f->resume || c0 > 0);
+        }
+    }
+}
+
+/* ---- depthwise: one source plane to one output plane ----------------------------------------------------------- */
+
+/* Part of a source plane with zeros around it: what `rows` x `cols` grid points see. Columns are sorted by their
+ * remainder modulo the step, so that neighbouring points read neighbouring floats whatever the step. */
+typedef struct {
+    int rows, cols;         /* grid points that it serves; cols is a multiple of LANES */
+    int first[2], height;   /* first row and column, from what tap (0, 0) sees; rows */
+    int width, pitch, down; /* floats of one remainder; of a row; from one grid row to the next */
+    int32_t offset[TAPS];   /* from a grid point's place to what tap t sees */
+    float w[TAPS];          /* of each tap */
+    float data[PATCH];
+} patch;
+
+/* Lay out patches for the field's taps; 0 where none fits. */
+static int plan_patch(patch *p, const field *f) {
+    int low[2] = {f->row[0], f->col[0]}, high[2] = {f->row[0], f->col[0]};
+    for (int k = 1; k < f->taps; k++) {
+        low[0] = smaller(low[0], f->row[k]);
+        low[1] = smaller(low[1], f->col[k]);
+        high[0] = larger(high[0], f->row[k]);
+        high[1] = larger(high[1], f->col[k]);
+    }
+    int64_t step = f->step[1], more = (high[1] - low[1]) / step, tall = high[0] - low[0] + 1;
+    int64_t cols = f->grid[1] > 3 * LANES ? 4 * LANES : (f->grid[1] + LANES - 1) / LANES * LANES;
+    while (cols > LANES && (cols + more) * step * (tall + 3 * (int64_t)f->step[0]) > PATCH) cols -= LANES;
+    int64_t pitch = (cols + more) * step;
+    if (f->taps == 0 || pitch * tall > PATCH) return 0;
+    p->cols = (int)cols;
+    p->rows = smaller(f->grid[0], (int)((PATCH / pitch - tall) / f->step[0]) + 1);
+    if (p->rows > 4 && p->rows < f->grid[0]) p->rows -= p->rows % 4;
+    p->height = (p->rows - 1) * f->step[0] + (int)tall;
+    p->width = (int)(cols + more);
+    p->pitch = (int)pitch;
+    p->down = f->step[0] * p->pitch;
+    p->first[0] = low[0];
+    p->first[1] = low[1];
+    for (int k = 0; k < f->taps; k++) {
+        int col = f->col[k] - low[1];
+        p->offset[k] = (f->row[k] - low[0]) * p->pitch + col % f->step[1] * p->width + col / f->step[1];
+    }
+    return 1;
+}
+
+/* Copy what the grid points from (i, j) on see of a source plane. */
+static void fill_patch(patch *p, const field *f, const float *source, int i, int j) {
+    int row = i * f->step[0] + p->first[0], col = j * f->step[1] + p->first[1], step = f->step[1];
+    int top = first_inside(row, 1, p->height), bottom = end_inside(row, 1, f->size[0], p->height);
+    memset(p->data, 0, (size_t)p->height * (size_t)p->pitch * sizeof(float));
+    for (int phase = 0; phase < step; phase++, col++) {
+        int low = first_inside(col, step, p->width), high = end_inside(col, step, f->size[1], p->width);
+        for (int r = top; low < high && r < bottom; r++)
+            copy_steps(p->data + r * p->pitch + phase * p->width + low,
+                       source + (size_t)(row + r) * (size_t)f->size[1] + (size_t)(col + low * step), step, high - low);
+    }
+}
+
+/* sum[r][l] += w[t] * data[r * down + offset[t] + l] for each tap t in order. `rows` is a constant at each call. */
+static inline void add_taps(float sum[][LANES], int rows, const patch *p, int taps, const float *data) {
+    float acc[4][LANES];
+    const float *w = p->w;
+    const int32_t *offset = p->offset;
+    int down = p->down;
+    for (int r = 0; r < rows; r++)
+        for (int l = 0; l < LANES; l++) acc[r][l] = sum[r][l];
+    for (int k = 0; k < taps; k++)
+        for (int r = 0; r < rows; r++)
+            AC_LANES for (int l = 0; l < LANES; l++)
+                acc[r][l] += w[k] * data[r * down + offset[k] + l];
+    for (int r = 0; r < rows; r++)
+        for (int l = 0; l < LANES; l++) sum[r][l] = acc[r][l];
+}
+
+/* Up to 4 x LANES outputs, the first at `out`, which sees the patch from `data`. */
+static void correlate_block(const field *f, const patch *p, const float *data, float *out, int rows, int cols) {
+    float sum[4][LANES], start = f->bias ? f->bias[0] : 0;
+    for (int r = 0; r < 4; r++) {
+        AC_LANES for (int l = 0; l < LANES; l++) sum[r][l] = start;
+        for (int l = 0; f->resume && r < rows && l < cols; l++)
+            sum[r][l] = out[(size_t)r * f->out_row + (size_t)l * f->out_col];
+    }
+    if (rows == 4)
+        add_taps(sum, 4, p, f->taps, data);
+    else
+        for (int r = 0; r < rows; r++) add_taps(sum + r, 1, p, f->taps, data + r * p->down);
+    for (int r = 0; r < rows; r++) {
+        float *to = out + (size_t)r * f->out_row;
+        if (cols == LANES && f->out_col == 1)
+            memcpy(to, sum[r], sizeof sum[r]);
+        else
+            for (int l = 0; l < cols; l++) to[(size_t)l * f->out_col] = sum[r][l];
+    }
+}
+
+static void correlate_patches(const field *f, patch *p) {
+    for (int k = 0; k < f->taps; k++) p->w[k] = f->w[f->weight[k]];
+    for (int n = 0; n < f->batch; n++)
+        for (int i0 = 0; i0 < f->grid[0]; i0 += p->rows)
+            for (int j0 = 0; j0 < f->grid[1]; j0 += p->cols) {
+                int rows = smaller(p->rows, f->grid[0] - i0), cols = smaller(p->cols, f->grid[1] - j0);
+                fill_patch(p, f, f->source + (size_t)n * f->source_image, i0, j0);
+                for (int i = 0; i < rows; i += 4)
+                    for (int j = 0; j < cols; j += LANES)
+                        correlate_block(f, p, p->data + i * p->down + j,
+                                        f->out + (size_t)n * f->out_image + (size_t)(i0 + i) * f->out_row
+                                            + (size_t)(j0 + j) * f->out_col,
+                                        smaller(4, rows - i), smaller(LANES, cols - j));
+            }
+}
+
+/* ---- conv and conv_input_grad ---------------------------------------------------------------------------------- */
+
+/* The field for each group of planes. */
+static void correlate(field *f, int groups) {
+    union {
+        patch patch;
+        panel panel;
+    } room;
+    const float *source = f->source, *w = f->w, *bias = f->bias;
+    float *out = f->out;
+    int depthwise = f->rows == 1 && f->planes == 1 && plan_patch(&room.patch, f);
+    for (int g = 0; g < groups; g++) {
+        if (depthwise)
+            correlate_patches(f, &room.patch);
+        else
+            correlate_panels(f, &room.panel);
+        f->source += (size_t)f->planes * f->source_plane;
+        f->out += (size_t)f->rows * f->out_plane;
+        f->w += f->w_group;
+        if (f->bias) f->bias += f->rows;
+    }
+    f->source = source;
+    f->w = w;
+    f->bias = bias;
+    f->out = out;
+}
+
+/* x (N, C, H, W), w (O, C / groups, kH, kW), bias (O)? -> y (N, O, P, Q) */
+ac_status AC_KERNEL(conv)(const ac_call *c) {
+    const ac_attr_conv *a = c->attr;
+    shape x = shape_of(AC_IN_T(c, 0)), w = shape_of(AC_IN_T(c, 1)), y = shape_of(AC_OUT_T(c, 0));
+    field f = {.batch = x.n, .rows = y.c / a->groups, .planes = w.c, .grid = {y.h, y.w}, .size = {x.h, x.w},
+               .step = {a->stride[0], a->stride[1]}, .source = AC_IN(c, 0), .w = AC_IN(c, 1), .bias = AC_IN(c, 2),
+               .out = AC_OUT(c, 0), .source_plane = x.plane, .source_image = x.image, .w_row = w.image,
+               .w_plane = w.plane, .w_group = w.image * (size_t)(y.c / a->groups), .out_image = y.image,
+               .out_plane = y.plane, .out_row = (size_t)y.w, .out_col = 1};
+    for (int t0 = 0; t0 < w.h * w.w; t0 += TAPS) {
+        f.taps = smaller(TAPS, w.h * w.w - t0);
+        for (int k = 0; k < f.taps; k++) {
+            f.weight[k] = t0 + k;
+            f.row[k] = (t0 + k) / w.w * a->dilation[0] - a->before[0];
+            f.col[k] = (t0 + k) % w.w * a->dilation[1] - a->before[1];
+        }
+        correlate(&f, a->groups);
+        f.resume = 1;
+    }
+    return AC_OK;
+}
+
+/* Input points up + i * stride, left + j * stride: only some taps reach them, the same for all of them. */
+static void input_grad_phase(field *f, const ac_attr_conv_input_grad *a, const shape *w, int up, int left) {
+    f->resume = f->taps = 0;
+    for (int t = 0; t < w->h * w->w; t++) {
+        int row = up + a->before[0] - t / w->w * a->dilation[0], col = left + a->before[1] - t % w->w * a->dilation[1];
+        if (row % a->stride[0] || col % a->stride[1]) continue;
+        f->weight[f->taps] = t;
+        f->row[f->taps] = row / a->stride[0];
+        f->col[f->taps] = col / a->stride[1];
+        if (++f->taps < TAPS) continue;
+        correlate(f, a->groups);
+        f->resume = 1;
+        f->taps = 0;
+    }
+    if (f->taps || !f->resume) correlate(f, a->groups);
+}
+
+/* d (N, O, P, Q), w (O, C / groups, kH, kW) -> dx (N, C, H, W) */
+ac_status AC_KERNEL(conv_input_grad)(const ac_call *c) {
+    const ac_attr_conv_input_grad *a = c->attr;
+    shape d = shape_of(AC_IN_T(c, 0)), w = shape_of(AC_IN_T(c, 1)), x = shape_of(AC_OUT_T(c, 0));
+    field f = {.batch = x.n, .rows = w.c, .planes = d.c / a->groups, .step = {1, 1}, .size = {d.h, d.w},
+               .source = AC_IN(c, 0), .w = AC_IN(c, 1), .source_plane = d.plane, .source_image = d.image,
+               .w_row = w.plane, .w_plane = w.image, .w_group = w.image * (size_t)(d.c / a->groups),
+               .out_image = x.image, .out_plane = x.plane, .out_row = (size_t)x.w * (size_t)a->stride[0],
+               .out_col = (size_t)a->stride[1]};
+    for (int up = 0; up < smaller(a->stride[0], x.h); up++)
+        for (int left = 0; left < smaller(a->stride[1], x.w); left++) {
+            f.out = (float *)AC_OUT(c, 0) + (size_t)up * (size_t)x.w + left;
+            f.grid[0] = (x.h - 1 - up) / a->stride[0] + 1;
+            f.grid[1] = (x.w - 1 - left) / a->stride[1] + 1;
+            input_grad_phase(&f, a, &w, up, left);
+        }
+    return AC_OK;
+}
+
+/* ---- conv_weight_grad ------------------------------------------------------------------------------------------ */
+
+/* x (N, C, H, W), d (N, O, P, Q) and dw (O, C / groups, kH, kW), from one group's first channels on. */
+typedef struct {
+    shape x, d, w;
+    const float *source, *grad;
+    float *out;
+    const ac_attr_conv_weight_grad *a;
+    int channels; /* output channels of the group */
+} weight_grad;
+
+/* Pixels n in [low[0], high[0]), p in [low[1], high[1]), q in [low[2], high[2]) of d. */
+typedef struct {
+    int low[3], high[3];
+} block;
+
+/* side[pixel][l] = d of output channel o + l, zero past the group's last one. */
+static void fill_side(float side[][OUT_LANES], const weight_grad *s, const block *b, int o) {
+    int count = smaller(OUT_LANES, s->channels - o), pixel = 0;
+    for (int n = b->low[0]; n < b->high[0]; n++)
+        for (int p = b->low[1]; p < b->high[1]; p++) {
+            const float *d = s->grad + (size_t)n * s->d.image + (size_t)o * s->d.plane + (size_t)p * (size_t)s->d.w;
+            for (int q = b->low[2]; q < b->high[2]; q++, pixel++) {
+                for (int l = 0; l < count; l++) side[pixel][l] = d[(size_t)l * s->d.plane + (size_t)q];
+                for (int l = count; l < OUT_LANES; l++) side[pixel][l] = 0;
+            }
+        }
+}
+
+/* sum[r][l] = sum over the pixels `in` of what tap (row, col) sees of x plane r, times side. `side` covers `b`. */
+static inline void sum_pixels(float sum[][OUT_LANES], int rows, const weight_grad *s, const float *x, int row, int col,
+                              float side[][OUT_LANES], const block *b, const block *in) {
+    float acc[OUT_ROWS][OUT_LANES];
+    int width = b->high[2] - b->low[2], height = b->high[1] - b->low[1], right = s->a->stride[1];
+    for (int r = 0; r < rows; r++)
+        for (int l = 0; l < OUT_LANES; l++) acc[r][l] = 0;
+    for (int n = in->low[0]; n < in->high[0]; n++)
+        for (int p = in->low[1]; p < in->high[1]; p++) {
+            const float *from = x + (size_t)n * s->x.image + (size_t)(p * s->a->stride[0] + row) * (size_t)s->x.w;
+            const int first = ((n - b->low[0]) * height + p - b->low[1]) * width - b->low[2];
+            for (int q = in->low[2]; q < in->high[2]; q++)
+                for (int r = 0; r < rows; r++)
+                    AC_LANES for (int l = 0; l < OUT_LANES; l++)
+                        acc[r][l] += from[(size_t)r * s->x.plane + (size_t)(q * right + col)] * side[first + q][l];
+        }
+    for (int r = 0; r < rows; r++)
+        for (int l = 0; l < OUT_LANES; l++) sum[r][l] = acc[r][l];
+}
+
+/* Add what the pixels of `b` give to dw of output channels o, o + 1, ... and kernel element t. */
+static void add_tap_grad(const weight_grad *s, float side[][OUT_LANES], const block *b, int o, int t) {
+    const ac_attr_conv_weight_grad *a = s->a;
+    int row = t / s->w.w * a->dilation[0] - a->before[0], col = t % s->w.w * a->dilation[1] - a->before[1];
+    block in = *b;
+    in.low[1] = larger(b->low[1], first_inside(row, a->stride[0], s->d.h));
+    in.low[2] = larger(b->low[2], first_inside(col, a->stride[1], s->d.w));
+    in.high[1] = smaller(b->high[1], end_inside(row, a->stride[0], s->x.h, s->d.h));
+    in.high[2] = smaller(b->high[2], end_inside(col, a->stride[1], s->x.w, s->d.w));
+    if (in.low[1] >= in.high[1] || in.low[2] >= in.high[2]) return;
+    for (int c = 0; c < s->w.c; c += OUT_ROWS) {
+        float sum[OUT_ROWS][OUT_LANES];
+        int rows = smaller(OUT_ROWS, s->w.c - c), count = smaller(OUT_LANES, s->channels - o);
+        const float *x = s->source + (size_t)c * s->x.plane;
+        if (rows == OUT_ROWS)
+            sum_pixels(sum, OUT_ROWS, s, x, row, col, side, b, &in);
+        else
+            for (int r = 0; r < rows; r++)
+                sum_pixels(sum + r, 1, s, x + (size_t)r * s->x.plane, row, col, side, b, &in);
+        for (int l = 0; l < count; l++)
+            for (int r = 0; r < rows; r++)
+                s->out[(size_t)(o + l) * s->w.image + (size_t)(c + r) * s->w.plane + (size_t)t] += sum[r][l];
+    }
+}
+
+/* Dense: PIXELS at a time, d is copied so that output channels lie side by side, and meets every tap of x. */
+static void weight_grad_dense(const weight_grad *s, float side[PIXELS][OUT_LANES]) {
+    int cols = smaller(PIXELS, s->d.w), rows = smaller(PIXELS / cols, s->d.h);
+    int images = rows == s->d.h && cols == s->d.w ? PIXELS / (rows * cols) : 1;
+    for (int n = 0; n < s->d.n; n += images)
+        for (int p = 0; p < s->d.h; p += rows)
+            for (int q = 0; q < s->d.w; q += cols) {
+                block b = {{n, p, q},
+                           {smaller(n + images, s->d.n), smaller(p + rows, s->d.h), smaller(q + cols, s->d.w)}};
+                for (int o = 0; o < s->channels; o += OUT_LANES) {
+                    fill_side(side, s, &b, o);
+                    for (int t = 0; t < s->w.h * s->w.w; t++) add_tap_grad(s, side, &b, o, t);
+                }
+            }
+}
+
+/* Add to dw of taps t .. t + 3 what `rows` x `cols` grid points give: d is their first, edge[i] the end of row i,
+ * cols % LANES floats and zeros. */
+static void add_patch_grad(const weight_grad *s, const patch *p, const float *d, float edge[][LANES], int rows,
+                           int cols, int t, int taps) {
+    float acc[4][LANES];
+    int32_t offset[4];
+    for (int k = 0; k < 4; k++) {
+        offset[k] = p->offset[smaller(t + k, taps - 1)];
+        for (int l = 0; l < LANES; l++) acc[k][l] = 0;
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < cols; j += LANES) {
+            const float *v = cols - j < LANES ? edge[i] : d + (size_t)i * (size_t)s->d.w + j;
+            const float *data = p->data + i * p->down + j;
+            for (int k = 0; k < 4; k++)
+                AC_LANES for (int l = 0; l < LANES; l++)
+                    acc[k][l] += v[l] * data[offset[k] + l];
+        }
+    for (int k = 0; k < smaller(4, taps - t); k++) s->out[t + k] += sum_lanes(acc[k]);
+}
+
+/* What depthwise weight gradients see of x. 0 where the convolution is not depthwise, or patches do not fit. */
+static int plan_weight_grad(const weight_grad *s, field *f, patch *p) {
+    const ac_attr_conv_weight_grad *a = s->a;
+    int taps = s->w.h * s->w.w;
+    if (s->channels != 1 || s->w.c != 1 || taps > TAPS) return 0;
+    *f = (field){.grid = {s->d.h, s->d.w}, .size = {s->x.h, s->x.w}, .step = {a->stride[0], a->stride[1]},
+                 .taps = taps};
+    for (int t = 0; t < taps; t++) {
+        f->row[t] = t / s->w.w * a->dilation[0] - a->before[0];
+        f->col[t] = t % s->w.w * a->dilation[1] - a->before[1];
+    }
+    if (!plan_patch(p, f)) return 0;
+    p->rows = smaller(p->rows, EDGE);
+    return 1;
+}
+
+static void weight_grad_depthwise(const weight_grad *s, const field *f, patch *p, float edge[EDGE][LANES]) {
+    for (int n = 0; n < s->d.n; n++)
+        for (int i0 = 0; i0 < s->d.h; i0 += p->rows)
+            for (int j0 = 0; j0 < s->d.w; j0 += p->cols) {
+                int rows = smaller(p->rows, s->d.h - i0), cols = smaller(p->cols, s->d.w - j0);
+                int full = cols - cols % LANES;
+                const float *d = s->grad + (size_t)n * s->d.image + (size_t)i0 * (size_t)s->d.w + j0;
+                fill_patch(p, f, s->source + (size_t)n * s->x.image, i0, j0);
+                for (int i = 0; full < cols && i < rows; i++)
+                    for (int l = 0; l < LANES; l++)
+                        edge[i][l] = l < cols - full ? d[(size_t)i * (size_t)s->d.w + (size_t)(full + l)] : 0;
+                for (int t = 0; t < f->taps; t += 4) add_patch_grad(s, p, d, edge, rows, cols, t, f->taps);
+            }
+}
+
+/* x (N, C, H, W), d (N, O, P, Q) -> dw (O, C / groups, kH, kW) */
+ac_status AC_KERNEL(conv_weight_grad)(const ac_call *c) {
+    const ac_attr_conv_weight_grad *a = c->attr;
+    weight_grad s = {.x = shape_of(AC_IN_T(c, 0)), .d = shape_of(AC_IN_T(c, 1)), .w = shape_of(AC_OUT_T(c, 0)),
+                     .source = AC_IN(c, 0), .grad = AC_IN(c, 1), .out = AC_OUT(c, 0), .a = a};
+    s.channels = s.d.c / a->groups;
+    field f;
+    union {
+        struct {
+            patch patch;
+            float edge[EDGE][LANES];
+        } depthwise;
+        float side[PIXELS][OUT_LANES];
+    } room;
+    int depthwise = plan_weight_grad(&s, &f, &room.depthwise.patch);
+    memset(s.out, 0, AC_OUT_T(c, 0)->size * sizeof(float));
+    for (int g = 0; g < a->groups; g++) {
+        if (depthwise)
+            weight_grad_depthwise(&s, &f, &room.depthwise.patch, room.depthwise.edge);
+        else
+            weight_grad_dense(&s, room.side);
+        s.source += (size_t)s.w.c * s.x.plane;
+        s.grad += (size_t)s.channels * s.d.plane;
+        s.out += (size_t)s.channels * s.w.image;
+    }
+    return AC_OK;
+}
+
+/* ---- pooling --------------------------------------------------------------------------------------------------- */
+
+/* best[l] = from[l * step] where that is larger, or the first that is not a number; at[l] = which tap it was. */
+static inline void keep_larger(float *restrict best, int32_t *restrict at, const float *restrict from, int step,
+                               int count, int32_t tap) {
+    for (int l = 0; l < count; l++) {
+        float v = from[l * (ptrdiff_t)step], b = best[l];
+        int keep = (v <= b) | (b != b);
+        best[l] = keep ? b : v;
+        at[l] = keep ? at[l] : tap;
+    }
+}
+
+/* Output row p of one plane, columns [q, q + count): the windows' largest values and their taps. */
+static void pool_segment(const ac_attr_max_pool *a, const shape *x, const float *plane, int p, int q, int count,
+                         float *best, int32_t *at) {
+    int row = p * a->stride[0] - a->before[0], step = a->stride[1];
+    int top = first_inside(row, a->dilation[0], a->kernel[0]);
+    int bottom = end_inside(row, a->dilation[0], x->h, a->kernel[0]);
+    for (int l = 0; l < count; l++) {
+        best[l] = -INFINITY;
+        at[l] = 0;
+    }
+    for (int i = top; i < bottom; i++)
+        for (int j = 0; j < a->kernel[1]; j++) {
+            int col = q * step - a->before[1] + j * a->dilation[1], tap = i * a->kernel[1] + j;
+            int low = first_inside(col, step, count), high = end_inside(col, step, x->w, count);
+            if (low >= high) continue;
+            const float *from = plane + (size_t)(row + i * a->dilation[0]) * (size_t)x->w + (size_t)(col + low * step);
+            if (step == 1)
+                keep_larger(best + low, at + low, from, 1, high - low, tap);
+            else if (step == 2)
+                keep_larger(best + low, at + low, from, 2, high - low, tap);
+            else
+                keep_larger(best + low, at + low, from, step, high - low, tap);
+        }
+}
+
+/* x (N, C, H, W) -> y (N, C, P, Q), index (N, C, P, Q)? of the first largest element, row by row in its window */
+ac_status AC_KERNEL(max_pool)(const ac_call *c) {
+    const ac_attr_max_pool *a = c->attr;
+    shape x = shape_of(AC_IN_T(c, 0)), y = shape_of(AC_OUT_T(c, 0));
+    const float *plane = AC_IN(c, 0);
+    float *out = AC_OUT(c, 0), best[SEGMENT];
+    uint8_t *small = AC_OUT(c, 1) && AC_OUT_T(c, 1)->dtype == AC_U8 ? AC_OUT(c, 1) : NULL;
+    uint16_t *large = AC_OUT(c, 1) && AC_OUT_T(c, 1)->dtype == AC_U16 ? AC_OUT(c, 1) : NULL;
+    int32_t at[SEGMENT];
+    size_t done = 0;
+    for (size_t k = 0; k < (size_t)x.n * (size_t)x.c; k++, plane += x.plane)
+        for (int p = 0; p < y.h; p++)
+            for (int q = 0; q < y.w; q += SEGMENT) {
+                int count = smaller(SEGMENT, y.w - q);
+                pool_segment(a, &x, plane, p, q, count, best, at);
+                memcpy(out + done, best, (size_t)count * sizeof(float));
+                for (int l = 0; small && l < count; l++) small[done + (size_t)l] = (uint8_t)at[l];
+                for (int l = 0; large && l < count; l++) large[done + (size_t)l] = (uint16_t)at[l];
+                done += (size_t)count;
+            }
+    return AC_OK;
+}
+
+/* d (N, C, P, Q), index (N, C, P, Q) -> dx (N, C, H, W). An index outside of the window or the input is ignored. */
+ac_status AC_KERNEL(max_pool_grad)(const ac_call *c) {
+    const ac_attr_max_pool_grad *a = c->attr;
+    shape y = shape_of(AC_IN_T(c, 0)), x = shape_of(AC_OUT_T(c, 0));
+    const float *d = AC_IN(c, 0);
+    const uint8_t *small = AC_IN_T(c, 1)->dtype == AC_U8 ? AC_IN(c, 1) : NULL;
+    const uint16_t *large = AC_IN(c, 1);
+    float *plane = AC_OUT(c, 0);
+    memset(plane, 0, AC_OUT_T(c, 0)->size * sizeof(float));
+    size_t at = 0;
+    for (size_t k = 0; k < (size_t)x.n * (size_t)x.c; k++, plane += x.plane)
+        for (int p = 0; p < y.h; p++)
+            for (int q = 0; q < y.w; q++, at++) {
+                int tap = small ? small[at] : large[at];
+                if (tap >= a->kernel[0] * a->kernel[1]) continue;
+                int row = p * a->stride[0] - a->before[0] + tap / a->kernel[1] * a->dilation[0];
+                int col = q * a->stride[1] - a->before[1] + tap % a->kernel[1] * a->dilation[1];
+                if (row < 0 || row >= x.h || col < 0 || col >= x.w) continue;
+                plane[(size_t)row * (size_t)x.w + (size_t)col] += d[at];
+            }
+    return AC_OK;
+}
+
+/* Along one dimension: the inputs [low, high) of a window, and how many elements it counts, at least one. */
+typedef struct {
+    int low, high, count;
+} window;
+
+static window window_at(const ac_attr_avg_pool *a, int axis, int i, int size) {
+    int first = i * a->stride[axis] - a->before[axis], last = smaller(first + a->kernel[axis], size + a->after[axis]);
+    int low = larger(first, 0), high = larger(low, smaller(last, size));
+    return (window){low, high, larger(1, a->include_pad ? last - first : high - low)};
+}
+
+static float window_sum(const float *x, size_t width, int rows, int cols) {
+    float lane[LANES] = {0}, rest = 0;
+    for (int i = 0; i < rows; i++, x += width) {
+        int j = 0;
+        for (; j + LANES <= cols; j += LANES)
+            AC_LANES for (int l = 0; l < LANES; l++)
+                lane[l] += x[j + l];
+        for (; j < cols; j++) rest += x[j];
+    }
+    return cols < LANES ? rest : sum_lanes(lane) + rest;
+}
+
+/* x (N, C, H, W) -> y (N, C, P, Q) */
+ac_status AC_KERNEL(avg_pool)(const ac_call *c) {
+    const ac_attr_avg_pool *a = c->attr;
+    shape x = shape_of(AC_IN_T(c, 0)), y = shape_of(AC_OUT_T(c, 0));
+    const float *plane = AC_IN(c, 0);
+    float *out = AC_OUT(c, 0);
+    for (size_t k = 0; k < (size_t)x.n * (size_t)x.c; k++, plane += x.plane)
+        for (int p = 0; p < y.h; p++) {
+            window r = window_at(a, 0, p, x.h);
+            for (int q = 0; q < y.w; q++) {
+                window s = window_at(a, 1, q, x.w);
+                const float *from = plane + (size_t)r.low * (size_t)x.w + (size_t)s.low;
+                float sum = window_sum(from, (size_t)x.w, r.high - r.low, s.high - s.low);
+                *out++ = sum / ((float)r.count * (float)s.count);
+            }
+        }
+    return AC_OK;
+}
+
+/* d (N, C, P, Q) -> dx (N, C, H, W) */
+ac_status AC_KERNEL(avg_pool_grad)(const ac_call *c) {
+    const ac_attr_avg_pool *a = c->attr; /* the same as ac_attr_avg_pool_grad */
+    shape y = shape_of(AC_IN_T(c, 0)), x = shape_of(AC_OUT_T(c, 0));
+    const float *d = AC_IN(c, 0);
+    float *plane = AC_OUT(c, 0);
+    memset(plane, 0, AC_OUT_T(c, 0)->size * sizeof(float));
+    for (size_t k = 0; k < (size_t)x.n * (size_t)x.c; k++, plane += x.plane)
+        for (int p = 0; p < y.h; p++) {
+            window r = window_at(a, 0, p, x.h);
+            for (int q = 0; q < y.w; q++) {
+                window s = window_at(a, 1, q, x.w);
+                float part = *d++ / ((float)r.count * (float)s.count);
+                for (int i = r.low; i < r.high; i++)
+                    for (int j = s.low; j < s.high; j++) plane[(size_t)i * (size_t)x.w + (size_t)j] += part;
+            }
+        }
+    return AC_OK;
+}

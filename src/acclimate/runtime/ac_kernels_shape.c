@@ -1,0 +1,188 @@
+/* Moving elements: permutations, copies of parts, and the sum where a part meets a whole. */
+#include "ac_ops.h"
+
+#include <string.h>
+
+enum { RANK = AC_MAX_RANK, LAST = AC_MAX_RANK - 1 };
+
+/* A walk over the same points of two tensors: sizes, and how far a step goes in each. */
+typedef struct {
+    int32_t size[RANK];
+    ptrdiff_t to[RANK], from[RANK];
+} walk;
+
+/* Sizes of a tensor, with ones before where it has fewer dimensions than RANK; elements from one index to the next. */
+static void dims_of(const ac_tensor *t, int32_t size[RANK], ptrdiff_t step[RANK]) {
+    ptrdiff_t next = 1;
+    for (int i = LAST; i >= 0; i--) {
+        int at = i - (RANK - t->rank);
+        size[i] = at < 0 ? 1 : t->dim[at];
+        step[i] = next;
+        next *= size[i];
+    }
+}
+
+/* Join neighbouring dimensions that are one in both tensors, so that rows are as long as they can be. */
+static void join_dims(walk *w) {
+    int kept = LAST;
+    for (int i = LAST - 1; i >= 0; i--) {
+        int32_t n = w->size[kept];
+        if (w->size[i] == 1) continue;
+        if (n > 1 && w->to[i] == w->to[kept] * n && w->from[i] == w->from[kept] * n) {
+            w->size[kept] *= w->size[i];
+            continue;
+        }
+        if (n > 1) kept--;
+        w->size[kept] = w->size[i];
+        w->to[kept] = w->to[i];
+        w->from[kept] = w->from[i];
+    }
+    while (--kept >= 0) w->size[kept] = 1;
+}
+
+static void move_row(float *to, ptrdiff_t to_step, const float *from, ptrdiff_t from_step, int32_t count, int add) {
+    if (add)
+        for (int32_t i = 0; i < count; i++) to[i * to_step] += from[i * from_step];
+    else if (to_step == 1 && from_step == 1)
+        memmove(to, from, (size_t)count * sizeof(float));
+    else
+        for (int32_t i = 0; i < count; i++) to[i * to_step] = from[i * from_step];
+}
+
+/* Every point of the walk: to = from, or to += from. */
+static void move(walk w, float *to, const float *from, int add) {
+    int32_t at[RANK] = {0};
+    join_dims(&w);
+    for (;;) {
+        move_row(to, w.to[LAST], from, w.from[LAST], w.size[LAST], add);
+        int i = LAST - 1;
+        while (i >= 0 && ++at[i] == w.size[i]) { /* carry: back to the start of this dimension, on in the one before */
+            at[i] = 0;
+            to -= w.to[i] * (w.size[i] - 1);
+            from -= w.from[i] * (w.size[i] - 1);
+            i--;
+        }
+        if (i < 0) return;
+        to += w.to[i];
+        from += w.from[i];
+    }
+}
+
+/* Steps of a walk of sizes `size` over part of a tensor; returns where the part's first element is. step NULL: 1. */
+static ptrdiff_t part_of(const ac_tensor *whole, const int32_t start[RANK], const int32_t *step,
+                         const int32_t size[RANK], ptrdiff_t steps[RANK]) {
+    int32_t all[RANK];
+    ptrdiff_t first = 0, next[RANK];
+    dims_of(whole, all, next);
+    for (int i = 0; i < RANK; i++) {
+        int given = i >= RANK - whole->rank;
+        first += given ? start[i] * next[i] : 0;
+        steps[i] = given && step && size[i] > 1 ? step[i] * next[i] : next[i];
+    }
+    return first;
+}
+
+/* x (d0, d1, ...) -> y (d[perm[0]], d[perm[1]], ...) */
+ac_status AC_KERNEL(transpose)(const ac_call *c) {
+    const ac_attr_transpose *a = c->attr;
+    walk w;
+    int32_t size[RANK];
+    ptrdiff_t step[RANK];
+    int before = RANK - AC_IN_T(c, 0)->rank;
+    dims_of(AC_IN_T(c, 0), size, step);
+    dims_of(AC_OUT_T(c, 0), w.size, w.to);
+    for (int i = 0; i < RANK; i++) w.from[i] = i < before ? 0 : step[before + a->perm[i]];
+    move(w, AC_OUT(c, 0), AC_IN(c, 0), 0);
+    return AC_OK;
+}
+
+/* x -> y, where dimensions of size one are repeated */
+ac_status AC_KERNEL(expand)(const ac_call *c) {
+    walk w;
+    int32_t size[RANK];
+    dims_of(AC_IN_T(c, 0), size, w.from);
+    dims_of(AC_OUT_T(c, 0), w.size, w.to);
+    for (int i = 0; i < RANK; i++)
+        if (size[i] == 1) w.from[i] = 0;
+    move(w, AC_OUT(c, 0), AC_IN(c, 0), 0);
+    return AC_OK;
+}
+
+/* Elements of one index of dimensions [first, rank) of a tensor. */
+static size_t elements_from(const ac_tensor *t, int first) {
+    size_t n = 1;
+    for (int i = first; i < t->rank; i++) n *= (size_t)t->dim[i];
+    return n;
+}
+
+/* x0 (.., A0, ..), x1 (.., A1, ..), ... -> y (.., A0 + A1 + ..., ..) */
+ac_status AC_KERNEL(concat)(const ac_call *c) {
+    const ac_attr_concat *a = c->attr;
+    size_t whole = elements_from(AC_OUT_T(c, 0), a->axis), times = AC_OUT_T(c, 0)->size / whole;
+    float *to = AC_OUT(c, 0);
+    for (uint32_t i = 0; i < c->n_in; i++) {
+        const float *from = AC_IN(c, i);
+        size_t part = elements_from(AC_IN_T(c, i), a->axis);
+        for (size_t k = 0; k < times; k++) memmove(to + k * whole, from + k * part, part * sizeof(float));
+        to += part;
+    }
+    return AC_OK;
+}
+
+/* x -> y = x[start::step], as many as y has */
+ac_status AC_KERNEL(slice)(const ac_call *c) {
+    const ac_attr_slice *a = c->attr;
+    walk w;
+    dims_of(AC_OUT_T(c, 0), w.size, w.to);
+    ptrdiff_t first = part_of(AC_IN_T(c, 0), a->start, a->step, w.size, w.from);
+    move(w, AC_OUT(c, 0), (const float *)AC_IN(c, 0) + first, 0);
+    return AC_OK;
+}
+
+/* d -> y = 0, then y[start::step] = d */
+ac_status AC_KERNEL(slice_grad)(const ac_call *c) {
+    const ac_attr_slice_grad *a = c->attr;
+    walk w;
+    dims_of(AC_IN_T(c, 0), w.size, w.from);
+    ptrdiff_t first = part_of(AC_OUT_T(c, 0), a->start, a->step, w.size, w.to);
+    memset(AC_OUT(c, 0), 0, AC_OUT_T(c, 0)->size * sizeof(float));
+    move(w, (float *)AC_OUT(c, 0) + first, AC_IN(c, 0), 0);
+    return AC_OK;
+}
+
+/* acc, d -> y = acc, then y[start::step] += d; y may be acc */
+ac_status AC_KERNEL(slice_add)(const ac_call *c) {
+    const ac_attr_slice_add *a = c->attr;
+    walk w;
+    dims_of(AC_IN_T(c, 1), w.size, w.from);
+    ptrdiff_t first = part_of(AC_OUT_T(c, 0), a->start, a->step, w.size, w.to);
+    if (AC_OUT(c, 0) != AC_IN(c, 0)) memmove(AC_OUT(c, 0), AC_IN(c, 0), AC_OUT_T(c, 0)->size * sizeof(float));
+    move(w, (float *)AC_OUT(c, 0) + first, AC_IN(c, 1), 1);
+    return AC_OK;
+}
+
+/* x -> y = value, then y[before:] = x, as many as x has */
+ac_status AC_KERNEL(pad)(const ac_call *c) {
+    const ac_attr_pad *a = c->attr;
+    walk w;
+    float *to = AC_OUT(c, 0);
+    dims_of(AC_IN_T(c, 0), w.size, w.from);
+    ptrdiff_t first = part_of(AC_OUT_T(c, 0), a->before, NULL, w.size, w.to);
+    for (uint32_t i = 0; i < AC_OUT_T(c, 0)->size; i++) to[i] = a->value;
+    move(w, to + first, AC_IN(c, 0), 0);
+    return AC_OK;
+}
+
+/* x (.., A, ..), index (P) -> y (.., P, ..). The index is a constant that was checked when the Program was loaded. */
+ac_status AC_KERNEL(take)(const ac_call *c) {
+    const ac_attr_take *a = c->attr;
+    const ac_tensor *x = AC_IN_T(c, 0);
+    const int32_t *index = AC_IN(c, 1);
+    const float *from = AC_IN(c, 0);
+    float *to = AC_OUT(c, 0);
+    size_t inner = elements_from(x, a->axis + 1), whole = inner * (size_t)x->dim[a->axis], times = x->size / whole;
+    for (size_t k = 0; k < times; k++, from += whole)
+        for (uint32_t p = 0; p < AC_IN_T(c, 1)->size; p++, to += inner)
+            memmove(to, from + (size_t)index[p] * inner, inner * sizeof(float));
+    return AC_OK;
+}

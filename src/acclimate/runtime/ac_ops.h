@@ -1,0 +1,436 @@
+/* Generated from src/acclimate/ops by `make generate`. Do not edit. */
+#ifndef AC_OPS_H
+#define AC_OPS_H
+
+#include "ac_kernel.h"
+
+#define AC_TABLE_HASH 0xBC3A6D75u
+
+typedef enum {
+    AC_OP_RELU = 0,
+    AC_OP_HARD_TANH = 1,
+    AC_OP_LEAKY_RELU = 2,
+    AC_OP_GATE = 3,
+    AC_OP_GATE_BITS = 4,
+    AC_OP_SIGMOID = 5,
+    AC_OP_SIGMOID_GRAD = 6,
+    AC_OP_TANH = 7,
+    AC_OP_TANH_GRAD = 8,
+    AC_OP_GELU = 9,
+    AC_OP_GELU_GRAD = 10,
+    AC_OP_SILU = 11,
+    AC_OP_SILU_GRAD = 12,
+    AC_OP_HARD_SWISH = 13,
+    AC_OP_HARD_SWISH_GRAD = 14,
+    AC_OP_HARD_SIGMOID = 15,
+    AC_OP_HARD_SIGMOID_GRAD = 16,
+    AC_OP_ELU = 17,
+    AC_OP_ELU_GRAD = 18,
+    AC_OP_SOFTPLUS = 19,
+    AC_OP_SOFTPLUS_GRAD = 20,
+    AC_OP_EXP = 21,
+    AC_OP_EXP_GRAD = 22,
+    AC_OP_LOG = 23,
+    AC_OP_LOG_GRAD = 24,
+    AC_OP_SQRT = 25,
+    AC_OP_SQRT_GRAD = 26,
+    AC_OP_SQUARE = 27,
+    AC_OP_SQUARE_GRAD = 28,
+    AC_OP_ABS = 29,
+    AC_OP_ABS_GRAD = 30,
+    AC_OP_RECIPROCAL = 31,
+    AC_OP_RECIPROCAL_GRAD = 32,
+    AC_OP_ADD = 33,
+    AC_OP_SUB = 34,
+    AC_OP_MUL = 35,
+    AC_OP_DIV = 36,
+    AC_OP_AFFINE = 37,
+    AC_OP_SUM = 38,
+    AC_OP_MEAN = 39,
+    AC_OP_CONV = 40,
+    AC_OP_CONV_INPUT_GRAD = 41,
+    AC_OP_CONV_WEIGHT_GRAD = 42,
+    AC_OP_MATMUL = 43,
+    AC_OP_SOFTMAX = 44,
+    AC_OP_SOFTMAX_GRAD = 45,
+    AC_OP_LOG_SOFTMAX = 46,
+    AC_OP_LOG_SOFTMAX_GRAD = 47,
+    AC_OP_MAX_POOL = 48,
+    AC_OP_MAX_POOL_GRAD = 49,
+    AC_OP_AVG_POOL = 50,
+    AC_OP_AVG_POOL_GRAD = 51,
+    AC_OP_BATCH_NORM = 52,
+    AC_OP_BATCH_NORM_INPUT_GRAD = 53,
+    AC_OP_BATCH_NORM_GAMMA_GRAD = 54,
+    AC_OP_BATCH_NORM_TRAIN = 55,
+    AC_OP_BATCH_NORM_TRAIN_GRAD = 56,
+    AC_OP_LAYER_NORM = 57,
+    AC_OP_LAYER_NORM_GRAD = 58,
+    AC_OP_DROPOUT = 59,
+    AC_OP_RESHAPE = 60,
+    AC_OP_TRANSPOSE = 61,
+    AC_OP_EXPAND = 62,
+    AC_OP_CONCAT = 63,
+    AC_OP_SLICE = 64,
+    AC_OP_SLICE_GRAD = 65,
+    AC_OP_SLICE_ADD = 66,
+    AC_OP_PAD = 67,
+    AC_OP_TAKE = 68,
+    AC_OP_CROSS_ENTROPY = 69,
+    AC_OP_CROSS_ENTROPY_GRAD = 70,
+    AC_OP_BINARY_CROSS_ENTROPY = 71,
+    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 72,
+    AC_OP_MSE = 73,
+    AC_OP_MSE_GRAD = 74,
+    AC_OP_SGD = 75,
+    AC_OP_ADAM = 76,
+    AC_OP_EMA = 77,
+    AC_OP_ACCUMULATE = 78,
+    AC_OP_CLEAR = 79,
+    AC_OP_INCREMENT = 80,
+    AC_OP_SUM_SQUARES = 81,
+    AC_OP_CLIP_SCALE = 82,
+    AC_OP_COUNT = 83
+} ac_op;
+
+typedef struct {
+    float low;
+    float high;
+} ac_attr_hard_tanh;
+
+typedef struct {
+    float slope;
+} ac_attr_leaky_relu;
+
+typedef struct {
+    float low;
+    float high;
+    float slope;
+} ac_attr_gate;
+
+typedef struct {
+    float slope;
+} ac_attr_gate_bits;
+
+typedef struct {
+    int32_t tanh;
+} ac_attr_gelu;
+
+typedef struct {
+    int32_t tanh;
+} ac_attr_gelu_grad;
+
+typedef struct {
+    float alpha;
+} ac_attr_elu;
+
+typedef struct {
+    float alpha;
+} ac_attr_elu_grad;
+
+typedef struct {
+    float scale;
+    float shift;
+} ac_attr_affine;
+
+typedef struct {
+    int32_t axes;
+    int32_t keep;
+} ac_attr_sum;
+
+typedef struct {
+    int32_t axes;
+    int32_t keep;
+} ac_attr_mean;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+} ac_attr_conv;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t size[2];
+} ac_attr_conv_input_grad;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t kernel[2];
+} ac_attr_conv_weight_grad;
+
+typedef struct {
+    int32_t ta;
+    int32_t tb;
+} ac_attr_matmul;
+
+typedef struct {
+    int32_t kernel[2];
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+} ac_attr_max_pool;
+
+typedef struct {
+    int32_t kernel[2];
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+} ac_attr_max_pool_grad;
+
+typedef struct {
+    int32_t kernel[2];
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t extra[2];
+    int32_t include_pad;
+} ac_attr_avg_pool;
+
+typedef struct {
+    int32_t kernel[2];
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t extra[2];
+    int32_t include_pad;
+} ac_attr_avg_pool_grad;
+
+typedef struct {
+    float eps;
+} ac_attr_batch_norm;
+
+typedef struct {
+    float eps;
+} ac_attr_batch_norm_input_grad;
+
+typedef struct {
+    float eps;
+} ac_attr_batch_norm_gamma_grad;
+
+typedef struct {
+    float eps;
+    float momentum;
+} ac_attr_batch_norm_train;
+
+typedef struct {
+    float eps;
+} ac_attr_batch_norm_train_grad;
+
+typedef struct {
+    float eps;
+} ac_attr_layer_norm;
+
+typedef struct {
+    float eps;
+} ac_attr_layer_norm_grad;
+
+typedef struct {
+    float p;
+    int32_t salt;
+} ac_attr_dropout;
+
+typedef struct {
+    int32_t perm[6];
+} ac_attr_transpose;
+
+typedef struct {
+    int32_t axis;
+} ac_attr_concat;
+
+typedef struct {
+    int32_t start[6];
+    int32_t step[6];
+} ac_attr_slice;
+
+typedef struct {
+    int32_t start[6];
+    int32_t step[6];
+} ac_attr_slice_grad;
+
+typedef struct {
+    int32_t start[6];
+    int32_t step[6];
+} ac_attr_slice_add;
+
+typedef struct {
+    int32_t before[6];
+    float value;
+} ac_attr_pad;
+
+typedef struct {
+    int32_t axis;
+} ac_attr_take;
+
+typedef struct {
+    float smoothing;
+} ac_attr_cross_entropy;
+
+typedef struct {
+    float smoothing;
+} ac_attr_cross_entropy_grad;
+
+typedef struct {
+    int32_t masked;
+} ac_attr_binary_cross_entropy;
+
+typedef struct {
+    int32_t masked;
+} ac_attr_binary_cross_entropy_grad;
+
+typedef struct {
+    int32_t axis;
+    float momentum;
+    int32_t nesterov;
+    float weight_decay;
+} ac_attr_sgd;
+
+typedef struct {
+    int32_t axis;
+    float beta1;
+    float beta2;
+    float eps;
+    float weight_decay;
+    int32_t decoupled;
+} ac_attr_adam;
+
+typedef struct {
+    float momentum;
+    float scale;
+} ac_attr_ema;
+
+typedef struct {
+    float max_norm;
+} ac_attr_clip_scale;
+
+ac_status AC_KERNEL(relu)(const ac_call *call);
+ac_status AC_KERNEL(hard_tanh)(const ac_call *call);
+ac_status AC_KERNEL(leaky_relu)(const ac_call *call);
+ac_status AC_KERNEL(gate)(const ac_call *call);
+ac_status AC_KERNEL(gate_bits)(const ac_call *call);
+ac_status AC_KERNEL(sigmoid)(const ac_call *call);
+ac_status AC_KERNEL(sigmoid_grad)(const ac_call *call);
+ac_status AC_KERNEL(tanh)(const ac_call *call);
+ac_status AC_KERNEL(tanh_grad)(const ac_call *call);
+ac_status AC_KERNEL(gelu)(const ac_call *call);
+ac_status AC_KERNEL(gelu_grad)(const ac_call *call);
+ac_status AC_KERNEL(silu)(const ac_call *call);
+ac_status AC_KERNEL(silu_grad)(const ac_call *call);
+ac_status AC_KERNEL(hard_swish)(const ac_call *call);
+ac_status AC_KERNEL(hard_swish_grad)(const ac_call *call);
+ac_status AC_KERNEL(hard_sigmoid)(const ac_call *call);
+ac_status AC_KERNEL(hard_sigmoid_grad)(const ac_call *call);
+ac_status AC_KERNEL(elu)(const ac_call *call);
+ac_status AC_KERNEL(elu_grad)(const ac_call *call);
+ac_status AC_KERNEL(softplus)(const ac_call *call);
+ac_status AC_KERNEL(softplus_grad)(const ac_call *call);
+ac_status AC_KERNEL(exp)(const ac_call *call);
+ac_status AC_KERNEL(exp_grad)(const ac_call *call);
+ac_status AC_KERNEL(log)(const ac_call *call);
+ac_status AC_KERNEL(log_grad)(const ac_call *call);
+ac_status AC_KERNEL(sqrt)(const ac_call *call);
+ac_status AC_KERNEL(sqrt_grad)(const ac_call *call);
+ac_status AC_KERNEL(square)(const ac_call *call);
+ac_status AC_KERNEL(square_grad)(const ac_call *call);
+ac_status AC_KERNEL(abs)(const ac_call *call);
+ac_status AC_KERNEL(abs_grad)(const ac_call *call);
+ac_status AC_KERNEL(reciprocal)(const ac_call *call);
+ac_status AC_KERNEL(reciprocal_grad)(const ac_call *call);
+ac_status AC_KERNEL(add)(const ac_call *call);
+ac_status AC_KERNEL(sub)(const ac_call *call);
+ac_status AC_KERNEL(mul)(const ac_call *call);
+ac_status AC_KERNEL(div)(const ac_call *call);
+ac_status AC_KERNEL(affine)(const ac_call *call);
+ac_status AC_KERNEL(sum)(const ac_call *call);
+ac_status AC_KERNEL(mean)(const ac_call *call);
+ac_status AC_KERNEL(conv)(const ac_call *call);
+ac_status AC_KERNEL(conv_input_grad)(const ac_call *call);
+ac_status AC_KERNEL(conv_weight_grad)(const ac_call *call);
+ac_status AC_KERNEL(matmul)(const ac_call *call);
+ac_status AC_KERNEL(softmax)(const ac_call *call);
+ac_status AC_KERNEL(softmax_grad)(const ac_call *call);
+ac_status AC_KERNEL(log_softmax)(const ac_call *call);
+ac_status AC_KERNEL(log_softmax_grad)(const ac_call *call);
+ac_status AC_KERNEL(max_pool)(const ac_call *call);
+ac_status AC_KERNEL(max_pool_grad)(const ac_call *call);
+ac_status AC_KERNEL(avg_pool)(const ac_call *call);
+ac_status AC_KERNEL(avg_pool_grad)(const ac_call *call);
+ac_status AC_KERNEL(batch_norm)(const ac_call *call);
+ac_status AC_KERNEL(batch_norm_input_grad)(const ac_call *call);
+ac_status AC_KERNEL(batch_norm_gamma_grad)(const ac_call *call);
+ac_status AC_KERNEL(batch_norm_train)(const ac_call *call);
+ac_status AC_KERNEL(batch_norm_train_grad)(const ac_call *call);
+ac_status AC_KERNEL(layer_norm)(const ac_call *call);
+ac_status AC_KERNEL(layer_norm_grad)(const ac_call *call);
+ac_status AC_KERNEL(dropout)(const ac_call *call);
+ac_status AC_KERNEL(transpose)(const ac_call *call);
+ac_status AC_KERNEL(expand)(const ac_call *call);
+ac_status AC_KERNEL(concat)(const ac_call *call);
+ac_status AC_KERNEL(slice)(const ac_call *call);
+ac_status AC_KERNEL(slice_grad)(const ac_call *call);
+ac_status AC_KERNEL(slice_add)(const ac_call *call);
+ac_status AC_KERNEL(pad)(const ac_call *call);
+ac_status AC_KERNEL(take)(const ac_call *call);
+ac_status AC_KERNEL(cross_entropy)(const ac_call *call);
+ac_status AC_KERNEL(cross_entropy_grad)(const ac_call *call);
+ac_status AC_KERNEL(binary_cross_entropy)(const ac_call *call);
+ac_status AC_KERNEL(binary_cross_entropy_grad)(const ac_call *call);
+ac_status AC_KERNEL(mse)(const ac_call *call);
+ac_status AC_KERNEL(mse_grad)(const ac_call *call);
+ac_status AC_KERNEL(sgd)(const ac_call *call);
+ac_status AC_KERNEL(adam)(const ac_call *call);
+ac_status AC_KERNEL(ema)(const ac_call *call);
+ac_status AC_KERNEL(accumulate)(const ac_call *call);
+ac_status AC_KERNEL(clear)(const ac_call *call);
+ac_status AC_KERNEL(increment)(const ac_call *call);
+ac_status AC_KERNEL(sum_squares)(const ac_call *call);
+ac_status AC_KERNEL(clip_scale)(const ac_call *call);
+ac_status ac_check_add(const ac_call *call);
+ac_status ac_check_sub(const ac_call *call);
+ac_status ac_check_mul(const ac_call *call);
+ac_status ac_check_div(const ac_call *call);
+ac_status ac_check_sum(const ac_call *call);
+ac_status ac_check_mean(const ac_call *call);
+ac_status ac_check_conv(const ac_call *call);
+ac_status ac_check_conv_input_grad(const ac_call *call);
+ac_status ac_check_conv_weight_grad(const ac_call *call);
+ac_status ac_check_matmul(const ac_call *call);
+ac_status ac_check_softmax(const ac_call *call);
+ac_status ac_check_softmax_grad(const ac_call *call);
+ac_status ac_check_log_softmax(const ac_call *call);
+ac_status ac_check_log_softmax_grad(const ac_call *call);
+ac_status ac_check_max_pool(const ac_call *call);
+ac_status ac_check_max_pool_grad(const ac_call *call);
+ac_status ac_check_avg_pool(const ac_call *call);
+ac_status ac_check_avg_pool_grad(const ac_call *call);
+ac_status ac_check_batch_norm(const ac_call *call);
+ac_status ac_check_batch_norm_input_grad(const ac_call *call);
+ac_status ac_check_batch_norm_gamma_grad(const ac_call *call);
+ac_status ac_check_batch_norm_train(const ac_call *call);
+ac_status ac_check_batch_norm_train_grad(const ac_call *call);
+ac_status ac_check_layer_norm(const ac_call *call);
+ac_status ac_check_layer_norm_grad(const ac_call *call);
+ac_status ac_check_transpose(const ac_call *call);
+ac_status ac_check_expand(const ac_call *call);
+ac_status ac_check_concat(const ac_call *call);
+ac_status ac_check_slice(const ac_call *call);
+ac_status ac_check_slice_grad(const ac_call *call);
+ac_status ac_check_slice_add(const ac_call *call);
+ac_status ac_check_pad(const ac_call *call);
+ac_status ac_check_take(const ac_call *call);
+ac_status ac_check_sgd(const ac_call *call);
+ac_status ac_check_adam(const ac_call *call);
+
+#endif

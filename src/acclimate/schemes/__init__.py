@@ -1,0 +1,249 @@
+"""What to update. A scheme is data plus one pure function: Graph -> UpdateSet, with a reason for each tensor.
+
+The planner, not the scheme, decides what fits. `resolve` turns what users write ("last", "last-3",
+"block:layer3", "match:*.conv1.weight", a dict of channels) into a scheme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from ..errors import WrongUse
+from ..grad import Channels, UpdateSet
+from ..ir import Graph
+from ..ops import TABLE
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node of the model with the parameters it reads, by role ("weight", "bias", "scale")."""
+
+    op: str
+    parameters: Mapping[str, str]  # parameter name -> role
+
+
+def layers(graph: Graph) -> list[Layer]:
+    """The layers that hold parameters, in the order data meets them. A parameter counts where it is first met."""
+    known, seen, out = graph.parameters(), set(), []
+    source = {n: n for n in known}
+    for node in graph.nodes:
+        if TABLE[node.op].view or TABLE[node.op].moves:
+            if node.inputs[0] in source:  # a parameter under another shape is still that parameter
+                source[node.outputs[0]] = source[node.inputs[0]]
+                continue
+        found = {}
+        for i, name in enumerate(node.inputs):
+            name = source.get(name, "")
+            if name and name not in seen:
+                found[name] = TABLE[node.op].roles.get(i, "weight")
+                seen.add(name)
+        if found:
+            out.append(Layer(node.op, found))
+    return out
+
+
+def blocks(graph: Graph) -> dict[str, list[str]]:
+    """The model's top-level modules in order, by the first part of their parameters' names -> those parameters."""
+    out: dict[str, list[str]] = {}
+    for layer in layers(graph):
+        for name in layer.parameters:
+            out.setdefault(name.split(".")[0], []).append(name)
+    return out
+
+
+def _update_set(label: str, reasons: Iterable[tuple[str, str]]) -> UpdateSet:
+    pairs = dict(reasons)
+    return UpdateSet(dict.fromkeys(pairs), label, pairs)
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every parameter."""
+
+    @property
+    def label(self) -> str:
+        return "full"
+
+    def choose(self, graph: Graph) -> UpdateSet:
+        return _update_set(self.label, ((n, "everything learns") for layer in layers(graph) for n in layer.parameters))
+
+
+@dataclass(frozen=True)
+class Last:
+    """The last k layers that have a weight, with all that comes after the first of them."""
+
+    k: int = 1
+
+    @property
+    def label(self) -> str:
+        return "last" if self.k == 1 else f"last-{self.k}"
+
+    def choose(self, graph: Graph) -> UpdateSet:
+        all_layers = layers(graph)
+        weighted = [i for i, layer in enumerate(all_layers) if "weight" in layer.parameters.values()]
+        if self.k < 1 or self.k > len(weighted):
+            raise WrongUse(f"scheme {self.label} asks for more layers than there are", number=f"{len(weighted)} layers",
+                           action=f"last-1 to last-{len(weighted)}")
+        first = weighted[-self.k]
+        return _update_set(self.label, ((n, f"among the last {self.k} layers") for layer in all_layers[first:] for n in layer.parameters))
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Every bias: additive vectors of layers and of norms. Their gradients need no saved activations."""
+
+    @property
+    def label(self) -> str:
+        return "bias"
+
+    def choose(self, graph: Graph) -> UpdateSet:
+        return _update_set(self.label, ((n, "a bias needs no saved activation") for layer in layers(graph)
+                                        for n, role in layer.parameters.items() if role == "bias"))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Scale and bias of every normalisation layer."""
+
+    @property
+    def label(self) -> str:
+        return "norm"
+
+    def choose(self, graph: Graph) -> UpdateSet:
+        return _update_set(self.label, ((n, "of a norm layer") for layer in layers(graph)
+                                        if "scale" in layer.parameters.values() for n in layer.parameters))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """All parameters of some top-level modules, by name."""
+
+    names: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return "block:" + ",".join(self.names)
+
+    def choose(self, graph: Graph) -> UpdateSet:
+        known = blocks(graph)
+        missing = [n for n in self.names if n not in known]
+        if missing:
+            raise WrongUse(f"the model has no block {missing[0]}", action=f"one of {', '.join(known)}")
+        return _update_set(self.label, ((p, f"in block {n}") for n in self.names for p in known[n]))
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Parameters whose names match shell-style patterns."""
+
+    patterns: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return "match:" + ",".join(self.patterns)
+
+    def choose(self, graph: Graph) -> UpdateSet:
+        out = [(n, f"matches {p}") for n in graph.parameters() for p in self.patterns if fnmatchcase(n, p)]
+        unused = [p for p in self.patterns if not any(r.endswith(f" {p}") for _, r in out)]
+        if unused:
+            raise WrongUse(f"no parameter matches {unused[0]}", action=f"names look like {', '.join(list(graph.parameters())[:4])}")
+        return _update_set(self.label, out)
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """Named tensors, each whole (None), by a share or by indices of its channels.
+
+    `tensors`: name -> None, Channels, a float in (0, 1] (that share of the channels with the largest L2 norm, along
+    `axis`), or a list of channel indices along `axis`. Axis 0 is output channels, 1 input channels.
+    """
+
+    tensors: Mapping[str, Any]
+    axis: int = 0
+
+    @property
+    def label(self) -> str:
+        return "channels"
+
+    def choose(self, graph: Graph) -> UpdateSet:
+        out: dict[str, Channels | None] = {}
+        reasons = {}
+        for name, what in self.tensors.items():
+            name = graph.aliases.get(name, name)
+            if name not in graph.parameters():
+                raise WrongUse("the scheme names a tensor that the model does not have", where=name,
+                               action=f"names look like {', '.join(list(graph.parameters())[:4])}")
+            out[name], reasons[name] = self._channels(graph, name, what)
+        return UpdateSet(out, self.label, reasons)
+
+    def _channels(self, graph: Graph, name: str, what: Any) -> tuple[Channels | None, str]:
+        if what is None or isinstance(what, Channels):
+            return what, "named"
+        shape = graph.shape(name)
+        axis = self.axis if self.axis < len(shape) else 0
+        if isinstance(what, float):
+            if not 0 < what <= 1:
+                raise WrongUse("a share of channels lies in (0, 1]", where=name, number=str(what))
+            if what == 1:
+                return None, "named"
+            count = max(1, round(what * shape[axis]))
+            data = graph.values[name].data
+            assert data is not None
+            norms = np.square(data).sum(tuple(i for i in range(len(shape)) if i != axis))
+            index = np.sort(np.argsort(-norms, kind="stable")[:count])
+            return Channels(axis, tuple(int(i) for i in index)), f"{count} of {shape[axis]} channels, by norm"
+        return Channels(axis, tuple(int(i) for i in what)), f"{len(what)} of {shape[axis]} channels, named"
+
+
+Scheme = Full | Last | Bias | Norm | Blocks | Patterns | Explicit
+
+#: Names without an argument; `resolve` also takes the forms of PREFIXES.
+TABLE_OF_SCHEMES: Mapping[str, Scheme] = {"full": Full(), "last": Last(), "bias": Bias(), "norm": Norm()}
+PREFIXES: Mapping[str, tuple[str, Callable[[str], Scheme]]] = {
+    "last-": ("last-3: the last three layers", lambda t: Last(int(t))),
+    "block:": ("block:layer3,fc: top-level modules by name", lambda t: Blocks(tuple(t.split(",")))),
+    "match:": ("match:*.bn*.weight: parameters by pattern", lambda t: Patterns(tuple(t.split(",")))),
+}
+
+
+def resolve(scheme: Any) -> Any:
+    """A scheme object from what a user may write; an UpdateSet passes as it is."""
+    if isinstance(scheme, (Full, Last, Bias, Norm, Blocks, Patterns, Explicit, UpdateSet)):
+        return scheme
+    if isinstance(scheme, Mapping):
+        return Explicit(dict(scheme))
+    if isinstance(scheme, (list, tuple)):
+        return Patterns(tuple(scheme))
+    if isinstance(scheme, str):
+        if scheme in TABLE_OF_SCHEMES:
+            return TABLE_OF_SCHEMES[scheme]
+        for prefix, (_, make) in PREFIXES.items():
+            if scheme.startswith(prefix) and len(scheme) > len(prefix):
+                try:
+                    return make(scheme[len(prefix):])
+                except ValueError:
+                    break
+    if hasattr(scheme, "choose") and hasattr(scheme, "label"):
+        return scheme  # a user's own
+    raise WrongUse(f"no scheme is called {scheme!r}", action="one of " + ", ".join(
+        ["auto", *TABLE_OF_SCHEMES, *(text for text, _ in PREFIXES.values())]))
+
+
+def candidates(graph: Graph) -> list[Scheme]:
+    """The schemes that a comparison on this model tries, cheapest idea first."""
+    depth = sum("weight" in layer.parameters.values() for layer in layers(graph))
+    found: list[Scheme] = [Last(k) for k in (1, 2, 3) if k < depth]
+    roles = {r for layer in layers(graph) for r in layer.parameters.values()}
+    if "bias" in roles:
+        found.append(Bias())
+    if "scale" in roles:
+        found.append(Norm())
+    names = [n for n, parameters in blocks(graph).items() if len(blocks(graph)) > 1]
+    if 1 < len(names) <= 6:
+        found += [Blocks((n,)) for n in names]
+    return [*found, Full()]

@@ -1,0 +1,357 @@
+"""Small models and single layers, each with an input shape whose axis 0 is the batch."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from acclimate import ops
+
+
+class Fn(nn.Module):
+    """A function of x and of some layers, as a module."""
+
+    def __init__(self, fn, *layers, **tensors):
+        super().__init__()
+        self.fn = fn
+        self.layers = nn.ModuleList(layers)
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                setattr(self, name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+    def forward(self, x):
+        extra = [*self.layers, *self._parameters.values(), *self._buffers.values()]
+        return self.fn(x, *extra)
+
+
+def par(*shape):
+    return nn.Parameter(torch.randn(*shape))
+
+
+# -- whole models --------------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """Pre-activation block with a pooled, zero-padded shortcut."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.grow = c_out - c_in
+
+    def forward(self, x):
+        y = self.conv1(F.relu(self.bn1(x)))
+        y = self.conv2(F.relu(self.bn2(y)))
+        if self.grow:
+            x = F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, self.grow))
+        return x + y
+
+
+class ResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
+        self.layer1 = nn.Sequential(Residual(8, 8, 1), Residual(8, 16, 2))
+        self.bn, self.fc = nn.BatchNorm2d(16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.layer1(self.conv1(x))
+        return self.fc(F.avg_pool2d(F.relu(self.bn(x)), 4).flatten(1))
+
+
+class Inverted(nn.Module):
+    def __init__(self, c_in, c_out, stride, kernel=3):
+        super().__init__()
+        mid = c_in * 3
+        self.body = nn.Sequential(
+            nn.Conv2d(c_in, mid, 1, bias=False), nn.BatchNorm2d(mid), nn.ReLU6(),
+            nn.Conv2d(mid, mid, kernel, stride, kernel // 2, groups=mid, bias=False), nn.BatchNorm2d(mid), nn.ReLU6(),
+            nn.Conv2d(mid, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
+        self.skip = stride == 1 and c_in == c_out
+
+    def forward(self, x):
+        return x + self.body(x) if self.skip else self.body(x)
+
+
+class MobileNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.blocks = nn.Sequential(Inverted(8, 8, 1), Inverted(8, 12, 2, 5))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class KeywordNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 8, (10, 4), (2, 2), (5, 1), bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(F.adaptive_avg_pool2d(self.body(x), 1).flatten(1))
+
+
+class ECGNet(nn.Module):
+    """One-dimensional; "same" padding with an even kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv1d(3, 8, 16, padding="same", bias=False), nn.BatchNorm1d(8), nn.ReLU())
+        self.pad, self.conv = nn.ConstantPad1d((6, 6), 0.0), nn.Conv1d(8, 12, 16, 4, bias=False)
+        self.bn, self.short = nn.BatchNorm1d(12), nn.Conv1d(8, 12, 1, bias=False)
+        self.head = nn.Linear(12 * 16, 6)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.conv(self.pad(x))
+        return self.head(F.relu(self.bn(y + self.short(F.max_pool1d(x, 4)))).flatten(1))
+
+
+class ViT(nn.Module):
+    def __init__(self, dim=24, heads=3, dropout=0.0):
+        super().__init__()
+        self.patch = nn.Conv2d(3, dim, 4, 4)
+        self.position = nn.Parameter(torch.randn(1, 16, dim) * 0.02)
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(dim, heads, 2 * dim, dropout, "gelu", batch_first=True,
+                                                                norm_first=True) for _ in range(2)])
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 5)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+class ClassToken(nn.Module):
+    """Attention written by hand, a class token that is repeated for each sample, a registered table."""
+
+    def __init__(self, dim=16, heads=2):
+        super().__init__()
+        self.heads, self.embed = heads, nn.Linear(6, dim)
+        self.token = par(1, 1, dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.register_buffer("table", torch.randn(9, dim))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 4)
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.embed(x)], 1) + self.table
+        n, length, dim = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) * (dim // self.heads) ** -0.5).softmax(-1)
+        x = x + self.out((weights @ v).transpose(1, 2).reshape(n, length, dim))
+        return self.head(x[:, 0])
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5))
+
+
+def lenet():
+    return nn.Sequential(nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(6, 8, 5), nn.Sigmoid(),
+                         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 12), nn.LeakyReLU(0.1), nn.Dropout(0.2),
+                         nn.Linear(12, 5))
+
+
+MODELS = {
+    "mlp": (mlp, (1, 8, 8)), "lenet": (lenet, (1, 16, 16)), "resnet": (ResNet, (3, 8, 8)),
+    "mobilenet": (MobileNet, (3, 16, 16)), "keyword": (KeywordNet, (1, 25, 10)), "ecg": (ECGNet, (3, 64)),
+    "vit": (ViT, (3, 16, 16)), "class_token": (ClassToken, (8, 6)),
+}
+
+# -- single layers ---------------------------------------------------------------------------------------------------
+
+IMAGE, SEQUENCE, VECTOR, SIGNAL = (6, 8, 8), (10, 16), (12,), (6, 20)
+
+LAYERS = {
+    # name: (constructor, input shape without the batch)
+    "conv_plain": (partial(nn.Conv2d, 6, 4, 3), IMAGE),
+    "conv_geometry": (partial(nn.Conv2d, 6, 4, (3, 2), (2, 1), (1, 2), (1, 2), bias=False), IMAGE),
+    "conv_groups": (partial(nn.Conv2d, 6, 4, 3, groups=2), IMAGE),
+    "conv_depthwise": (partial(nn.Conv2d, 6, 12, 3, padding=1, groups=6), IMAGE),
+    "conv_same_even": (partial(nn.Conv2d, 6, 4, (4, 3), padding="same"), IMAGE),
+    "conv_valid": (partial(nn.Conv2d, 6, 4, 2, padding="valid"), IMAGE),
+    "conv_circular": (partial(nn.Conv2d, 6, 4, 3, padding=1, padding_mode="circular"), IMAGE),
+    "conv1d": (partial(nn.Conv1d, 6, 4, 5, 2, 2), SIGNAL),
+    "conv1d_same_even": (partial(nn.Conv1d, 6, 4, 4, padding="same", dilation=3), SIGNAL),
+    "linear": (partial(nn.Linear, 12, 5), VECTOR),
+    "linear_no_bias": (partial(nn.Linear, 12, 5, bias=False), VECTOR),
+    "linear_3d": (partial(nn.Linear, 16, 5), SEQUENCE),
+    "linear_4d": (partial(nn.Linear, 8, 5), IMAGE),
+    "matmul_weight": (lambda: Fn(lambda x, w: x @ w, w=par(16, 7)), SEQUENCE),
+    "matmul_transposed": (lambda: Fn(lambda x, w: x @ w.t(), w=par(7, 16)), SEQUENCE),
+    "addmm": (lambda: Fn(lambda x, w, v: torch.addmm(v, x, w), w=par(12, 7), v=par(7)), VECTOR),
+    "addmm_scaled": (lambda: Fn(lambda x, w, v: torch.addmm(v, x, w, beta=0.5, alpha=2), w=par(12, 7), v=par(7)), VECTOR),
+    "bmm": (lambda: Fn(lambda x: torch.bmm(x, x.transpose(1, 2))), SEQUENCE),
+    "matmul_4d": (lambda: Fn(lambda x: x @ x.transpose(-1, -2)), IMAGE),
+    "matmul_broadcast": (lambda: Fn(lambda x, w: w @ x, w=par(6, 3, 8)), IMAGE),
+    "matmul_left": (lambda: Fn(lambda x, w: w @ x, w=par(3, 10)), SEQUENCE),
+    "matmul_vector": (lambda: Fn(lambda x, w: x @ w, w=par(16)), SEQUENCE),
+    "baddbmm": (lambda: Fn(lambda x, w: torch.baddbmm(w, x, x.transpose(1, 2), beta=2.0, alpha=0.5), w=par(10, 10)), SEQUENCE),
+    "einsum": (lambda: Fn(lambda x: torch.einsum("nld,nmd->nlm", x, x)), SEQUENCE),
+    "einsum_weight": (lambda: Fn(lambda x, w: torch.einsum("nld,hdk->nhlk", x, w), w=par(2, 16, 3)), SEQUENCE),
+    "einsum_sum": (lambda: Fn(lambda x: torch.einsum("nld->nd", x)), SEQUENCE),
+    "bn2d": (partial(nn.BatchNorm2d, 6), IMAGE),
+    "bn1d": (partial(nn.BatchNorm1d, 6, eps=1e-3, momentum=0.3), SIGNAL),
+    "bn_vector": (partial(nn.BatchNorm1d, 12), VECTOR),
+    "bn_plain": (partial(nn.BatchNorm2d, 6, affine=False), IMAGE),
+    "bn_no_statistics": (partial(nn.BatchNorm2d, 6, track_running_stats=False), IMAGE),
+    "layer_norm": (partial(nn.LayerNorm, 16), SEQUENCE),
+    "layer_norm_multi": (partial(nn.LayerNorm, (8, 8), eps=1e-3), IMAGE),
+    "layer_norm_plain": (partial(nn.LayerNorm, 16, elementwise_affine=False), SEQUENCE),
+    "layer_norm_no_bias": (partial(nn.LayerNorm, 16, bias=False), SEQUENCE),
+    "rms_norm": (partial(nn.RMSNorm, 16), SEQUENCE),
+    "group_norm": (partial(nn.GroupNorm, 2, 6), IMAGE),
+    "group_norm_plain": (partial(nn.GroupNorm, 3, 6, affine=False), SIGNAL),
+    "instance_norm": (partial(nn.InstanceNorm2d, 6, affine=True), IMAGE),
+    "instance_norm_1d": (partial(nn.InstanceNorm1d, 6), SIGNAL),
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(12, 5)), VECTOR),
+    "normalize": (lambda: Fn(lambda x: F.normalize(x, dim=1)), VECTOR),
+    # activations
+    **{f.__name__: (f, VECTOR) for f in (
+        nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid,
+        nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid, nn.Mish, nn.Softsign, nn.Tanhshrink, nn.GLU,
+        nn.Identity)},
+    "gelu_tanh": (partial(nn.GELU, approximate="tanh"), VECTOR),
+    "gelu_by_hand": (lambda: Fn(lambda x: x * 0.5 * (1.0 + torch.erf(x / 2**0.5))), VECTOR),
+    "gelu_by_hand_2": (lambda: Fn(lambda x: 0.5 * x * (torch.erf(x * 0.70710678) + 1)), VECTOR),
+    "elu_alpha": (partial(nn.ELU, 0.5), VECTOR), "softplus_beta": (partial(nn.Softplus, 2.0), VECTOR),
+    "prelu": (partial(nn.PReLU, 6), IMAGE), "prelu_one": (nn.PReLU, VECTOR),
+    "threshold": (partial(nn.Threshold, 0.1, 0.1), VECTOR),
+    "clamp": (lambda: Fn(lambda x: x.clamp(-0.3, 0.5)), VECTOR),
+    "clamp_min": (lambda: Fn(lambda x: x.clamp(min=0)), VECTOR),
+    "clamp_max": (lambda: Fn(lambda x: x.clamp(max=0.2)), VECTOR),
+    "exp_log": (lambda: Fn(lambda x: torch.log(x.exp() + 1)), VECTOR),
+    "sqrt_abs": (lambda: Fn(lambda x: x.abs().sqrt()), VECTOR),
+    "rsqrt": (lambda: Fn(lambda x: (x * x + 1).rsqrt()), VECTOR),
+    "neg_reciprocal": (lambda: Fn(lambda x: -(x.abs() + 1).reciprocal()), VECTOR),
+    "powers": (lambda: Fn(lambda x: x**2 + x**3 - x**5), VECTOR),
+    "powers_positive": (lambda: Fn(lambda x: (x.abs() + 1) ** 0.5 + (x.abs() + 1) ** -1.5 + 2.0 ** x), VECTOR),
+    "softmax": (partial(nn.Softmax, -1), SEQUENCE), "softmax_axis": (partial(nn.Softmax, 1), IMAGE),
+    "log_softmax": (partial(nn.LogSoftmax, 1), SEQUENCE), "logsumexp": (lambda: Fn(lambda x: x.logsumexp(1)), SEQUENCE),
+    "where": (lambda: Fn(lambda x: torch.where(x > 0, x, 0.1 * x) + torch.where(x < 0.5, x, 0.5)), VECTOR),
+    # pooling and resizing
+    "max_pool": (partial(nn.MaxPool2d, 2), IMAGE), "max_pool_1d": (partial(nn.MaxPool1d, 3, 2, 1), SIGNAL),
+    "max_pool_ceil": (partial(nn.MaxPool2d, 3, 2, 1, ceil_mode=True), IMAGE),
+    "max_pool_dilated": (partial(nn.MaxPool2d, 2, 1, dilation=2), IMAGE),
+    "avg_pool": (partial(nn.AvgPool2d, 2), IMAGE), "avg_pool_1d": (partial(nn.AvgPool1d, 4, 3, 1), SIGNAL),
+    "avg_pool_ceil": (partial(nn.AvgPool2d, 3, 2, 1, ceil_mode=True), IMAGE),
+    "avg_pool_no_pad": (partial(nn.AvgPool2d, 3, 2, 1, count_include_pad=False), IMAGE),
+    "avg_pool_ceil_no_pad": (partial(nn.AvgPool2d, 3, 2, 1, ceil_mode=True, count_include_pad=False), (6, 7, 8)),
+    "adaptive_1": (partial(nn.AdaptiveAvgPool2d, 1), IMAGE), "adaptive_even": (partial(nn.AdaptiveAvgPool2d, (4, None)), IMAGE),
+    "adaptive_odd": (partial(nn.AdaptiveAvgPool2d, (3, 5)), IMAGE), "adaptive_1d": (partial(nn.AdaptiveAvgPool1d, 7), SIGNAL),
+    "adaptive_max": (partial(nn.AdaptiveMaxPool2d, 2), IMAGE),
+    "upsample": (partial(nn.Upsample, scale_factor=2), IMAGE),
+    "upsample_linear": (partial(nn.Upsample, scale_factor=2, mode="bilinear"), IMAGE),
+    "pixel_shuffle": (partial(nn.PixelShuffle, 2), (8, 3, 4)), "unfold": (partial(nn.Unfold, 3, padding=1, stride=2), IMAGE),
+    # reductions
+    "mean_all_but_batch": (lambda: Fn(lambda x: x.mean((1, 2, 3), keepdim=True)), IMAGE),
+    "mean_one": (lambda: Fn(lambda x: x.mean(-1)), IMAGE), "sum": (lambda: Fn(lambda x: x.sum((1, 3))), IMAGE),
+    "var_std": (lambda: Fn(lambda x: x.var(1) + x.std(1, unbiased=False)), SEQUENCE),
+    "max_min": (lambda: Fn(lambda x: x.amax(1) + x.amin(1) + x.max(1)[0] + x.amax((1, 2), keepdim=True)[:, 0]), SEQUENCE),
+    "norm_1": (lambda: Fn(lambda x: x.norm(p=1, dim=1)), SEQUENCE), "cumsum": (lambda: Fn(lambda x: x.cumsum(1)), SEQUENCE),
+    # arithmetic
+    "scalars": (lambda: Fn(lambda x: 2 - (x * 3 + 1) / 4 - x), VECTOR),
+    "scalar_over": (lambda: Fn(lambda x: 2 / (x * x + 1)), VECTOR),
+    "alpha": (lambda: Fn(lambda x: torch.add(x, x * x, alpha=0.5) - torch.sub(x, 1, alpha=3)), VECTOR),
+    "buffers": (lambda: Fn(lambda x, m, s: (x - m) / s, m=torch.randn(6, 1, 1), s=torch.rand(6, 1, 1) + 1), IMAGE),
+    "scalar_parameter": (lambda: Fn(lambda x, g: x * g, g=nn.Parameter(torch.tensor(0.7))), VECTOR),
+    "layer_scale": (lambda: Fn(lambda x, g: x + g * torch.tanh(x), g=par(16)), SEQUENCE),
+    "maximum": (lambda: Fn(lambda x: torch.maximum(x, x * x) + torch.minimum(x, -x)), VECTOR),
+    "addcmul_lerp": (lambda: Fn(lambda x: torch.addcmul(x, x, x, value=0.3) + torch.lerp(x, x * x, 0.25)), VECTOR),
+    "arange": (lambda: Fn(lambda x: x + torch.arange(12)), VECTOR),
+    # shapes
+    "flatten": (nn.Flatten, IMAGE), "view": (lambda: Fn(lambda x: x.view(x.size(0), -1)), IMAGE),
+    "view_minus": (lambda: Fn(lambda x: x.view(-1, 384)), IMAGE),
+    "permute": (lambda: Fn(lambda x: x.permute(0, 3, 1, 2).contiguous().flatten(1)), IMAGE),
+    "squeeze": (lambda: Fn(lambda x: x.unsqueeze(1).unsqueeze(-1).squeeze(1).squeeze()), VECTOR),
+    "slices": (lambda: Fn(lambda x: x[:, 1:5:2, :-2, -3:]), IMAGE), "select": (lambda: Fn(lambda x: x[:, -1] + x[:, 2]), IMAGE),
+    "narrow": (lambda: Fn(lambda x: x.narrow(1, 2, 3)), IMAGE),
+    "chunk_cat": (lambda: Fn(lambda x: torch.cat(x.chunk(3, 1)[::-1], 1)), IMAGE),
+    "split": (lambda: Fn(lambda x: x.split([2, 4], 1)[1]), IMAGE), "unbind": (lambda: Fn(lambda x: x.unbind(1)[2]), IMAGE),
+    "stack": (lambda: Fn(lambda x: torch.stack([x, x * 2], 2)), SEQUENCE),
+    "index": (lambda: Fn(lambda x: x[:, [0, 2, 5]]), IMAGE),
+    "index_many": (lambda: Fn(lambda x, w: (x * w)[:, [i * 7 % 12 for i in range(40)]], w=par(12)), VECTOR),
+    "embedding": (lambda: Fn(lambda x, e: x + e(torch.arange(10)), nn.Embedding(20, 16)), SEQUENCE),
+    "flip_roll": (lambda: Fn(lambda x: x.flip(1) + x.roll(2, 2)), SEQUENCE),
+    "repeat": (lambda: Fn(lambda x: x.repeat(1, 2, 3)), SEQUENCE), "expand": (lambda: Fn(lambda x: x.unsqueeze(1).expand(-1, 4, -1)), VECTOR),
+    "pads": (lambda: Fn(lambda x: F.pad(x, (1, 2, -1, 3), value=0.5)), IMAGE),
+    "pad_reflect": (lambda: Fn(lambda x: F.pad(x, (1, 2, 1, 1), mode="reflect")), IMAGE),
+    "pad_replicate": (lambda: Fn(lambda x: F.pad(x, (3, 2), mode="replicate")), SIGNAL),
+    "channel_shuffle": (lambda: Fn(lambda x: x.view(x.size(0), 2, 3, 8, 8).transpose(1, 2).reshape(x.size(0), 6, 8, 8)), IMAGE),
+    "zeros_cat": (lambda: Fn(lambda x: torch.cat([torch.zeros(x.shape[0], 3), x, torch.ones_like(x)], 1)), VECTOR),
+    "write": (lambda: Fn(lambda x: _write(x)), IMAGE),
+    "double": (lambda: Fn(lambda x: x.double().mean(1).float()), VECTOR),
+    "in_place": (lambda: Fn(lambda x: F.relu_(x + 1).add_(1).mul_(2)), VECTOR),
+    "no_grad": (lambda: Fn(lambda x, f: _frozen(x, f), nn.Linear(12, 5)), VECTOR),
+    # attention
+    "sdpa": (lambda: Fn(lambda x: F.scaled_dot_product_attention(x, x, x)), IMAGE),
+    "sdpa_causal": (lambda: Fn(lambda x: F.scaled_dot_product_attention(x, x * 2, x, is_causal=True, scale=0.3)), IMAGE),
+    "sdpa_mask": (lambda: Fn(lambda x, m: F.scaled_dot_product_attention(x, x, x, attn_mask=m),
+                             m=torch.ones(8, 8, dtype=torch.bool).tril()), IMAGE),
+    "sdpa_bias": (lambda: Fn(lambda x, m: F.scaled_dot_product_attention(x, x, x, attn_mask=m), m=par(8, 8)), IMAGE),
+    "sdpa_3d": (lambda: Fn(lambda x: F.scaled_dot_product_attention(x, x, x)), SEQUENCE),
+    "masked_fill": (lambda: Fn(lambda x: (x @ x.mT).masked_fill(torch.ones(10, 10).tril() == 0, float("-inf")).softmax(-1)), SEQUENCE),
+    "mha": (lambda: Fn(lambda x, m: m(x, x, x)[0], nn.MultiheadAttention(16, 4, batch_first=True)), SEQUENCE),
+    "mha_fused": (lambda: Fn(lambda x, m: m(x, x, x, need_weights=False)[0], nn.MultiheadAttention(16, 4, batch_first=True)), SEQUENCE),
+    "encoder": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True), 2), SEQUENCE),
+    "decoder_mask": (lambda: Fn(lambda x, e: e(x, src_mask=nn.Transformer.generate_square_subsequent_mask(10), is_causal=True),
+                                nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True)), SEQUENCE),
+}
+
+
+def _write(x):
+    y = x.clone()
+    y[:, 0] = 0.0
+    y[:, :, 1:3] = y[:, :, 2:4] * 2
+    return y
+
+
+def _frozen(x, layer):
+    with torch.no_grad():
+        y = layer(x)
+    return y * 2
+
+
+# -- checking --------------------------------------------------------------------------------------------------------
+
+
+def seeded(make, train=False):
+    """A module with random weights and statistics."""
+    torch.manual_seed(0)
+    module = make()
+    for m in module.modules():
+        if getattr(m, "running_mean", None) is not None:
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)) and m.weight is not None:
+            nn.init.normal_(m.weight)
+            if m.bias is not None:
+                nn.init.normal_(m.bias)
+    return module.train(train)
+
+
+def same(graph, module, shape, batches=(1, 3), tolerance=1e-5):
+    """The graph is valid and computes what the module does, at each batch size."""
+    for n in batches:
+        x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(n))
+        with torch.no_grad():
+            want = copy.deepcopy(module)(x).numpy()
+        at = ops.verify(ops.with_batch(graph, n))
+        got = ops.evaluate(at, {graph.inputs["x"]: x.numpy()})[graph.outputs["output"]]
+        if want.shape != got.shape:  # torch's squeeze() also drops a batch of one
+            assert want.size == got.size
+            want = want.reshape(got.shape)
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * max(1, np.abs(want).max()))
