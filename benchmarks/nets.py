@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
 class PreActBlock(nn.Module):
@@ -45,15 +45,31 @@ def signal_net(channels: int, classes: int, width: int = 16) -> nn.Module:
 
 
 def separable(c_in: int, c_out: int, stride: int) -> list[nn.Module]:
-    return [nn.Conv2d(c_in, c_in, 3, stride, 1, groups=c_in, bias=False), nn.BatchNorm2d(c_in), nn.ReLU6(),
-            nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU6()]
+    return [
+        nn.Conv2d(c_in, c_in, 3, stride, 1, groups=c_in, bias=False),
+        nn.BatchNorm2d(c_in),
+        nn.ReLU6(),
+        nn.Conv2d(c_in, c_out, 1, bias=False),
+        nn.BatchNorm2d(c_out),
+        nn.ReLU6(),
+    ]
 
 
 def mobile_net(classes: int = 10) -> nn.Module:
     """Depthwise-separable convolutions on 48x48 images."""
-    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6(), *separable(16, 32, 1),
-                         *separable(32, 48, 2), *separable(48, 48, 1), *separable(48, 64, 2), *separable(64, 64, 1),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU6(),
+        *separable(16, 32, 1),
+        *separable(32, 48, 2),
+        *separable(48, 48, 1),
+        *separable(48, 64, 2),
+        *separable(64, 64, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, classes),
+    )
 
 
 def mlp() -> nn.Module:

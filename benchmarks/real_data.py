@@ -4,7 +4,7 @@
 cifar10   ResNet-26 with published weights (ACCLIMATE_PEERS), on the JPEG copies of CIFAR-10's test set: an input drift
 watch     activity from a phone's sensors, then worn as a watch (har_spsw): trained on the phone, adapted to the watch
 waist     activity from a waist phone (har_hapt): trained on some people, adapted to each of a few others
-ecg       beats (mitbih_beats): trained on other patients, adapted on the first 5 minutes of a patient, tested on the rest
+ecg       beats (mitbih_beats): trained on other patients, adapted on a patient's first 5 minutes, tested on the rest
 windows   ECG of 10 s with several labels (mitbih_windows): the same protocol; macro accuracy of the labels
 
 `--quick` takes a part of the data. Nothing here is simulated.
@@ -38,7 +38,8 @@ def pretrain(net: nn.Module, x: np.ndarray, y: np.ndarray, loss: str, epochs: in
         learner.fit(x, y, epochs=1, seed=epoch, lr=2e-3 * (1 - epoch / epochs))
     learned = {**learner.parameters(), **learner.statistics()}
     return acclimate.from_torch(net.eval(), torch.zeros(1, *x.shape[1:])).with_data(
-        {k: v for k, v in learned.items() if k != "dropout_step"})
+        {k: v for k, v in learned.items() if k != "dropout_step"}
+    )
 
 
 def adapt(model, x, y, x_test, y_test, loss="cross_entropy", epochs=10, lr=0.01, schemes=SCHEMES, seed=0):
@@ -46,15 +47,31 @@ def adapt(model, x, y, x_test, y_test, loss="cross_entropy", epochs=10, lr=0.01,
     rows = []
     for scheme in schemes:
         started = time.perf_counter()
-        plan = acclimate.plan(model, scheme=scheme, loss=loss, batch_size=8, data=(x, y) if scheme == "auto" else None,
-                              optimizer=acclimate.SGD(lr=lr, momentum=0.9), seed=seed)
+        plan = acclimate.plan(
+            model,
+            scheme=scheme,
+            loss=loss,
+            batch_size=8,
+            data=(x, y) if scheme == "auto" else None,
+            optimizer=acclimate.SGD(lr=lr, momentum=0.9),
+            seed=seed,
+        )
         learner = acclimate.Learner(plan)
         before = learner.score(x_test, y_test)
         learner.fit(x, y, epochs=epochs, seed=seed)
-        rows.append({"scheme": scheme if scheme != "auto" else f"auto: {plan.update_set.scheme}", "accuracy_before": before,
-                     "accuracy_after": learner.score(x_test, y_test), "samples": len(x), "arena_bytes": plan.arena_bytes,
-                     "peak_bytes": plan.peak_bytes, "macs_per_step": plan.macs_per_step,
-                     "update_bytes": plan.update_bytes, "seconds": time.perf_counter() - started})
+        rows.append(
+            {
+                "scheme": scheme if scheme != "auto" else f"auto: {plan.update_set.scheme}",
+                "accuracy_before": before,
+                "accuracy_after": learner.score(x_test, y_test),
+                "samples": len(x),
+                "arena_bytes": plan.arena_bytes,
+                "peak_bytes": plan.peak_bytes,
+                "macs_per_step": plan.macs_per_step,
+                "update_bytes": plan.update_bytes,
+                "seconds": time.perf_counter() - started,
+            }
+        )
     return rows
 
 
@@ -81,8 +98,16 @@ def cifar10(data: Path, quick: bool):
         x, y = f["x"], f["y"].astype(np.int64)
     x = (x.transpose(0, 3, 1, 2).astype(np.float32) / 255 - 0.5) / 0.5
     n, m = (200, 300) if quick else (800, 2000)
-    return adapt(model, x[:n], y[:n], x[-m:], y[-m:], epochs=2 if quick else 5, lr=1e-3,
-                 schemes=("last", "norm", "block:layer1", "full") if not quick else ("last", "norm"))
+    return adapt(
+        model,
+        x[:n],
+        y[:n],
+        x[-m:],
+        y[-m:],
+        epochs=2 if quick else 5,
+        lr=1e-3,
+        schemes=("last", "norm", "block:layer1", "full") if not quick else ("last", "norm"),
+    )
 
 
 def watch(data: Path, quick: bool):
@@ -91,7 +116,9 @@ def watch(data: Path, quick: bool):
         x = (f["x"][keep].astype(np.float32) * f["lsb"]).transpose(0, 2, 1)
         y, device, subject = f["y"][keep].astype(np.int64), f["device"][keep], f["subject"][keep]
     phone, people = device == 0, subject <= np.median(subject)
-    model = pretrain(signal_net(6, 5), x[phone & people], y[phone & people], "cross_entropy", 4 if quick else 15)
+    model = pretrain(
+        signal_net(6, 5), x[phone & people], y[phone & people], "cross_entropy", 4 if quick else 15
+    )
     test = ~phone & ~people
     learn = ~phone & people
     index = np.random.default_rng(0).permutation(np.flatnonzero(learn))[: 200 if quick else 400]
@@ -107,7 +134,7 @@ def waist(data: Path, quick: bool):
     train = np.isin(subject, people[: len(people) * 2 // 3])
     model = pretrain(signal_net(9, 6), x[train], y[train], "cross_entropy", 2 if quick else 8)
     runs = []
-    for who in people[len(people) * 2 // 3:][: 2 if quick else 8]:
+    for who in people[len(people) * 2 // 3 :][: 2 if quick else 8]:
         mine = np.random.default_rng(0).permutation(np.flatnonzero(subject == who))
         learn, test = mine[:100], mine[100:]
         runs.append(adapt(model, x[learn], y[learn], x[test], y[test]))
@@ -143,8 +170,18 @@ def windows(data: Path, quick: bool):
     runs = []
     for who in held:
         learn, test = (patient == who) & (start < 300), (patient == who) & (start >= 300)
-        runs.append(adapt(model, x[learn], y[learn], x[test], y[test], loss="binary_cross_entropy", lr=0.05,
-                          schemes=("last", "bias", "full", "auto")))
+        runs.append(
+            adapt(
+                model,
+                x[learn],
+                y[learn],
+                x[test],
+                y[test],
+                loss="binary_cross_entropy",
+                lr=0.05,
+                schemes=("last", "bias", "full", "auto"),
+            )
+        )
     return mean_rows(runs)
 
 
@@ -152,7 +189,9 @@ TASKS = {"cifar10": cifar10, "watch": watch, "waist": waist, "ecg": ecg, "window
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tasks", nargs="*", default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--quick", action="store_true", help="a part of the data")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -171,11 +210,17 @@ def main() -> int:
         out[name] = rows
         if not args.json:
             print(f"\n{name}")
-            print(f"  {'scheme':24s} {'before':>7s} {'after':>7s} {'samples':>8s} {'arena KiB':>10s} {'peak KiB':>9s} {'MMAC/step':>10s} {'delta KiB':>10s}")
+            print(
+                f"  {'scheme':24s} {'before':>7s} {'after':>7s} {'samples':>8s} {'arena KiB':>10s} "
+                f"{'peak KiB':>9s} {'MMAC/step':>10s} {'delta KiB':>10s}"
+            )
             for r in rows:
-                print(f"  {r['scheme']:24s} {r['accuracy_before']:7.1%} {r['accuracy_after']:7.1%} {r['samples']:8.0f} "
-                      f"{r['arena_bytes'] / 1024:10.1f} {r['peak_bytes'] / 1024:9.1f} {r['macs_per_step'] / 1e6:10.2f} "
-                      f"{r['update_bytes'] / 1024:10.1f}", flush=True)
+                print(
+                    f"  {r['scheme']:24s} {r['accuracy_before']:7.1%} {r['accuracy_after']:7.1%} {r['samples']:8.0f} "
+                    f"{r['arena_bytes'] / 1024:10.1f} {r['peak_bytes'] / 1024:9.1f} {r['macs_per_step'] / 1e6:10.2f} "
+                    f"{r['update_bytes'] / 1024:10.1f}",
+                    flush=True,
+                )
     if args.json:
         print(json.dumps(out))
     return 0

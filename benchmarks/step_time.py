@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 from nets import NETS
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import acclimate
 
@@ -46,12 +46,22 @@ def compare(name: str, batch: int, scheme: str, repeats: int) -> dict[str, float
             ours.append(t1 - t0)
             theirs.append(t2 - t1)
     a, b = statistics.median(ours), statistics.median(theirs)
-    return {"net": name, "batch": batch, "scheme": scheme, "torch_over_acclimate": b / a, "acclimate_ms": a * 1e3,
-            "torch_ms": b * 1e3, "gmacs_per_s": plan.macs_per_step / a / 1e9, "arena_bytes": plan.arena_bytes}
+    return {
+        "net": name,
+        "batch": batch,
+        "scheme": scheme,
+        "torch_over_acclimate": b / a,
+        "acclimate_ms": a * 1e3,
+        "torch_ms": b * 1e3,
+        "gmacs_per_s": plan.macs_per_step / a / 1e9,
+        "arena_bytes": plan.arena_bytes,
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--net", action="append", choices=list(NETS))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -64,8 +74,11 @@ def main() -> int:
                 rows.append(compare(name, batch, scheme, args.repeats))
                 if not args.json:
                     r = rows[-1]
-                    print(f"{name:10s} batch {batch:3d} {scheme:5s} torch/acclimate {r['torch_over_acclimate']:5.2f}   "
-                          f"({r['acclimate_ms']:.2f} ms, {r['gmacs_per_s']:.1f} GMAC/s)", flush=True)
+                    print(
+                        f"{name:10s} batch {batch:3d} {scheme:5s} torch/acclimate {r['torch_over_acclimate']:5.2f}   "
+                        f"({r['acclimate_ms']:.2f} ms, {r['gmacs_per_s']:.1f} GMAC/s)",
+                        flush=True,
+                    )
     if args.json:
         print(json.dumps(rows))
     return 0

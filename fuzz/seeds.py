@@ -1,6 +1,6 @@
 """Write the seeds of the fuzz harness: a Program for each example of each op, and whole training steps.
 
-    PYTHONPATH=src:tests python fuzz/seeds.py OUT
+PYTHONPATH=src:tests python fuzz/seeds.py OUT
 """
 
 from __future__ import annotations

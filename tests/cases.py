@@ -35,7 +35,9 @@ def arrays(row: Row, example: Example, seed: int = 0, dtype=np.float64) -> list[
         domain = example.domain.get(i, "normal")
         if domain.startswith("below:"):
             high = int(domain[6:])
-            kind = {"i32": np.int32, "f32": dtype}.get(patterns[i].dtype, np.uint8 if high < 256 else np.uint16)
+            kind = {"i32": np.int32, "f32": dtype}.get(
+                patterns[i].dtype, np.uint8 if high < 256 else np.uint16
+            )
             out.append(rng.integers(0, high, shape).astype(kind))
         elif domain.startswith("index:"):
             out.append(rng.permutation(int(domain[6:]))[: shape[0]].astype(np.int32))
@@ -54,14 +56,21 @@ def arrays(row: Row, example: Example, seed: int = 0, dtype=np.float64) -> list[
     return out
 
 
-_KINDS = {np.dtype(np.bool_): "bit", np.dtype(np.uint8): "u8", np.dtype(np.uint16): "u16", np.dtype(np.int32): "i32"}
+_KINDS = {
+    np.dtype(np.bool_): "bit",
+    np.dtype(np.uint8): "u8",
+    np.dtype(np.uint16): "u16",
+    np.dtype(np.int32): "i32",
+}
 
 
 def dtype_of(array: np.ndarray) -> str:
     return _KINDS.get(array.dtype, "f32")
 
 
-def one_node(row: Row, example: Example, inputs, all_outputs: bool = True) -> tuple[Graph, dict[str, np.ndarray]]:
+def one_node(
+    row: Row, example: Example, inputs, all_outputs: bool = True
+) -> tuple[Graph, dict[str, np.ndarray]]:
     """A graph with just this op. Inputs that it updates, or whose content the loader checks, are not fed."""
     graph, feeds, names = Graph(), {}, []
     index_at = {i for i, d in example.domain.items() if d.startswith("index:")}
@@ -93,7 +102,7 @@ def run_c(graph: Graph, feeds, isa: str = "auto", layout=None) -> dict[str, np.n
             from acclimate.program import pack_bits
 
             words = pack_bits(value)
-            session.arena[b.offset: b.offset + words.nbytes] = words.view(np.uint8)
+            session.arena[b.offset : b.offset + words.nbytes] = words.view(np.uint8)
         else:
             session.feed("run", {role: value})
     session.run_range("run")
@@ -101,8 +110,10 @@ def run_c(graph: Graph, feeds, isa: str = "auto", layout=None) -> dict[str, np.n
     for b in session.program.entries["run"].values():
         if b.is_output:
             if b.type.dtype == "bit":
-                words = session.arena[b.offset: b.offset + b.type.size_bytes]
-                out[b.name] = np.unpackbits(words, bitorder="little")[: b.type.size].astype(bool).reshape(b.type.shape)
+                words = session.arena[b.offset : b.offset + b.type.size_bytes]
+                out[b.name] = (
+                    np.unpackbits(words, bitorder="little")[: b.type.size].astype(bool).reshape(b.type.shape)
+                )
             else:
                 out[b.name] = session.view("run", b.name).copy()
     for name in session.state_names():

@@ -11,7 +11,7 @@ import acclimate
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the test extra)")
 from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402, N812
+from torch.nn import functional as F  # noqa: E402
 
 
 class Residual(nn.Module):
@@ -48,9 +48,16 @@ class Inverted(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
-        self.body = nn.Sequential(nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6(),
-                                  nn.Conv2d(24, 24, 5, 1, 2, groups=24, bias=False), nn.BatchNorm2d(24), nn.Hardswish(),
-                                  nn.Conv2d(24, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.body = nn.Sequential(
+            nn.Conv2d(8, 24, 1, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU6(),
+            nn.Conv2d(24, 24, 5, 1, 2, groups=24, bias=False),
+            nn.BatchNorm2d(24),
+            nn.Hardswish(),
+            nn.Conv2d(24, 8, 1, bias=False),
+            nn.BatchNorm2d(8),
+        )
         self.head = nn.Linear(8, 4)
 
     def forward(self, x):
@@ -80,7 +87,9 @@ class Attention(nn.Module):
         super().__init__()
         self.patch = nn.Conv2d(1, dim, 4, 4)
         self.position = nn.Parameter(torch.randn(1, 9, dim) * 0.02)
-        self.block = nn.TransformerEncoderLayer(dim, heads, 2 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.block = nn.TransformerEncoderLayer(
+            dim, heads, 2 * dim, 0.0, "gelu", batch_first=True, norm_first=True
+        )
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 6)
 
     def forward(self, x):
@@ -117,9 +126,19 @@ class Branches(nn.Module):
 
 
 def classic():
-    return nn.Sequential(nn.Conv2d(1, 4, 5, padding=2), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.ReLU(),
-                         nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(54, 12), nn.Dropout(0.0), nn.LeakyReLU(0.1),
-                         nn.Linear(12, 4))
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 5, padding=2),
+        nn.Tanh(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Flatten(),
+        nn.Linear(54, 12),
+        nn.Dropout(0.0),
+        nn.LeakyReLU(0.1),
+        nn.Linear(12, 4),
+    )
 
 
 #: name -> (constructor, input shape with batch 1, outputs, loss)

@@ -31,10 +31,17 @@ RECORDS = [
     delta.Record("optimizer.steps", np.array([2**31 - 1], np.int32), None, "i32"),
     delta.Record("größe", np.float32([[7]]), Channels(0, (1,))),
 ]
-TYPES = {"layer.weight": Type((2, 5)), "layer.bias": Type((3,)), "optimizer.steps": Type((1,), "i32"), "größe": Type((3, 1))}
+TYPES = {
+    "layer.weight": Type((2, 5)),
+    "layer.bias": Type((3,)),
+    "optimizer.steps": Type((1,), "i32"),
+    "größe": Type((3, 1)),
+}
 
 
-def sealed(body: bytes, magic: int = delta.MAGIC, version: int = delta.FORMAT, model: int = MODEL, count: int = 1) -> bytes:
+def sealed(
+    body: bytes, magic: int = delta.MAGIC, version: int = delta.FORMAT, model: int = MODEL, count: int = 1
+) -> bytes:
     """A delta around records that are given as bytes, with length and checksum as they must be."""
     rest = struct.pack("<2I", model, count) + body
     return struct.pack("<4I", magic, version, 16 + len(rest), zlib.crc32(rest)) + rest
@@ -75,7 +82,13 @@ def test_round_trip_with_channels_and_integers():
 
 def test_bytes_are_as_documented():
     raw = delta.encode(RECORDS[:1], MODEL)
-    assert raw[:4] == b"ACUP" and struct.unpack_from("<5I", raw, 4) == (1, len(raw), zlib.crc32(raw[16:]), MODEL, 1)
+    assert raw[:4] == b"ACUP" and struct.unpack_from("<5I", raw, 4) == (
+        1,
+        len(raw),
+        zlib.crc32(raw[16:]),
+        MODEL,
+        1,
+    )
     assert struct.unpack_from("<HBBII", raw, 24) == (12, 0, 1, 3, 6)
     assert raw[36:48] == b"layer.weight"
     assert struct.unpack_from("<3I6f", raw, 48) == (4, 0, 2, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5)
@@ -92,13 +105,28 @@ def test_apply_writes_only_the_channels():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.text(max_size=20), st.lists(st.floats(width=32), max_size=5), st.none() | st.integers(0, 5)),
-                max_size=4))  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(
+            st.text(max_size=20), st.lists(st.floats(width=32), max_size=5), st.none() | st.integers(0, 5)
+        ),
+        max_size=4,
+    )
+)
 def test_any_record_comes_back(parts):
-    records = [delta.Record(name, np.array(data, np.float32), None if axis is None else Channels(axis, tuple(range(len(data)))))
-               for name, data, axis in parts if axis is None or data]  # fmt: skip
+    records = [
+        delta.Record(
+            name,
+            np.array(data, np.float32),
+            None if axis is None else Channels(axis, tuple(range(len(data)))),
+        )
+        for name, data, axis in parts
+        if axis is None or data
+    ]
     _, found = delta.decode(delta.encode(records, 1))
-    assert [(r.name, r.channels, r.data.tobytes()) for r in found] == [(r.name, r.channels, r.data.tobytes()) for r in records]
+    assert [(r.name, r.channels, r.data.tobytes()) for r in found] == [
+        (r.name, r.channels, r.data.tobytes()) for r in records
+    ]
 
 
 def test_only_what_changed_is_in_the_file(tmp_path):
@@ -109,12 +137,22 @@ def test_only_what_changed_is_in_the_file(tmp_path):
     size = it.save(tmp_path / "all.acu")
     assert size == (tmp_path / "all.acu").stat().st_size
     records = {r.name: r for r in delta.decode(delta.read(tmp_path / "all.acu"))[1]}
-    assert set(records) == {"one.weight", "two.bias", "optimizer.steps", "one.weight.mean", "one.weight.variance",
-                            "two.bias.mean", "two.bias.variance"}  # fmt: skip
+    assert set(records) == {
+        "one.weight",
+        "two.bias",
+        "optimizer.steps",
+        "one.weight.mean",
+        "one.weight.variance",
+        "two.bias.mean",
+        "two.bias.variance",
+    }
     assert records["one.weight"].channels == Channels(0, (3, 1)) and records["one.weight"].data.size == 2 * 6
     assert records["optimizer.steps"].data.tolist() == [2] and records["optimizer.steps"].dtype == "i32"
     it.save(tmp_path / "weights.acu", optimizer=False)
-    assert [r.name for r in delta.decode(delta.read(tmp_path / "weights.acu"))[1]] == ["one.weight", "two.bias"]
+    assert [r.name for r in delta.decode(delta.read(tmp_path / "weights.acu"))[1]] == [
+        "one.weight",
+        "two.bias",
+    ]
 
 
 def test_batch_norm_statistics_are_kept(tmp_path):
@@ -155,24 +193,32 @@ def test_truncated_with_length_and_checksum_corrected():
 def test_each_fault_of_the_header_has_its_own_text():
     raw = delta.encode(RECORDS, MODEL)
     body = raw[24:]
-    texts = [refused(b""), refused(sealed(body, magic=1)), refused(sealed(body, version=2)), refused(raw + b"\0"),
-             refused(raw[:-1] + bytes([raw[-1] ^ 1]))]  # fmt: skip
+    texts = [
+        refused(b""),
+        refused(sealed(body, magic=1)),
+        refused(sealed(body, version=2)),
+        refused(raw + b"\0"),
+        refused(raw[:-1] + bytes([raw[-1] ^ 1])),
+    ]
     assert len(set(texts)) == 5
     for text, word in zip(texts, ("cut off", "start", "version 2", "too many", "checksum"), strict=True):
         assert word in text
 
 
-@pytest.mark.parametrize(("record", "why"), [
-    (delta.RECORD.pack(1, 2, 255, 0, 0) + b"w", "element type"),
-    (delta.RECORD.pack(1, 0, 255, 1, 1) + b"w" + bytes(8), "channels of a whole tensor"),
-    (delta.RECORD.pack(1, 0, 0, 0, 1) + b"w" + bytes(4), "no channels"),
-    (delta.RECORD.pack(1, 0, 255, 0, 2**31 - 1) + b"w" + bytes(4), "elements"),
-    (delta.RECORD.pack(1, 0, 255, 0, 2**32 - 1) + b"w" + bytes(4), "elements"),
-    (delta.RECORD.pack(1, 0, 1, 2**32 - 1, 1) + b"w" + bytes(4), "channels"),
-    (delta.RECORD.pack(2**16 - 1, 0, 255, 0, 0) + b"w", "name"),
-    (delta.RECORD.pack(2, 0, 255, 0, 0) + b"\xff\xfe", "text"),
-    (delta.RECORD.pack(1, 0, 255, 0, 1), "nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (delta.RECORD.pack(1, 2, 255, 0, 0) + b"w", "element type"),
+        (delta.RECORD.pack(1, 0, 255, 1, 1) + b"w" + bytes(8), "channels of a whole tensor"),
+        (delta.RECORD.pack(1, 0, 0, 0, 1) + b"w" + bytes(4), "no channels"),
+        (delta.RECORD.pack(1, 0, 255, 0, 2**31 - 1) + b"w" + bytes(4), "elements"),
+        (delta.RECORD.pack(1, 0, 255, 0, 2**32 - 1) + b"w" + bytes(4), "elements"),
+        (delta.RECORD.pack(1, 0, 1, 2**32 - 1, 1) + b"w" + bytes(4), "channels"),
+        (delta.RECORD.pack(2**16 - 1, 0, 255, 0, 0) + b"w", "name"),
+        (delta.RECORD.pack(2, 0, 255, 0, 0) + b"\xff\xfe", "text"),
+        (delta.RECORD.pack(1, 0, 255, 0, 1), "nothing"),
+    ],
+)
 def test_records_that_are_not_valid(record, why):
     refused(sealed(record))
 
@@ -184,13 +230,17 @@ def test_hostile_bytes_with_a_good_checksum(data):
     raw = bytearray(delta.encode(RECORDS, MODEL)[24:])
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(raw) - 1))
-        new = data.draw(st.sampled_from([b"\0", b"\xff", b"\x7f", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"])
-                        | st.binary(min_size=1, max_size=4))  # fmt: skip
+        new = data.draw(
+            st.sampled_from([b"\0", b"\xff", b"\x7f", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"])
+            | st.binary(min_size=1, max_size=4)
+        )
         raw[at : at + len(new)] = new
     if data.draw(st.booleans()):
         del raw[data.draw(st.integers(0, len(raw))) :]
     try:
-        _, records = delta.decode(sealed(bytes(raw), count=data.draw(st.sampled_from([4, 3, 5, 0, 2**32 - 1]))))
+        _, records = delta.decode(
+            sealed(bytes(raw), count=data.draw(st.sampled_from([4, 3, 5, 0, 2**32 - 1])))
+        )
         delta.check(records, TYPES)
     except BadInput:
         return
@@ -200,23 +250,29 @@ def test_hostile_bytes_with_a_good_checksum(data):
         assert out.shape == type_.shape and np.isfinite(out).all()
 
 
-@pytest.mark.parametrize(("record", "what"), [
-    (delta.Record("other", np.zeros(3, np.float32)), "does not learn"),
-    (delta.Record("", np.zeros(3, np.float32)), "does not learn"),
-    (delta.Record("layer.bias", np.zeros(4, np.float32)), "shape"),
-    (delta.Record("layer.bias", np.zeros(0, np.float32)), "shape"),
-    (delta.Record("layer.bias", np.float32([0, np.nan, 0])), "NaN"),
-    (delta.Record("layer.bias", np.float32([0, 0, -np.inf])), "NaN"),
-    (delta.Record("layer.bias", np.zeros(3, np.int32), None, "i32"), "element type"),
-    (delta.Record("optimizer.steps", np.float32([1e30])), "element type"),
-    (delta.Record("layer.weight", np.zeros(4, np.float32), Channels(1, (2, 2))), "twice"),
-    (delta.Record("layer.weight", np.zeros(2, np.float32), Channels(1, (5,))), "do not exist"),
-    (delta.Record("layer.weight", np.zeros(2, np.float32), Channels(1, (2**32 - 1,))), "do not exist"),
-    (delta.Record("layer.weight", np.zeros(2, np.float32), Channels(2, (0,))), "do not exist"),
-    (delta.Record("layer.weight", np.zeros(2, np.float32), Channels(254, (0,))), "do not exist"),
-    (delta.Record("layer.weight", np.zeros(3, np.float32), Channels(1, (0,))), "shape"),
-    (delta.Record("layer.weight", np.zeros(12, np.float32), Channels(1, tuple(range(6)))), "do not exist"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        (delta.Record("other", np.zeros(3, np.float32)), "does not learn"),
+        (delta.Record("", np.zeros(3, np.float32)), "does not learn"),
+        (delta.Record("layer.bias", np.zeros(4, np.float32)), "shape"),
+        (delta.Record("layer.bias", np.zeros(0, np.float32)), "shape"),
+        (delta.Record("layer.bias", np.float32([0, np.nan, 0])), "NaN"),
+        (delta.Record("layer.bias", np.float32([0, 0, -np.inf])), "NaN"),
+        (delta.Record("layer.bias", np.zeros(3, np.int32), None, "i32"), "element type"),
+        (delta.Record("optimizer.steps", np.float32([1e30])), "element type"),
+        (delta.Record("layer.weight", np.zeros(4, np.float32), Channels(1, (2, 2))), "twice"),
+        (delta.Record("layer.weight", np.zeros(2, np.float32), Channels(1, (5,))), "do not exist"),
+        (delta.Record("layer.weight", np.zeros(2, np.float32), Channels(1, (2**32 - 1,))), "do not exist"),
+        (delta.Record("layer.weight", np.zeros(2, np.float32), Channels(2, (0,))), "do not exist"),
+        (delta.Record("layer.weight", np.zeros(2, np.float32), Channels(254, (0,))), "do not exist"),
+        (delta.Record("layer.weight", np.zeros(3, np.float32), Channels(1, (0,))), "shape"),
+        (
+            delta.Record("layer.weight", np.zeros(12, np.float32), Channels(1, tuple(range(6)))),
+            "do not exist",
+        ),
+    ],
+)
 def test_what_does_not_fit_the_plan(record, what):
     _, records = delta.decode(delta.encode([record], MODEL))
     with pytest.raises(BadInput, match=what) as caught:
@@ -259,7 +315,10 @@ def hostile(it: Learner, tmp_path: Path, **replaced: delta.Record) -> list[tuple
         return delta.encode([*(r for r in good if r.name != "one.bias"), *new], model)
 
     return [
-        ("missing", None), ("empty", b""), ("cut off", raw[:-1]), ("changed", raw[:-1] + bytes([raw[-1] ^ 1])),
+        ("missing", None),
+        ("empty", b""),
+        ("cut off", raw[:-1]),
+        ("changed", raw[:-1] + bytes([raw[-1] ^ 1])),
         ("other model", delta.encode(good, model ^ 1)),
         ("unknown tensor", with_bias(delta.Record("three.bias", bias.data))),
         ("wrong shape", with_bias(delta.Record("one.bias", bias.data[:-1]))),
@@ -269,7 +328,7 @@ def hostile(it: Learner, tmp_path: Path, **replaced: delta.Record) -> list[tuple
         ("no such channel", with_bias(delta.Record("one.bias", bias.data[:1], Channels(0, (5,))))),
         ("integers", with_bias(delta.Record("one.bias", bias.data.astype(np.int32), None, "i32"))),
         ("pending", with_bias(delta.Record("optimizer.pending", np.int32([1]), None, "i32"))),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_refused_restore_changes_nothing(tmp_path):
@@ -325,7 +384,10 @@ def test_accumulated_gradients_are_kept(tmp_path):
     it.partial_fit(x, y)
     assert snapshot(other) == snapshot(it)
     for pending in (3, -1, 2**31 - 1):
-        raw = delta.encode([delta.Record("optimizer.pending", np.int32([pending]), None, "i32")], delta.model_hash(it.plan.model))
+        raw = delta.encode(
+            [delta.Record("optimizer.pending", np.int32([pending]), None, "i32")],
+            delta.model_hash(it.plan.model),
+        )
         (tmp_path / "b.acu").write_bytes(raw)
         with pytest.raises(BadInput, match="micro-batches"):
             it.restore(tmp_path / "b.acu")
@@ -349,7 +411,9 @@ def test_what_could_not_be_restored_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "open"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupted"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupted"]
+)
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call, error):
     it = trained(2)
     it.save(tmp_path / "a.acu")
@@ -415,7 +479,9 @@ def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
     assert (tmp_path / "a.acu").read_bytes() == b"new" and len(calls) == 2
 
 
-@pytest.mark.parametrize("where", ["missing/a.acu", "file/a.acu", "folder", "a" * 300, "a" * 250], ids=lambda w: w[:12])
+@pytest.mark.parametrize(
+    "where", ["missing/a.acu", "file/a.acu", "folder", "a" * 300, "a" * 250], ids=lambda w: w[:12]
+)
 def test_places_that_cannot_be_written(tmp_path, where):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder").mkdir()
@@ -467,7 +533,7 @@ def test_two_threads_do_not_mix(tmp_path):
         try:
             for _ in range(20):
                 delta.write(path, bytes([n]) * 40_000)
-        except Exception as error:  # noqa: BLE001 - any error fails the test
+        except Exception as error:
             errors.append(error)
 
     threads = [threading.Thread(target=save, args=(n,)) for n in (1, 2, 3)]

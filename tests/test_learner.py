@@ -28,7 +28,14 @@ def data(count: int = 40, seed: int = 0):
 
 def snapshot(it: Learner):
     """Everything that a call could change."""
-    return it._main.state.tobytes(), it._pending, it.lr, tuple(it.loss_history), it._saved[0].tobytes(), it._saved[1]
+    return (
+        it._main.state.tobytes(),
+        it._pending,
+        it.lr,
+        tuple(it.loss_history),
+        it._saved[0].tobytes(),
+        it._saved[1],
+    )
 
 
 KINDS = {
@@ -91,7 +98,9 @@ def test_predictions_of_several_labels_and_values():
     it, x, y = of_kind("mse")
     out = it.predict(x)
     assert out.shape == (20, 3) and out.dtype == np.float32
-    assert it.score(x, y) == pytest.approx(1 - ((out - y) ** 2).sum() / ((y - y.mean(0)) ** 2).sum(), rel=1e-5)
+    assert it.score(x, y) == pytest.approx(
+        1 - ((out - y) ** 2).sum() / ((y - y.mean(0)) ** 2).sum(), rel=1e-5
+    )
     with pytest.raises(WrongUse, match="no probabilities"):
         it.predict_proba(x)
 
@@ -115,8 +124,10 @@ def test_batches_of_prediction_do_not_matter():
 
 def test_fit_shuffles_by_seed():
     x, y = data()
-    runs = {key: learner().fit(x, y, epochs=2, **args).loss_history
-            for key, args in {"a": {}, "b": {"seed": 0}, "c": {"seed": 1}, "d": {"shuffle": False}}.items()}  # fmt: skip
+    runs = {
+        key: learner().fit(x, y, epochs=2, **args).loss_history
+        for key, args in {"a": {}, "b": {"seed": 0}, "c": {"seed": 1}, "d": {"shuffle": False}}.items()
+    }
     assert runs["a"] == runs["b"] != runs["c"] and runs["d"] not in (runs["a"], runs["c"])
     twice = learner().partial_fit(x, y).partial_fit(x, y)
     assert twice.loss_history == runs["d"]
@@ -135,7 +146,12 @@ def test_callbacks():
     it, (x, y) = learner(), data(8)
     events = []
     it.fit(x, y, epochs=2, callback=events.append)
-    assert [(e["epoch"], e["epochs"], e["step"], e["steps"]) for e in events] == [(1, 2, 1, 2), (1, 2, 2, 2), (2, 2, 1, 2), (2, 2, 2, 2)]
+    assert [(e["epoch"], e["epochs"], e["step"], e["steps"]) for e in events] == [
+        (1, 2, 1, 2),
+        (1, 2, 2, 2),
+        (2, 2, 1, 2),
+        (2, 2, 2, 2),
+    ]
     assert [e["loss"] for e in events] == it.loss_history
 
 
@@ -169,12 +185,19 @@ def test_learning_rate_at_call_time():
     assert moved(lr=np.float32(0.1)).tobytes() == moved(lr=float(np.float32(0.1))).tobytes()
 
 
-@pytest.mark.parametrize("convert", [
-    lambda x, y: (x.tolist(), y.tolist()), lambda x, y: (x.astype(np.float64), y.astype(np.float64)),
-    lambda x, y: (x, y.astype(np.uint8)), lambda x, y: (np.asfortranarray(x), y[:, None]),
-    lambda x, y: (np.repeat(x, 2, 0)[::2], np.repeat(y, 2)[::2]), lambda x, y: (x.astype(">f4"), y.astype(">i8")),
-    lambda x, y: (tuple(x), tuple(y)),
-], ids=["lists", "float64", "uint8", "fortran", "strided", "big-endian", "tuples"])  # fmt: skip
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda x, y: (x.tolist(), y.tolist()),
+        lambda x, y: (x.astype(np.float64), y.astype(np.float64)),
+        lambda x, y: (x, y.astype(np.uint8)),
+        lambda x, y: (np.asfortranarray(x), y[:, None]),
+        lambda x, y: (np.repeat(x, 2, 0)[::2], np.repeat(y, 2)[::2]),
+        lambda x, y: (x.astype(">f4"), y.astype(">i8")),
+        lambda x, y: (tuple(x), tuple(y)),
+    ],
+    ids=["lists", "float64", "uint8", "fortran", "strided", "big-endian", "tuples"],
+)
 def test_kinds_of_arrays(convert):
     x, y = data(10)
     xs, ys = convert(x, y)
@@ -186,7 +209,10 @@ def test_kinds_of_arrays(convert):
 def test_integers_and_booleans_are_numbers():
     x, y = data(10)
     whole = (x * 3).astype(np.int64)
-    assert learner().partial_fit(whole, y).loss_history == learner().partial_fit(whole.astype(np.float32), y).loss_history
+    assert (
+        learner().partial_fit(whole, y).loss_history
+        == learner().partial_fit(whole.astype(np.float32), y).loss_history
+    )
     assert np.isfinite(learner().partial_fit(x > 0, y % 2 == 1).loss_history).all()
 
 
@@ -202,10 +228,18 @@ def test_inputs_are_not_changed():
 def test_what_is_returned_is_a_copy():
     it, (x, y) = learner(model=cnn()), samples(cnn(), 4, 4)
     before = snapshot(it)
-    for array in (*it.parameters().values(), *it.statistics().values(), it.decision_function(x), *it.gradients(x, y).values()):
+    for array in (
+        *it.parameters().values(),
+        *it.statistics().values(),
+        it.decision_function(x),
+        *it.gradients(x, y).values(),
+    ):
         array[...] = 9
     assert snapshot(it) == before
-    assert not (it.parameters()["conv.weight"] == 9).any() and not (it.plan.model.values["conv.weight"].data == 9).any()
+    assert (
+        not (it.parameters()["conv.weight"] == 9).any()
+        and not (it.plan.model.values["conv.weight"].data == 9).any()
+    )
 
 
 def test_two_learners_of_a_plan_do_not_share():
@@ -219,7 +253,9 @@ def test_two_learners_of_a_plan_do_not_share():
 # -- exactness -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("copied", [lambda it: pickle.loads(pickle.dumps(it)), copy.deepcopy], ids=["pickle", "deepcopy"])
+@pytest.mark.parametrize(
+    "copied", [lambda it: pickle.loads(pickle.dumps(it)), copy.deepcopy], ids=["pickle", "deepcopy"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_copied_in_the_middle_of_training(kind, copied):
     it, x, y = of_kind(kind)
@@ -299,7 +335,7 @@ BAD_X = {
     "dates": (np.zeros((6, 6), "M8[s]"), "numbers", "M8|datetime", "astype"),
     "none": (None, "no samples", r"\(\)", "n > 0"),
     "ragged": ([[1.0] * 6, [1.0] * 5] * 3, "not an array", "shape", "numpy array"),
-}  # fmt: skip
+}
 
 BAD_Y = {
     "shorter": (Y[:5], "differ in length", r"\(5,\)", "one label"),
@@ -316,7 +352,7 @@ BAD_Y = {
     "objects": (Y.astype(object), "numbers", "object", "map class names"),
     "none": (None, "differ in length", r"\(\)", "one label"),
     "ragged": ([[0], [1, 2]] * 3, "not an array", "shape", "numpy array"),
-}  # fmt: skip
+}
 
 CALLS = {
     "partial_fit": lambda it, x, y: it.partial_fit(x, y),
@@ -353,7 +389,11 @@ def refuse(it: Learner, call, case, error=BadInput) -> None:
 @pytest.mark.parametrize("case", BAD_X)
 def test_bad_x(used, case, call):
     x = BAD_X[case][0]
-    refuse(used, (lambda: CALLS[call](used, x, Y)) if call in CALLS else (lambda: CALLS_X[call](used, x)), BAD_X[case])
+    refuse(
+        used,
+        (lambda: CALLS[call](used, x, Y)) if call in CALLS else (lambda: CALLS_X[call](used, x)),
+        BAD_X[case],
+    )
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -367,8 +407,12 @@ def test_bad_targets(kind):
     it, x, y = of_kind(kind, 6)
     nan, huge = y.copy(), y.astype(np.float64)
     nan[3, 1], huge[3, 1] = np.nan, 1e300
-    cases = [(y[:, :2], "output's shape", r"\(6, 2\)", ""), (y[:5], "differ in length", r"\(5, 3\)", "one label"),
-             (nan, "NaN", "1 values", ""), (huge, "NaN", "1 values", "")]  # fmt: skip
+    cases = [
+        (y[:, :2], "output's shape", r"\(6, 2\)", ""),
+        (y[:5], "differ in length", r"\(5, 3\)", "one label"),
+        (nan, "NaN", "1 values", ""),
+        (huge, "NaN", "1 values", ""),
+    ]
     if kind == "labels":
         cases += [(y * 2, r"lie in 0\.\.1", "2", "masked"), (y - 1, r"lie in 0\.\.1", "-1", "masked")]
     for case in cases:
@@ -396,7 +440,12 @@ def test_a_bad_sample_at_the_end_stops_before_the_first_step(used):
 
 
 def test_measuring_needs_a_whole_batch(used):
-    refuse(used, lambda: used.measured_peak_bytes(X[:3], Y[:3]), (X, "whole batch", "3 samples, batch_size 4", ""), WrongUse)
+    refuse(
+        used,
+        lambda: used.measured_peak_bytes(X[:3], Y[:3]),
+        (X, "whole batch", "3 samples, batch_size 4", ""),
+        WrongUse,
+    )
 
 
 def test_every_error_is_one_that_a_user_can_catch(used):

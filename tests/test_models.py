@@ -46,9 +46,18 @@ def test_every_gradient(name, train):
 
 OPTIMIZERS = {
     "sgd": (acclimate.SGD(lr=0.05), lambda p: torch.optim.SGD(p, 0.05)),
-    "momentum": (acclimate.SGD(lr=0.02, momentum=0.9, weight_decay=1e-3), lambda p: torch.optim.SGD(p, 0.02, 0.9, weight_decay=1e-3)),
-    "nesterov": (acclimate.SGD(lr=0.02, momentum=0.9, nesterov=True), lambda p: torch.optim.SGD(p, 0.02, 0.9, nesterov=True)),
-    "adam": (acclimate.Adam(lr=1e-3, weight_decay=1e-3), lambda p: torch.optim.Adam(p, 1e-3, weight_decay=1e-3)),
+    "momentum": (
+        acclimate.SGD(lr=0.02, momentum=0.9, weight_decay=1e-3),
+        lambda p: torch.optim.SGD(p, 0.02, 0.9, weight_decay=1e-3),
+    ),
+    "nesterov": (
+        acclimate.SGD(lr=0.02, momentum=0.9, nesterov=True),
+        lambda p: torch.optim.SGD(p, 0.02, 0.9, nesterov=True),
+    ),
+    "adam": (
+        acclimate.Adam(lr=1e-3, weight_decay=1e-3),
+        lambda p: torch.optim.Adam(p, 1e-3, weight_decay=1e-3),
+    ),
     "adamw": (acclimate.AdamW(lr=1e-3), lambda p: torch.optim.AdamW(p, 1e-3)),
 }
 
@@ -81,7 +90,12 @@ def test_trajectory(name, kind, train):
             np.testing.assert_allclose(statistics[k], b.numpy(), rtol=2e-3, atol=1e-4, err_msg=k)
     exact.eval()
     x, _ = batch(name, 4, seed=99)
-    np.testing.assert_allclose(learner.decision_function(x), exact(torch.as_tensor(x).double()).detach().numpy(), rtol=0.02, atol=0.02)
+    np.testing.assert_allclose(
+        learner.decision_function(x),
+        exact(torch.as_tensor(x).double()).detach().numpy(),
+        rtol=0.02,
+        atol=0.02,
+    )
 
 
 def test_gradient_clipping_and_accumulation():
@@ -117,7 +131,10 @@ def test_only_the_update_set_moves(scheme):
     assert moved == chosen
 
 
-@pytest.mark.parametrize("name", ["blocks.1.conv1.weight", "blocks.1.conv2.weight", "stem.weight", "head.weight", "blocks.2.bn1.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["blocks.1.conv1.weight", "blocks.1.conv2.weight", "stem.weight", "head.weight", "blocks.2.bn1.weight"],
+)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_some_channels_learn(name, axis):
     """Gradient and update of chosen channels equal those of the whole tensor there; the others stay."""
@@ -125,7 +142,9 @@ def test_some_channels_learn(name, axis):
     if axis >= len(model.shape(name)):
         pytest.skip("a vector has one axis")
     channels = Channels(axis, tuple(range(model.shape(name)[axis]))[1::2])
-    plan = acclimate.plan(model, scheme={name: channels}, batch_size=4, optimizer=acclimate.SGD(lr=0.1, momentum=0.9))
+    plan = acclimate.plan(
+        model, scheme={name: channels}, batch_size=4, optimizer=acclimate.SGD(lr=0.1, momentum=0.9)
+    )
     learner = acclimate.Learner(plan)
     x, y = batch("residual", 4)
     want = exact_gradients(net, "residual", x, y)[name]
@@ -137,7 +156,9 @@ def test_some_channels_learn(name, axis):
     step = before[name] - learner.parameters()[name]
     assert_close({name: step}, {name: np.where(inside, 0.1 * want, 0)}, 2e-3)
     assert not step[~inside].any()
-    full = acclimate.plan(model, scheme={name: None}, batch_size=4, optimizer=acclimate.SGD(lr=0.1, momentum=0.9))
+    full = acclimate.plan(
+        model, scheme={name: None}, batch_size=4, optimizer=acclimate.SGD(lr=0.1, momentum=0.9)
+    )
     assert plan.macs_per_step <= full.macs_per_step and plan.state_bytes <= full.state_bytes
 
 
@@ -151,7 +172,9 @@ def test_tied_weights_are_one():
 
 def test_dropout_learns_and_predicts():
     """On in training (replayable from its counter), off in prediction, its gradient the same mask."""
-    net = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(40, 3)).train()
+    net = torch.nn.Sequential(
+        torch.nn.Linear(30, 40), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(40, 3)
+    ).train()
     model = acclimate.from_torch(net, torch.zeros(1, 30))
     plan = acclimate.plan(model, scheme="full", batch_size=16)
     x = np.random.default_rng(0).normal(size=(16, 30)).astype(np.float32)
@@ -163,9 +186,21 @@ def test_dropout_learns_and_predicts():
             learner.partial_fit(x, y)
         runs.append(learner.loss_history)
     assert runs[0] == runs[1]
-    assert len({round(v, 6) for v in acclimate.Learner(plan).partial_fit(np.tile(x, (4, 1)), np.tile(y, 4), lr=0).loss_history}) == 4
+    assert (
+        len(
+            {
+                round(v, 6)
+                for v in acclimate.Learner(plan)
+                .partial_fit(np.tile(x, (4, 1)), np.tile(y, 4), lr=0)
+                .loss_history
+            }
+        )
+        == 4
+    )
     net.eval()
-    np.testing.assert_allclose(acclimate.Learner(plan).decision_function(x), net(torch.as_tensor(x)).detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        acclimate.Learner(plan).decision_function(x), net(torch.as_tensor(x)).detach().numpy(), atol=1e-5
+    )
 
 
 def test_rest_of_a_data_set():
@@ -176,7 +211,7 @@ def test_rest_of_a_data_set():
     optimizer = torch.optim.SGD(exact.parameters(), 0.01)
     for i in (0, 4, 8):
         optimizer.zero_grad()
-        torch_loss("classic", exact(torch.as_tensor(x[i: i + 4]).double()), y[i: i + 4]).backward()
+        torch_loss("classic", exact(torch.as_tensor(x[i : i + 4]).double()), y[i : i + 4]).backward()
         optimizer.step()
     learner.partial_fit(x, y)
     got = learner.parameters()
@@ -184,12 +219,20 @@ def test_rest_of_a_data_set():
         np.testing.assert_allclose(got[k], p.detach().numpy(), atol=1e-5, err_msg=k)
 
 
-@pytest.mark.parametrize(("loss", "reference"), [
-    (acclimate.CrossEntropy(smoothing=0.1), lambda: torch.nn.CrossEntropyLoss(label_smoothing=0.1)),
-    (acclimate.CrossEntropy(class_weights=(0.2, 1.0, 3.0, 0.5)), lambda: torch.nn.CrossEntropyLoss(torch.tensor([0.2, 1, 3, 0.5]).double())),
-    (acclimate.CrossEntropy(0.2, (0.2, 1.0, 3.0, 0.5)),
-     lambda: torch.nn.CrossEntropyLoss(torch.tensor([0.2, 1, 3, 0.5]).double(), label_smoothing=0.2)),
-])
+@pytest.mark.parametrize(
+    ("loss", "reference"),
+    [
+        (acclimate.CrossEntropy(smoothing=0.1), lambda: torch.nn.CrossEntropyLoss(label_smoothing=0.1)),
+        (
+            acclimate.CrossEntropy(class_weights=(0.2, 1.0, 3.0, 0.5)),
+            lambda: torch.nn.CrossEntropyLoss(torch.tensor([0.2, 1, 3, 0.5]).double()),
+        ),
+        (
+            acclimate.CrossEntropy(0.2, (0.2, 1.0, 3.0, 0.5)),
+            lambda: torch.nn.CrossEntropyLoss(torch.tensor([0.2, 1, 3, 0.5]).double(), label_smoothing=0.2),
+        ),
+    ],
+)
 def test_cross_entropy_variants(loss, reference):
     net, learner = learner_for("classic", 6, loss=loss)
     x, y = batch("classic", 6)
@@ -208,5 +251,7 @@ def test_masked_binary_cross_entropy():
     exact = copy.deepcopy(net).double()
     keep = torch.as_tensor(y >= 0)
     out = exact(torch.as_tensor(x).double())
-    torch.nn.functional.binary_cross_entropy_with_logits(out[keep], torch.as_tensor(y).double()[keep]).backward()
+    torch.nn.functional.binary_cross_entropy_with_logits(
+        out[keep], torch.as_tensor(y).double()[keep]
+    ).backward()
     assert_close(learner.gradients(x, y), {k: p.grad.numpy() for k, p in exact.named_parameters()})

@@ -1,21 +1,24 @@
 """The Program file: every field says something, every damage is refused, and equal plans give equal bytes."""
 
+import itertools
+import re
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from runtime.nets import cnn, mlp, plans, samples
 
-from acclimate import runtime
+from acclimate import delta, runtime
 from acclimate.errors import BadInput
-from acclimate.ops import TABLE
-from acclimate.ops.generate import table_hash
+from acclimate.ops import TABLE, table_hash
 from acclimate.planner import compile_plan
 from acclimate.program import (
     ARENA,
     CONST,
+    DTYPE_CODES,
     FORMAT,
     HEADER_WORDS,
     MAGIC,
@@ -27,8 +30,24 @@ from acclimate.program import (
     pack_bits,
 )
 
-FIELDS = ("magic", "format", "total", "crc", "table", "tensors", "op_words", "entries", "bindings", "names", "constants",
-          "initial", "state", "arena", "reserved0", "reserved1")  # fmt: skip
+FIELDS = (
+    "magic",
+    "format",
+    "total",
+    "crc",
+    "table",
+    "tensors",
+    "op_words",
+    "entries",
+    "bindings",
+    "names",
+    "constants",
+    "initial",
+    "state",
+    "arena",
+    "reserved0",
+    "reserved1",
+)
 BASE = 4 * HEADER_WORDS
 
 
@@ -63,9 +82,15 @@ def refused(raw: bytes) -> str:
 def sections(raw: bytes) -> dict[str, slice]:
     """Where each part of the file lies, from the header alone."""
     h, at, out = header(raw), BASE, {}
-    for name, size in (("tensors", 40 * h["tensors"]), ("ops", 4 * h["op_words"]), ("entries", 24 * h["entries"]),
-                       ("bindings", 12 * h["bindings"]), ("names", h["names"]), ("constants", h["constants"]),
-                       ("initial", h["initial"])):  # fmt: skip
+    for name, size in (
+        ("tensors", 40 * h["tensors"]),
+        ("ops", 4 * h["op_words"]),
+        ("entries", 24 * h["entries"]),
+        ("bindings", 12 * h["bindings"]),
+        ("names", h["names"]),
+        ("constants", h["constants"]),
+        ("initial", h["initial"]),
+    ):
         out[name] = slice(at, at + size)
         at += size
     assert at == len(raw)
@@ -125,7 +150,10 @@ def test_round_trip(name):
     for entry, layout in plan.layouts.items():
         for role, value in (*layout.graph.inputs.items(), *layout.graph.outputs.items()):
             b = loaded.entries[entry][role]
-            assert (b.type.shape, b.type.dtype) == (tuple(layout.graph.shape(value)), layout.graph.type(value).dtype)
+            assert (b.type.shape, b.type.dtype) == (
+                tuple(layout.graph.shape(value)),
+                layout.graph.type(value).dtype,
+            )
             assert b.is_output == (role in layout.graph.outputs)
             assert b.area in ((ARENA,) if role in layout.graph.inputs else (ARENA, STATE, CONST))
     x, _ = samples(plan.model, plan.batch_size, 3)
@@ -215,8 +243,21 @@ def test_each_fault_has_its_own_text(program):
         refused(poke(raw, BASE + 16, "2i", *reversed(struct.unpack_from("<2i", raw, BASE + 16)))),
     ]
     assert len(set(texts)) == len(texts), texts
-    for text, word in zip(texts, ("cut off", "not a Program", "version", "op table", "checksum", "offset", "tensor", "op's number",
-                                  "shapes"), strict=True):  # fmt: skip
+    for text, word in zip(
+        texts,
+        (
+            "cut off",
+            "not a Program",
+            "version",
+            "op table",
+            "checksum",
+            "offset",
+            "tensor",
+            "op's number",
+            "shapes",
+        ),
+        strict=True,
+    ):
         assert word in text
 
 
@@ -245,21 +286,36 @@ def test_counts_that_add_up_but_shift_the_sections(program):
         refused(sealed(program.bytes, tensors=h["tensors"] + tensors, op_words=h["op_words"] + words))
 
 
-@pytest.mark.parametrize(("at", "form", "values"), [
-    (0, "B", (6,)), (0, "B", (255,)),  # dtype
-    (1, "B", (7,)), (1, "B", (0,)),  # rank; with rank 0 the dims must be one
-    (2, "B", (3,)), (3, "B", (1,)), (12, "I", (1,)),  # area, reserved
-    (8, "I", (0,)), (8, "I", (2**32 - 1,)),  # size
-    (16, "i", (0,)), (16, "i", (-1,)), (16, "i", (2**31 - 1,)),  # dims
-    (36, "i", (2,)), (16, "6i", (2**16,) * 6), (16, "2i", (2**16, 2**16)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("at", "form", "values"),
+    [
+        (0, "B", (6,)),
+        (0, "B", (255,)),  # dtype
+        (1, "B", (7,)),
+        (1, "B", (0,)),  # rank; with rank 0 the dims must be one
+        (2, "B", (3,)),
+        (3, "B", (1,)),
+        (12, "I", (1,)),  # area, reserved
+        (8, "I", (0,)),
+        (8, "I", (2**32 - 1,)),  # size
+        (16, "i", (0,)),
+        (16, "i", (-1,)),
+        (16, "i", (2**31 - 1,)),  # dims
+        (36, "i", (2,)),
+        (16, "6i", (2**16,) * 6),
+        (16, "2i", (2**16, 2**16)),
+    ],
+)
 def test_tensor_records(program, at, form, values):
     assert "tensor's rank, dimension or type" in refused(poke(program.bytes, BASE + at, form, *values))
 
 
-def test_a_tensor_of_2_to_32_elements_does_not_wrap(program):
-    raw = poke(program.bytes, BASE + 16, "2i", 2**16, 2**16)
-    assert "tensor's rank" in refused(poke(raw, BASE + 8, "I", 0))
+@pytest.mark.parametrize(("rank", "size"), [(2, 0), (2, 2**31), (4, 0), (6, 0)])
+def test_products_of_dimensions_do_not_wrap(program, rank, size):
+    """2^16 along each dimension: 2^32, 2^64 and 2^96 elements, which are none where the product wraps around."""
+    raw = poke(program.bytes, BASE + 1, "B", rank)
+    raw = poke(raw, BASE + 16, f"{rank}i", *(2**16,) * rank)
+    assert "tensor's rank" in refused(poke(raw, BASE + 8, "I", size))
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3, 2**31, 2**32 - 4])
@@ -283,8 +339,19 @@ def entry_at(raw: bytes, index: int) -> int:
     return sections(raw)["entries"].start + 24 * index
 
 
-@pytest.mark.parametrize(("word", "value"), [(0, 2**32 - 1), (1, 1), (1, 2**32 - 1), (2, 2**32 - 1), (3, 0), (3, 2**32 - 1),
-                                             (4, 2**32 - 1), (5, 2**32 - 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        (0, 2**32 - 1),
+        (1, 1),
+        (1, 2**32 - 1),
+        (2, 2**32 - 1),
+        (3, 0),
+        (3, 2**32 - 1),
+        (4, 2**32 - 1),
+        (5, 2**32 - 1),
+    ],
+)
 def test_entries(program, word, value):
     text = refused(poke(program.bytes, entry_at(program.bytes, 1) + 4 * word, "I", value))
     assert "outside its area" in text or "op's number" in text or "shapes" in text
@@ -304,17 +371,35 @@ def test_many_entries_are_checked_in_linear_time():
     count = 40_000
     copies = 2000
     step = struct.unpack_from("<6I", raw, entry_at(raw, 1))
-    ops = raw[parts["ops"]][4 * step[1]: 4 * step[2]] * copies
+    ops = raw[parts["ops"]][4 * step[1] : 4 * step[2]] * copies
     words, n_ops = len(ops) // 4, step[3] * copies
     entries = [struct.pack("<6I", step[0], 0, words, n_ops, 0, 0)] * count
-    body = b"".join([raw[parts["tensors"]], ops, *entries, raw[parts["bindings"]], raw[parts["names"]],
-                     raw[parts["constants"]], raw[parts["initial"]]])
+    body = b"".join(
+        [
+            raw[parts["tensors"]],
+            ops,
+            *entries,
+            raw[parts["bindings"]],
+            raw[parts["names"]],
+            raw[parts["constants"]],
+            raw[parts["initial"]],
+        ]
+    )
     hostile = sealed(raw[:BASE] + body, op_words=words, entries=count)
     start = time.perf_counter()
     refused(hostile)
     honest = [struct.pack("<6I", step[0], 0, words, n_ops, 0, 0)]
-    body = b"".join([raw[parts["tensors"]], ops, *honest, raw[parts["bindings"]], raw[parts["names"]],
-                     raw[parts["constants"]], raw[parts["initial"]]])
+    body = b"".join(
+        [
+            raw[parts["tensors"]],
+            ops,
+            *honest,
+            raw[parts["bindings"]],
+            raw[parts["names"]],
+            raw[parts["constants"]],
+            raw[parts["initial"]],
+        ]
+    )
     runtime.load(sealed(raw[:BASE] + body, op_words=words, entries=1))
     assert time.perf_counter() - start < 5
     assert h["entries"] == 3
@@ -363,7 +448,7 @@ def test_ops_write_only_to_the_arena_or_to_what_they_update(program):
     moved = 0
     for at in range(tensors.start, tensors.stop, 40):
         for area in {CONST, STATE, ARENA} - {raw[at + 2]}:
-            status = runtime._core.load(poke(raw, at, "4BI", *raw[at: at + 2], area, 0, 0), "auto")[0]
+            status = runtime._core.load(poke(raw, at, "4BI", *raw[at : at + 2], area, 0, 0), "auto")[0]
             moved += status == 8  # AC_E_OP
     assert moved > 10
 
@@ -375,3 +460,56 @@ def test_decode_is_what_load_returns(program):
 @pytest.mark.parametrize("junk", [b"", b"\0" * 64, b"ACCP", b"ACCP" + b"\xff" * 60, bytes(range(256)) * 8])
 def test_junk(junk):
     refused(junk)
+
+
+# -- docs/format.md ------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tables_of_the_page() -> list[list[list[str]]]:
+    """Every table of the page: rows of cells, without the head."""
+    tables, rows = [], []
+    for line in (ROOT / "docs/format.md").read_text().splitlines() + [""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif rows:
+            tables.append(rows[2:])
+            rows = []
+    return tables
+
+
+def test_the_page_says_what_the_code_does():
+    program_header, tensor, delta_header, record = tables_of_the_page()
+    assert [(int(r[0]), int(r[1]), r[2]) for r in program_header] == [
+        (4 * i, i, name) for i, name in enumerate(FIELDS)
+    ]
+    source = (runtime.SOURCE / "ac_core.c").read_text()
+    words = re.search(r"enum \{ (H_MAGIC.*?), HEADER_WORDS \}", source, re.DOTALL)[1]
+    assert [w.strip()[2:].lower() for w in words.split(",")] == list(FIELDS)
+    assert f"0x{MAGIC:08X}" in program_header[0][3] and program_header[1][3] == str(FORMAT)
+
+    struct_text = re.search(
+        r"40 bytes. \*/\ntypedef struct \{(.*?)\} ac_tensor;",
+        (runtime.SOURCE / "acclimate.h").read_text(),
+        re.DOTALL,
+    )
+    declared = [n.split("[")[0] for n in re.findall(r"(\w+(?:\[\w+\])?)[,;]", struct_text[1])]
+    assert [r[2] for r in tensor] == declared
+    sizes = {"u8": 1, "u32": 4, "i32 x 6": 24}
+    assert [int(r[0]) for r in tensor] == list(
+        itertools.accumulate([sizes[r[1]] for r in tensor[:-1]], initial=0)
+    )
+    assert tensor[0][3] == ", ".join(f"{code} {name}" for name, code in DTYPE_CODES.items())
+    for name, size in (("ENTRY_WORDS", 24), ("BINDING_WORDS", 12)):
+        assert f"{name} = {size // 4}" in source
+    page = (ROOT / "docs/format.md").read_text()
+    for title in ("Tensors, 40 bytes each", "Entries, 24 bytes each", "Bindings, 12 bytes each"):
+        assert title in page
+
+    assert [int(r[0]) for r in delta_header] == list(range(0, delta.HEADER.size, 4))
+    assert f"0x{delta.MAGIC:08X}" in delta_header[0][2] and delta_header[1][2] == str(delta.FORMAT)
+    assert [int(r[0]) for r in record] == [0, 2, 3, 4, 8, delta.RECORD.size]
+    assert record[1][3] == ", ".join(f"{i} {name}" for i, name in enumerate(delta.DTYPE_LIST))
+    raw = delta.encode([delta.Record("ab", np.zeros(3, np.float32))], 7)
+    assert struct.unpack_from("<HBBII", raw, delta.HEADER.size) == (2, 0, 255, 0, 3)

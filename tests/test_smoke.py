@@ -28,7 +28,9 @@ def model() -> Graph:
     x = graph.input("x", (Dim(1, 2), 1, 8, 8))
     x = emit(graph, "relu", emit(graph, "conv", x, weight("a.weight", 8, 1, 3, 3), bias("a.bias", 8), **same))
     x = emit(graph, "max_pool", x, kernel=(2, 2), stride=(2, 2), before=(0, 0), after=(0, 0), dilation=(1, 1))
-    x = emit(graph, "relu", emit(graph, "conv", x, weight("b.weight", 16, 8, 3, 3), bias("b.bias", 16), **same))
+    x = emit(
+        graph, "relu", emit(graph, "conv", x, weight("b.weight", 16, 8, 3, 3), bias("b.bias", 16), **same)
+    )
     x = emit(graph, "reshape", x, shape=(Dim(1, 2), 256))
     graph.outputs["output"] = emit(graph, "matmul", x, weight("c.weight", 10, 256), bias("c.bias", 10), tb=1)
     return verify(graph)
@@ -36,7 +38,13 @@ def model() -> Graph:
 
 def test_learns_digits_and_keeps_what_it_learned(model, tmp_path):
     data = digits()
-    plan = acclimate.plan(model, device="nano33ble", scheme="full", batch_size=16, optimizer=acclimate.SGD(lr=0.05, momentum=0.9))
+    plan = acclimate.plan(
+        model,
+        device="nano33ble",
+        scheme="full",
+        batch_size=16,
+        optimizer=acclimate.SGD(lr=0.05, momentum=0.9),
+    )
     learner = acclimate.Learner(plan)
     assert learner.score(data.x_val, data.y_val) < 0.4
     learner.fit(data.x, data.y, epochs=5)
@@ -61,11 +69,15 @@ def test_says_what_does_not_fit(model):
 
 
 def test_import_is_light():
-    """The library imports numpy alone; its own peak memory, as the kernel counts it for this address space, is small."""
-    code = ("import sys, acclimate; acclimate.Learner, acclimate.plan\n"
-            "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))\n"
-            "print([m for m in ('torch', 'onnx', 'typer', 'rich', 'PIL') if m in sys.modules])")
+    """The library imports numpy alone; the peak memory of its own address space is small."""
+    code = (
+        "import sys, acclimate; acclimate.Learner, acclimate.plan\n"
+        "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))\n"
+        "print([m for m in ('torch', 'onnx', 'typer', 'rich', 'PIL') if m in sys.modules])"
+    )
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
-    kib, extras = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    kib, extras = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert int(kib) < 60 * 1024 and extras == "[]"

@@ -67,7 +67,7 @@ static int open_samples(samples *s, const char *path) {
     uint32_t h[4];
     s->file = fopen(path, "rb");
     if (!s->file) return complain(path, "cannot be opened");
-    if (fread(h, 4, 4, s->file) != 4 || h[0] != SAMPLES_MAGIC || h[1] > 1u << 20 || h[2] > 1u << 20 || h[3] > h[1])
+    if (fread(h, 4, 4, s->file) != 4 || h[0] != SAMPLES_MAGIC || h[1] > 1u << 15 || h[2] > 1u << 15 || h[3] > h[1])
         return complain(path, "is not a file of samples; make_program.py writes one");
     s->count = h[1];
     s->floats = h[2];
@@ -170,8 +170,8 @@ static int load_state(const ac_program *p, const ac_memory *m, const char *path)
 /* ---- the command ------------------------------------------------------------------------------------------------- */
 
 int main(int argc, char **argv) {
-    uint32_t epochs = 3, steps = 0;
-    float lr = 0.05f;
+    uint32_t epochs = 10, steps = 0;
+    float lr = 0.005f;
     const char *kept = "learned.acs";
     if (argc < FIRST_FILE + 1)
         return complain("usage", "learn PROGRAM SAMPLES [--epochs N] [--steps N] [--lr X] [--state FILE]");

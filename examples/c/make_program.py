@@ -34,10 +34,19 @@ def network() -> Graph:
     halve = {"kernel": (2, 2), "stride": (2, 2), "before": (0, 0), "after": (0, 0), "dilation": (1, 1)}
     y = g.input("x", (Dim(1, 1), 1, 8, 8))
     for name, c_in, c_out in (("conv1", 1, 8), ("conv2", 8, 16)):
-        y = emit(g, "conv", y, weight(f"{name}.weight", c_out, c_in, 3, 3), g.persistent(f"{name}.bias", np.zeros(c_out)), **same)
+        y = emit(
+            g,
+            "conv",
+            y,
+            weight(f"{name}.weight", c_out, c_in, 3, 3),
+            g.persistent(f"{name}.bias", np.zeros(c_out)),
+            **same,
+        )
         y = emit(g, "max_pool", emit(g, "relu", y), **halve)
     y = emit(g, "reshape", y, shape=(Dim(1, 1), 64))
-    g.outputs["output"] = emit(g, "matmul", y, weight("head.weight", 10, 64), g.persistent("head.bias", np.zeros(10)), tb=1)
+    g.outputs["output"] = emit(
+        g, "matmul", y, weight("head.weight", 10, 64), g.persistent("head.bias", np.zeros(10)), tb=1
+    )
     return g
 
 

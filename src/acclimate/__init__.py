@@ -14,12 +14,28 @@ __version__ = "0.1.0"
 
 #: public name -> module that holds it; imported when first used, so that `import acclimate` is quick
 _PUBLIC = {
-    "plan": "auto", "Plan": "planner", "Learner": "learner", "load": "frontend", "from_torch": "frontend",
-    "devices": "device", "Device": "device", "Graph": "ir", "UpdateSet": "grad", "Channels": "grad",
-    "CrossEntropy": "objective", "BinaryCrossEntropy": "objective", "MSE": "objective",
-    "SGD": "objective", "Adam": "objective", "AdamW": "objective",
-    "AcclimateError": "errors", "BadInput": "errors", "CannotFit": "errors", "Refused": "errors",
-    "Unsupported": "errors", "WrongUse": "errors",
+    "plan": "auto",
+    "Plan": "planner",
+    "Learner": "learner",
+    "load": "frontend",
+    "from_torch": "frontend",
+    "devices": "device",
+    "Device": "device",
+    "Graph": "ir",
+    "UpdateSet": "grad",
+    "Channels": "grad",
+    "CrossEntropy": "objective",
+    "BinaryCrossEntropy": "objective",
+    "MSE": "objective",
+    "SGD": "objective",
+    "Adam": "objective",
+    "AdamW": "objective",
+    "AcclimateError": "errors",
+    "BadInput": "errors",
+    "CannotFit": "errors",
+    "Refused": "errors",
+    "Unsupported": "errors",
+    "WrongUse": "errors",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

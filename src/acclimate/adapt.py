@@ -322,13 +322,13 @@ def adapt(
 ) -> Outcome:
     """Choose a scheme, learn, and keep the result where it does held-out samples no harm.
 
-    out: the folder of the run (`<name>.acu`, run.json, report.html), or the .acu file itself, with the other
+    out: the folder of the run (update.acu, run.json, report.html), or the .acu file itself, with the other
     two in a folder beside it. lr: without it, RATE_FACTORS are tried. Raises CannotFit, BadInput, WrongUse
     before anything is learned; KeyboardInterrupt where it is stopped before the first epoch is done.
     """
     if epochs < 1:
         raise WrongUse("epochs must be a whole number from 1", number=str(epochs))
-    update, folder = _places(out, name)
+    update, folder = _places(out)
     loss, loss_note = _loss_for(model, dataset.y, loss)
     known, held_out, notes = _parted(model, dataset, loss, seed)
     options: dict[str, Any] = {
@@ -418,7 +418,7 @@ def _measured(learner: Learner, part: Dataset) -> int | None:
     return learner.measured_peak_bytes(part.x, part.y)
 
 
-def _places(out: Path, name: str) -> tuple[Path, Path]:
+def _places(out: Path) -> tuple[Path, Path]:
     """(the update's file, the run's folder), which can be made; so that nothing is learned in vain."""
     file = out.suffix.lower() == ".acu"
     folder = out.with_name(f"{out.stem}-run") if file else out
@@ -435,7 +435,7 @@ def _places(out: Path, name: str) -> tuple[Path, Path]:
         raise BadInput(
             "the folder of the run cannot be written", where=str(there), action="--out somewhere else"
         )
-    return (out if file else folder / f"{name}.acu"), folder
+    return (out if file else folder / "update.acu"), folder
 
 
 def _parted(model: Graph, dataset: Dataset, loss: str, seed: int) -> tuple[Dataset, Dataset, list[str]]:

@@ -19,15 +19,25 @@ from .objective import Loss, Optimizer
 from .planner import Plan, cannot_fit, compile_plan, kib
 
 RACE_SAMPLES = 512  # a contender sees at most this many samples
-RACE_EPOCHS = 4
+RACE_STEPS = 200  # and takes about this many steps,
+RACE_EPOCHS = (4, 20)  # in at least and at most so many passes
 RACE_HELD_OUT = 0.25
-TIE = 0.005  # accuracies this close count as equal: the cheaper scheme wins
+TIE_LOSS = 0.02  # held-out losses this close (relative) count as equal: the cheaper scheme wins
 
 
-def plan(model: Graph | str | Path, device: str | Device = "host", scheme: Any = "auto", loss: str | Loss = "cross_entropy",
-         optimizer: str | Optimizer = "sgd", batch_size: int = 1, memory_bytes: int | None = None,
-         threads: int | None = None, data: tuple[np.ndarray, np.ndarray] | None = None, seed: int = 0,
-         callback: Callable[[Mapping[str, Any]], None] | None = None) -> Plan:
+def plan(
+    model: Graph | str | Path,
+    device: str | Device = "host",
+    scheme: Any = "auto",
+    loss: str | Loss = "cross_entropy",
+    optimizer: str | Optimizer = "sgd",
+    batch_size: int = 1,
+    memory_bytes: int | None = None,
+    threads: int | None = None,
+    data: tuple[np.ndarray, np.ndarray] | None = None,
+    seed: int = 0,
+    callback: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Plan:
     """Compile what will learn, and answer exactly whether it fits.
 
     model: a Graph (or a path that `load` takes). device: a name of `devices()`, or a Device. scheme: "auto", "full",
@@ -43,8 +53,14 @@ def plan(model: Graph | str | Path, device: str | Device = "host", scheme: Any =
         from .frontend import load
 
         model = load(model)
-    args: dict[str, Any] = {"device": device, "loss": loss, "optimizer": optimizer, "batch_size": batch_size,
-                            "memory_bytes": memory_bytes, "threads": threads}
+    args: dict[str, Any] = {
+        "device": device,
+        "loss": loss,
+        "optimizer": optimizer,
+        "batch_size": batch_size,
+        "memory_bytes": memory_bytes,
+        "threads": threads,
+    }
     if not (isinstance(scheme, str) and scheme == "auto"):
         return compile_plan(model, scheme=scheme, **args)
     plans = [compile_plan(model, scheme=s, must_fit=False, **args) for s in schemes.candidates(model)]
@@ -53,41 +69,63 @@ def plan(model: Graph | str | Path, device: str | Device = "host", scheme: Any =
         raise cannot_fit(min(plans, key=lambda p: p.peak_bytes))
     if data is None:
         best = max(fitting, key=lambda p: (p.update_set.size(model), -p.macs_per_step))
-        why = (f"auto: {best.update_set.scheme} lets most weights learn of the {len(fitting)} of {len(plans)} schemes that fit "
-               f"{kib(best.ram_limit_bytes)}; no data was given to measure by")
+        why = (
+            f"auto: {best.update_set.scheme} lets most weights learn of the {len(fitting)} of {len(plans)} schemes that fit "
+            f"{kib(best.ram_limit_bytes)}; no data was given to measure by"
+        )
         return replace(best, explanation=why, tried=tuple(p.row() for p in plans))
     return _race(plans, data, seed, callback)
 
 
-def _race(plans: list[Plan], data: tuple[np.ndarray, np.ndarray], seed: int,
-          callback: Callable[[Mapping[str, Any]], None] | None) -> Plan:
-    """Train each plan that fits for a moment on a part of the data; the best on the rest wins, ties by energy."""
+def _race(
+    plans: list[Plan],
+    data: tuple[np.ndarray, np.ndarray],
+    seed: int,
+    callback: Callable[[Mapping[str, Any]], None] | None,
+) -> Plan:
+    """Train each plan that fits for a moment on a part of the data; the best on the rest wins."""
     x, y = np.asarray(data[0]), np.asarray(data[1])
     if len(x) != len(y) or len(x) < 4:
-        raise WrongUse("auto needs at least four labelled samples to measure by", number=f"{len(x)} samples, {len(y)} labels",
-                       action="name a scheme, or give more data")
+        raise WrongUse(
+            "auto needs at least four labelled samples to measure by",
+            number=f"{len(x)} samples, {len(y)} labels",
+            action="name a scheme, or give more data",
+        )
     parts = split(Dataset(x, y), RACE_HELD_OUT, seed)
     assert parts.x_val is not None and parts.y_val is not None
     take = np.random.default_rng(seed).permutation(len(parts.x))[:RACE_SAMPLES]
     keep = slice(0, RACE_SAMPLES)
+    epochs = int(np.clip(-(-RACE_STEPS * plans[0].batch_size // len(take)), *RACE_EPOCHS))
+    x_val, y_val = parts.x_val[keep], parts.y_val[keep]
     rows: list[dict[str, Any]] = []
-    scores: dict[int, float] = {}
+    results: dict[int, tuple[float, float]] = {}  # index of the plan -> score, loss
     for contender in plans:
         row = contender.row()
         if contender.fits:
             learner = Learner(contender)
-            before = learner.score(parts.x_val[keep], parts.y_val[keep])
-            learner.fit(parts.x[take], parts.y[take], epochs=RACE_EPOCHS, seed=seed)
-            score = learner.score(parts.x_val[keep], parts.y_val[keep])
-            scores[len(rows)] = score if np.isfinite(learner.loss_history[-1]) else -1.0
-            row |= {"race_before": before, "race_after": score}
+            before = learner.score(x_val, y_val)
+            learner.fit(parts.x[take], parts.y[take], epochs=epochs, seed=seed)
+            after = learner.evaluate(x_val, y_val)
+            finite = np.isfinite(after["loss"])
+            results[len(rows)] = (after["accuracy"], after["loss"]) if finite else (-np.inf, np.inf)
+            row |= {"race_before": before, "race_after": after["accuracy"], "race_loss": after["loss"]}
         rows.append(row)
         if callback is not None:
             callback(row)
-    top = max(scores.values())
-    winner = min((i for i, s in scores.items() if s >= top - TIE), key=lambda i: (plans[i].energy_uj, i))
-    best = plans[winner]
-    why = (f"auto: {best.update_set.scheme} reached {scores[winner]:.1%} on held-out samples after a race of {RACE_EPOCHS} epochs "
-           f"on {len(take)} (before: {rows[winner]['race_before']:.1%}; best of {len(scores)} that fit: {top:.1%}); "
-           f"among equals it takes the least energy")
+    winner = _winner(results, 1 / len(x_val), [p.energy_uj for p in plans])
+    best, top = plans[winner], max(score for score, _ in results.values())
+    why = (
+        f"auto: {best.update_set.scheme} scored {results[winner][0]:.3f} on {len(x_val)} held-out samples after a race of "
+        f"{epochs} epochs on {len(take)} (before: {rows[winner]['race_before']:.3f}; best of the {len(results)} that "
+        f"fit: {top:.3f}); scores one sample apart are decided by loss, equal losses by energy"
+    )
     return replace(best, explanation=why, tried=tuple(rows))
+
+
+def _winner(results: Mapping[int, tuple[float, float]], sample: float, energy_uj: list[float]) -> int:
+    """Of those within one sample of the best score, those within TIE_LOSS of the least loss; of those the cheapest."""
+    top = max(score for score, _ in results.values())
+    near = {i: loss for i, (score, loss) in results.items() if score >= top - sample * 1.001}
+    least = min(near.values())
+    equal = [i for i, loss in near.items() if loss <= least + TIE_LOSS * abs(least)]
+    return min(equal, key=lambda i: (energy_uj[i], i))

@@ -373,7 +373,7 @@ def adapt(
 ) -> None:
     """Learn from data; keep it if held-out samples agree.
 
-    MODEL is an .onnx or .pt2 file. Chooses what learns, learns, and saves the update (.acu), run.json and
+    MODEL is an .onnx or .pt2 file. Chooses what learns, learns, and saves the update (update.acu), run.json and
     report.html. Ctrl-C stops it with the best so far. Where held-out samples get worse nothing is saved, and
     the exit code is 5.
     """
@@ -408,7 +408,7 @@ def adapt(
         raise outcome.refusal
 
 
-@app.command(epilog="Example:  acclimate evaluate model.onnx --update model-run/model.acu --data mine.npz")
+@app.command(epilog="Example:  acclimate evaluate model.onnx --update model-run/update.acu --data mine.npz")
 def evaluate(
     model: Model,
     data: Data,
@@ -517,6 +517,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(given or ["--help"], standalone_mode=False, prog_name="acclimate") or 0
         sys.stdout.flush()
+        if code == STOPPED:  # typer takes Ctrl-C for itself, and tells by this code
+            raise KeyboardInterrupt
         return code
     except AcclimateError as error:
         return _failed(error, given)

@@ -148,7 +148,7 @@ def demo(device: str = "nano33ble", seed: int = 0, tell: Tell = silent) -> dict[
         "notes": [
             "The digits are real (UCI, Alpaydin and Kaynak, 1998); the drifts are simulated on them.",
             "Every scheme gets the same samples and steps, and the best of the same three learning rates and "
-            "ten epochs by a part of its samples. auto chooses its scheme by a race on them. The held-out "
-            "samples have no say.",
+            "ten epochs by a part of its samples. auto chooses its scheme by a race on them; its choice is "
+            "marked. The held-out samples have no say.",
         ],
     }

@@ -37,7 +37,9 @@ class CannotFit(AcclimateError):
 
     exit_code = 3
 
-    def __init__(self, what: str, where: str = "", number: str = "", action: str = "", fixes: tuple = ()) -> None:
+    def __init__(
+        self, what: str, where: str = "", number: str = "", action: str = "", fixes: tuple = ()
+    ) -> None:
         super().__init__(what, where, number, action)
         self.fixes = fixes
 
@@ -60,7 +62,9 @@ class Refused(AcclimateError):
 class Unsupported(BadInput):
     """The model holds nodes that cannot be taken. `nodes` lists all of them, each with its nearest rewrite."""
 
-    def __init__(self, what: str, where: str = "", number: str = "", action: str = "", nodes: tuple = ()) -> None:
+    def __init__(
+        self, what: str, where: str = "", number: str = "", action: str = "", nodes: tuple = ()
+    ) -> None:
         super().__init__(what, where, number, action)
         self.nodes = nodes
 

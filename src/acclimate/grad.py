@@ -8,13 +8,13 @@ whatever it still references. No op's gradient is known here, only the rows'.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from .errors import WrongUse
-from .ir import DTYPES, PERSISTENT, Graph, Node, Value, reachable
+from .ir import DTYPES, Graph, Node, Value, reachable
 from .objective import Loss, Optimizer
 from .ops import TABLE, emit, infer, parse
 
@@ -55,17 +55,30 @@ class UpdateSet:
         for name, channels in self.tensors.items():
             name = graph.aliases.get(name, name)
             if name not in known:
-                raise WrongUse("the update set names a tensor that the model does not have", where=name,
-                               action=f"one of {', '.join(list(known)[:8])}{' ...' if len(known) > 8 else ''}")
+                raise WrongUse(
+                    "the update set names a tensor that the model does not have",
+                    where=name,
+                    action=f"one of {', '.join(list(known)[:8])}{' ...' if len(known) > 8 else ''}",
+                )
             if channels is not None:
                 shape = known[name].shape
-                if not (0 <= channels.axis < len(shape)) or not channels.index or len(set(channels.index)) != len(
-                        channels.index) or not all(0 <= i < shape[channels.axis] for i in channels.index):
-                    raise WrongUse("channels of the update set are out of range or repeated", where=name,
-                                   number=f"axis {channels.axis}, {channels.index} of shape {shape}")
+                if (
+                    not (0 <= channels.axis < len(shape))
+                    or not channels.index
+                    or len(set(channels.index)) != len(channels.index)
+                    or not all(0 <= i < shape[channels.axis] for i in channels.index)
+                ):
+                    raise WrongUse(
+                        "channels of the update set are out of range or repeated",
+                        where=name,
+                        number=f"axis {channels.axis}, {channels.index} of shape {shape}",
+                    )
             tensors[name] = channels
         if not tensors:
-            raise WrongUse(f"the update set is empty (scheme {self.scheme})", action="choose a scheme that names a tensor")
+            raise WrongUse(
+                f"the update set is empty (scheme {self.scheme})",
+                action="choose a scheme that names a tensor",
+            )
         return UpdateSet(tensors, self.scheme, self.reasons)
 
 
@@ -95,7 +108,31 @@ class Tape:
 
     def reshape(self, name: str, shape: tuple[int, ...]) -> str:
         """`name` under another shape; nothing where it has that shape already."""
-        return name if tuple(self.graph.shape(name)) == tuple(shape) else self.emit("reshape", name, shape=tuple(shape))
+        return (
+            name
+            if tuple(self.graph.shape(name)) == tuple(shape)
+            else self.emit("reshape", name, shape=tuple(shape))
+        )
+
+    def rename(self, old: str, stem: str) -> str:
+        """Give a value that was just made a telling name; returns the name that it got."""
+        node = self._producers.get(old)
+        if node is None or old.startswith("d_"):
+            return old
+        new = self.graph.add(replace(self.graph.values.pop(old), name=self.graph.fresh(stem)))
+        for i in range(len(self.graph.nodes) - 1, -1, -1):
+            n = self.graph.nodes[i]
+            if old in n.inputs or old in n.outputs:
+                self.graph.nodes[i] = renamed = replace(
+                    n,
+                    inputs=tuple(new if m == old else m for m in n.inputs),
+                    outputs=tuple(new if m == old else m for m in n.outputs),
+                )
+                self._producers.update({m: renamed for m in renamed.outputs if m})
+            if n is node:
+                break
+        del self._producers[old]
+        return new
 
     def keep_output(self, node: Node, i: int) -> str:
         """The name of an optional output of an earlier node, which is switched on where it was left out."""
@@ -150,12 +187,19 @@ def differentiate(graph: Graph, loss: str, wanted: list[str]) -> dict[str, str]:
             continue
         row = TABLE[node.op]
         if row.grad is None:
-            raise WrongUse(f"{node.op} has no gradient: {row.no_grad or 'none was written'}", where=node.where,
-                           action="choose a scheme that updates only tensors after it")
-        d_inputs = row.grad(tape, node, *[grads.get(n, "") for n in node.outputs])
-        for name, d in zip(node.inputs, d_inputs, strict=False):
+            raise WrongUse(
+                f"{node.op} has no gradient: {row.no_grad or 'none was written'}",
+                where=node.where,
+                action="choose a scheme that updates only tensors after it",
+            )
+        given = [grads.get(n, "") for n in node.outputs]
+        renamed: dict[str, str] = {}
+        for name, d in zip(node.inputs, row.grad(tape, node, *given), strict=False):
             if name and d and tape.wants(name):
-                grads[name] = _accumulate(tape, grads[name], d) if name in grads else d
+                d = renamed.get(d, d)
+                total = _accumulate(tape, grads[name], d) if name in grads else d
+                grads[name] = total if total in given else tape.rename(total, f"d_{name}")
+                renamed[total] = grads[name]
     return {name: grads.get(name, "") for name in wanted}
 
 
@@ -187,7 +231,13 @@ def predict_graph(model: Graph) -> Graph:
                 renamed[node.outputs[0]] = inputs[kept[0]]
                 continue
             skipped = ("",) * (len(parse(TABLE[op].signature)[1]) - 1)
-            node = Node(op, tuple(inputs[i] for i in kept), (node.outputs[0], *skipped), TABLE[op].fill(attrs), node.where)
+            node = Node(
+                op,
+                tuple(inputs[i] for i in kept),
+                (node.outputs[0], *skipped),
+                TABLE[op].fill(attrs),
+                node.where,
+            )
         graph.nodes.append(node)
     graph.outputs = {role: renamed.get(name, name) for role, name in model.outputs.items()}
     return graph
@@ -208,7 +258,9 @@ def gradient_graph(model: Graph, update_set: UpdateSet, loss: Loss) -> Graph:
     graph.outputs = {"loss": value}
     for name, channels in update_set.tensors.items():
         if grads[name]:
-            graph.outputs[f"d_{name}"] = grads[name] if channels is None else Tape(graph).take(grads[name], channels)[0]
+            graph.outputs[f"d_{name}"] = (
+                grads[name] if channels is None else Tape(graph).take(grads[name], channels)[0]
+            )
     return graph
 
 
@@ -267,13 +319,6 @@ def _apply(tape: Tape, parts: Mapping[str, tuple[str, str, int]], optimizer: Opt
         if scale:
             grad = tape.emit("mul", grad, scale)
         optimizer.build(tape, name, grad, lr, index, axis)
-
-
-def updated(graph: Graph) -> list[str]:
-    """The persistent values that the graph writes, in the graph's order."""
-    written = {node.inputs[i] for node in graph.nodes for i in TABLE[node.op].updates
-               if i < len(node.inputs) and node.inputs[i]}
-    return [v for v in graph.values if v in written and graph.values[v].kind in PERSISTENT]
 
 
 def prune(graph: Graph) -> Graph:

@@ -18,7 +18,14 @@ import numpy as np
 from .errors import BadInput
 
 #: Bytes an element; "bit" packs 32 elements into a 4-byte word.
-DTYPES: dict[str, Any] = {"f32": np.float32, "i32": np.int32, "u8": np.uint8, "u16": np.uint16, "i8": np.int8, "bit": np.bool_}
+DTYPES: dict[str, Any] = {
+    "f32": np.float32,
+    "i32": np.int32,
+    "u8": np.uint8,
+    "u16": np.uint16,
+    "i8": np.int8,
+    "bit": np.bool_,
+}
 
 PERSISTENT = ("parameter", "state")
 
@@ -146,15 +153,23 @@ class Graph:
 
     def copy(self) -> Graph:
         """A copy that can be changed freely; values and nodes are immutable and shared."""
-        return Graph(self.batch, dict(self.values), list(self.nodes), dict(self.inputs), dict(self.outputs),
-                     dict(self.aliases))
+        return Graph(
+            self.batch,
+            dict(self.values),
+            list(self.nodes),
+            dict(self.inputs),
+            dict(self.outputs),
+            dict(self.aliases),
+        )
 
     def with_data(self, data: Mapping[str, np.ndarray]) -> Graph:
         """A copy whose persistent values start from `data`."""
         new = self.copy()
         for name, array in data.items():
             value = new.values[new.aliases.get(name, name)]
-            new.values[value.name] = replace(value, data=np.array(array, DTYPES[value.type.dtype]).reshape(value.shape))
+            new.values[value.name] = replace(
+                value, data=np.array(array, DTYPES[value.type.dtype]).reshape(value.shape)
+            )
         return new
 
     # -- asking ------------------------------------------------------------------------------------------------
@@ -183,11 +198,15 @@ class Graph:
         return sum(v.type.size_bytes for v in self.parameters().values())
 
     def __str__(self) -> str:
-        lines = [f"graph batch={self.batch} inputs={', '.join(f'{n}: {self.type(n)}' for n in self.inputs.values())}"]
+        lines = [
+            f"graph batch={self.batch} inputs={', '.join(f'{n}: {self.type(n)}' for n in self.inputs.values())}"
+        ]
         for node in self.nodes:
             outs = ", ".join(f"{n}: {self.type(n)}" if n else "-" for n in node.outputs)
             attrs = ", ".join(f"{k}={v}" for k, v in node.attrs.items())
-            lines.append(f"  {outs or '-'} = {node.op}({', '.join(n or '-' for n in node.inputs)}{'; ' if attrs else ''}{attrs})")
+            lines.append(
+                f"  {outs or '-'} = {node.op}({', '.join(n or '-' for n in node.inputs)}{'; ' if attrs else ''}{attrs})"
+            )
         lines.append(f"  return {', '.join(f'{role}={name}' for role, name in self.outputs.items())}")
         return "\n".join(lines)
 

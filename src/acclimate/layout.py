@@ -109,7 +109,11 @@ def _greedy(graph: Graph, needs: list[set[int]], patience: int) -> list[int]:
 
     def delta(i: int) -> int:
         node = graph.nodes[i]
-        grows = 0 if TABLE[node.op].view else sum(graph.type(n).size_bytes for n in node.outputs if n and (left[n] or n in keep))
+        grows = (
+            0
+            if TABLE[node.op].view
+            else sum(graph.type(n).size_bytes for n in node.outputs if n and (left[n] or n in keep))
+        )
         for name in {_root(graph, made, n) for n in node.inputs if n}:
             if left[name] == 1 and name not in keep and _in_arena(graph, name):
                 grows -= graph.type(name).size_bytes
@@ -199,8 +203,12 @@ def _overwritable(graph: Graph, node: Node, name: str, home: dict[str, Buffer], 
         buffer = home[node.inputs[j]]
         others = [k for k, n in enumerate(node.inputs) if k != j and n in home and home[n] is buffer]
         same_type = graph.type(node.inputs[j]).size_bytes == size
-        if buffer.end == at and buffer.size_bytes == size and same_type and all(
-                k in row.in_place and node.inputs[k] == node.inputs[j] for k in others):
+        if (
+            buffer.end == at
+            and buffer.size_bytes == size
+            and same_type
+            and all(k in row.in_place and node.inputs[k] == node.inputs[j] for k in others)
+        ):
             return buffer
     return None
 

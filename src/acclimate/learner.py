@@ -95,7 +95,7 @@ class Learner:
         """
         x = self._samples(x)
         y = self._targets(y, len(x))
-        session = Session(self.plan.with_batch_size(len(x)).gradient_program, self._main.state)
+        session = Session(self.plan.gradient_program(len(x)), self._main.state)
         out = session.run("gradient", x=x, y=y)
         found = {}
         for name, channels in self.plan.update_set.tensors.items():

@@ -14,8 +14,11 @@ from .ir import Type
 
 def _classes_of(output: Type) -> int:
     if len(output.shape) != 2:
-        raise WrongUse("cross entropy takes an output of (N, classes)", where=f"the model gives {output}",
-                       action="flatten the output, or use another loss")
+        raise WrongUse(
+            "cross entropy takes an output of (N, classes)",
+            where=f"the model gives {output}",
+            action="flatten the output, or use another loss",
+        )
     return output.shape[1]
 
 
@@ -38,8 +41,10 @@ class CrossEntropy:
         extra = ()
         if self.class_weights is not None:
             if len(self.class_weights) != tape.graph.shape(output)[1] or min(self.class_weights) < 0:
-                raise WrongUse("class_weights needs one weight >= 0 a class", number=f"{len(self.class_weights)} given, "
-                               f"{tape.graph.shape(output)[1]} classes")
+                raise WrongUse(
+                    "class_weights needs one weight >= 0 a class",
+                    number=f"{len(self.class_weights)} given, {tape.graph.shape(output)[1]} classes",
+                )
             extra = (tape.graph.constant("class_weights", np.array(self.class_weights)),)
         return tape.emit("cross_entropy", output, target, *extra, smoothing=self.smoothing)
 
@@ -49,14 +54,21 @@ class CrossEntropy:
         if y.ndim == 2 and y.shape[1] == 1:
             y = y[:, 0]
         if y.ndim != 1:
-            raise BadInput("cross entropy takes one label a sample", number=f"y has shape {y.shape}",
-                           action='for several labels a sample use loss="binary_cross_entropy"')
+            raise BadInput(
+                "cross entropy takes one label a sample",
+                number=f"y has shape {y.shape}",
+                action='for several labels a sample use loss="binary_cross_entropy"',
+            )
         if y.dtype.kind not in "iub" and not (y.dtype.kind == "f" and np.array_equal(y, np.round(y))):
             raise BadInput("labels must be whole numbers", number=f"y is {y.dtype}")
         bad = np.flatnonzero((y < 0) | (y >= classes))
         if bad.size:
-            raise BadInput("a label is outside the classes of the model", where=f"row {bad[0]} and {bad.size - 1} more",
-                           number=f"label {y[bad[0]]}, classes 0..{classes - 1}", action="map the labels to the model's classes")
+            raise BadInput(
+                "a label is outside the classes of the model",
+                where=f"row {bad[0]} and {bad.size - 1} more",
+                number=f"label {y[bad[0]]}, classes 0..{classes - 1}",
+                action="map the labels to the model's classes",
+            )
         return y.astype(np.int32)
 
     def correct(self, output: np.ndarray, y: np.ndarray) -> float:
@@ -74,8 +86,11 @@ def _same_shape(y: np.ndarray, output: Type, what: str) -> np.ndarray:
         raise BadInput(f"{what} takes targets of the output's shape", number=f"y {y.shape}, output {shape}")
     y = y.astype(np.float32).reshape(shape)
     if not np.isfinite(y).all():
-        raise BadInput("y holds NaN or infinity", where=f"row {np.argwhere(~np.isfinite(y))[0][0]}",
-                       number=f"{int((~np.isfinite(y)).sum())} values")
+        raise BadInput(
+            "y holds NaN or infinity",
+            where=f"row {np.argwhere(~np.isfinite(y))[0][0]}",
+            number=f"{int((~np.isfinite(y)).sum())} values",
+        )
     return y
 
 
@@ -95,8 +110,12 @@ class BinaryCrossEntropy:
         y = _same_shape(np.asarray(y), output, "binary cross entropy")
         bad = (y > 1) | ((y < 0) & (not self.masked))
         if bad.any():
-            raise BadInput("targets of binary cross entropy lie in 0..1", where=f"row {np.argwhere(bad)[0][0]}",
-                           number=f"{y[bad][0]}", action="BinaryCrossEntropy(masked=True) skips targets below zero")
+            raise BadInput(
+                "targets of binary cross entropy lie in 0..1",
+                where=f"row {np.argwhere(bad)[0][0]}",
+                number=f"{y[bad][0]}",
+                action="BinaryCrossEntropy(masked=True) skips targets below zero",
+            )
         return y
 
     def correct(self, output: np.ndarray, y: np.ndarray) -> float:
@@ -105,7 +124,11 @@ class BinaryCrossEntropy:
         return float(((output > 0) == (y > 0.5))[keep].mean()) if keep.any() else 0.0
 
     def probabilities(self, output: np.ndarray) -> np.ndarray:
-        return np.where(output >= 0, 1 / (1 + np.exp(-np.abs(output))), np.exp(-np.abs(output)) / (1 + np.exp(-np.abs(output))))
+        return np.where(
+            output >= 0,
+            1 / (1 + np.exp(-np.abs(output))),
+            np.exp(-np.abs(output)) / (1 + np.exp(-np.abs(output))),
+        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +154,11 @@ class MSE:
 
 
 Loss = CrossEntropy | BinaryCrossEntropy | MSE
-LOSSES: Mapping[str, Loss] = {"cross_entropy": CrossEntropy(), "binary_cross_entropy": BinaryCrossEntropy(), "mse": MSE()}
+LOSSES: Mapping[str, Loss] = {
+    "cross_entropy": CrossEntropy(),
+    "binary_cross_entropy": BinaryCrossEntropy(),
+    "mse": MSE(),
+}
 
 
 # -- optimisers ----------------------------------------------------------------------------------------------------
@@ -158,8 +185,18 @@ class SGD:
 
     def build(self, tape: Any, name: str, grad: str, lr: str, index: str, axis: int) -> None:
         buffer = tape.state(f"{name}.momentum", tape.graph.shape(grad)) if self.momentum else ""
-        tape.update("sgd", name, grad, lr, buffer, index, axis=axis, momentum=self.momentum, nesterov=int(self.nesterov),
-                    weight_decay=self.weight_decay)
+        tape.update(
+            "sgd",
+            name,
+            grad,
+            lr,
+            buffer,
+            index,
+            axis=axis,
+            momentum=self.momentum,
+            nesterov=int(self.nesterov),
+            weight_decay=self.weight_decay,
+        )
 
 
 @dataclass(frozen=True)
@@ -182,9 +219,22 @@ class Adam:
     def build(self, tape: Any, name: str, grad: str, lr: str, index: str, axis: int) -> None:
         shape = tape.graph.shape(grad)
         steps = tape.state("optimizer.steps", (1,), "i32")
-        tape.update("adam", name, grad, lr, tape.state(f"{name}.mean", shape), tape.state(f"{name}.variance", shape), steps,
-                    index, axis=axis, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
-                    weight_decay=self.weight_decay, decoupled=int(self.decoupled))
+        tape.update(
+            "adam",
+            name,
+            grad,
+            lr,
+            tape.state(f"{name}.mean", shape),
+            tape.state(f"{name}.variance", shape),
+            steps,
+            index,
+            axis=axis,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            decoupled=int(self.decoupled),
+        )
         tape.count(steps)
 
 
@@ -195,12 +245,20 @@ def AdamW(lr: float = 0.001, weight_decay: float = 0.01, **rest: Any) -> Adam:
 
 def _check_optimizer(o: Any) -> None:
     if o.lr < 0 or o.weight_decay < 0 or o.accumulate < 1 or (o.clip_norm is not None and o.clip_norm <= 0):
-        raise WrongUse("an optimiser's number is out of range", where=str(o),
-                       action="lr, weight_decay >= 0; accumulate >= 1; clip_norm > 0")
+        raise WrongUse(
+            "an optimiser's number is out of range",
+            where=str(o),
+            action="lr, weight_decay >= 0; accumulate >= 1; clip_norm > 0",
+        )
 
 
 Optimizer = SGD | Adam
-OPTIMIZERS: Mapping[str, Optimizer] = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam(), "adamw": AdamW()}
+OPTIMIZERS: Mapping[str, Optimizer] = {
+    "sgd": SGD(),
+    "momentum": SGD(momentum=0.9),
+    "adam": Adam(),
+    "adamw": AdamW(),
+}
 
 
 def resolve(value: Any, table: Mapping[str, Any], what: str) -> Any:

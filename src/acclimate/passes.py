@@ -21,11 +21,15 @@ def _rename(node: Node, names: dict[str, str]) -> Node:
     return replace(node, inputs=tuple(names.get(n, n) for n in node.inputs))
 
 
-def freeze(graph: Graph, written: set[str]) -> Graph:
-    """Persistent values that no graph of the plan writes become constants, so that they fold and stay in flash."""
-    new = graph.copy()
-    for name, value in graph.values.items():
-        if value.kind in ("parameter", "state") and name not in written:
+def freeze(model: Graph, learned: set[str]) -> Graph:
+    """What no run will write becomes constant: it folds, and stays in flash.
+
+    learned: names of the parameters that learn. Persistent inputs of ops with effects (running statistics) are kept.
+    """
+    new = model.copy()
+    kept = learned | {n for node in model.nodes if TABLE[node.op].effects for n in node.inputs}
+    for name, value in model.values.items():
+        if value.kind == "parameter" and name not in learned or value.kind == "state" and name not in kept:
             new.values[name] = replace(value, kind="constant")
     return new
 
@@ -37,10 +41,17 @@ def fold_constants(graph: Graph) -> Graph:
     names: dict[str, str] = {}
     for node in graph.nodes:
         node = _rename(node, names)
-        known = all(not n or new.values[n].kind == "constant" for n in node.inputs) and node.inputs and node.outputs
+        known = (
+            all(not n or new.values[n].kind == "constant" for n in node.inputs)
+            and node.inputs
+            and node.outputs
+        )
         size = sum(new.type(n).size_bytes for n in node.outputs if n)
-        if not known or TABLE[node.op].updates or size > FOLD_LIMIT_BYTES + sum(
-                new.type(n).size_bytes for n in node.inputs if n):
+        if (
+            not known
+            or TABLE[node.op].updates
+            or size > FOLD_LIMIT_BYTES + sum(new.type(n).size_bytes for n in node.inputs if n)
+        ):
             new.nodes.append(node)
             continue
         part = Graph(graph.batch, {n: new.values[n] for n in (*node.inputs, *node.outputs) if n}, [node])
@@ -88,8 +99,12 @@ def merge_equal(graph: Graph) -> Graph:
     kept = set(graph.outputs.values())
     for node in graph.nodes:
         node = _rename(node, names)
-        key = (node.op, node.inputs, tuple(sorted((k, repr(v)) for k, v in node.attrs.items())),
-               tuple(bool(n) for n in node.outputs))
+        key = (
+            node.op,
+            node.inputs,
+            tuple(sorted((k, repr(v)) for k, v in node.attrs.items())),
+            tuple(bool(n) for n in node.outputs),
+        )
         twin = seen.get(key)
         if twin is not None and node.outputs and not TABLE[node.op].updates and not kept & set(node.outputs):
             names.update({a: b for a, b in zip(node.outputs, twin.outputs, strict=True) if a})
@@ -126,18 +141,25 @@ def compact_masks(graph: Graph) -> Graph:
     return new
 
 
-#: What every graph goes through, in this order.
-PIPELINE: tuple[Callable[[Graph], Graph], ...] = (prune, fold_constants, fold_frozen, merge_equal, compact_masks, prune)
+#: What every graph of a plan goes through, in this order.
+PIPELINE: tuple[Callable[[Graph], Graph], ...] = (prune, fold_constants, merge_equal, compact_masks, prune)
 
 
-def run(graph: Graph, written: set[str]) -> Graph:
-    """The pipeline, after freezing all but `written`; a pass that breaks the graph is named in the error."""
-    graph = freeze(graph, written)
+def prepare(model: Graph, learned: set[str]) -> Graph:
+    """A model before it is differentiated: frozen parts folded, so that the backward part meets them folded too."""
+    return _checked(_checked(freeze(model, learned), fold_constants), fold_frozen)
+
+
+def run(graph: Graph) -> Graph:
+    """The pipeline."""
     for step in PIPELINE:
-        graph = step(graph)
-        try:
-            verify(graph, after=step.__name__)
-        except BadInput as error:
-            raise AssertionError(f"pass {step.__name__} broke the graph: {error}") from error
+        graph = _checked(graph, step)
     return graph
 
+
+def _checked(graph: Graph, step: Callable[[Graph], Graph]) -> Graph:
+    """Run a pass; one that breaks the graph is named in the error."""
+    try:
+        return verify(step(graph), after=step.__name__)
+    except BadInput as error:
+        raise AssertionError(f"pass {step.__name__} broke the graph: {error}") from error

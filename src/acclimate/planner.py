@@ -15,11 +15,12 @@ from . import device as devices
 from . import schemes
 from .device import Device
 from .errors import CannotFit, WrongUse
-from .grad import UpdateSet, gradient_graph, predict_graph, step_graphs, updated
+from .grad import UpdateSet, gradient_graph, predict_graph, step_graphs
 from .ir import Graph
 from .layout import Layout, arrange, persistent_layout
 from .objective import LOSSES, OPTIMIZERS, Loss, Optimizer, resolve
 from .ops import TABLE, cost, with_batch
+from .passes import prepare
 from .passes import run as run_passes
 from .program import Program, build
 
@@ -48,9 +49,9 @@ class Plan:
     @cached_property
     def layouts(self) -> dict[str, Layout]:
         """Entry name -> order and places: "predict" and "step" (or "accumulate" and "apply")."""
-        model = with_batch(self.model, self.batch_size)
-        graphs = {"predict": predict_graph(model), **step_graphs(model, self.update_set, self.loss, self.optimizer)}
-        return self._arranged(graphs)
+        model = self._prepared(self.batch_size)
+        steps = step_graphs(model, self.update_set, self.loss, self.optimizer)
+        return _arranged({"predict": predict_graph(model), **steps})
 
     @cached_property
     def state_layout(self) -> tuple[dict[str, int], int]:
@@ -64,19 +65,16 @@ class Plan:
 
     def predict_program(self, batch_size: int) -> Program:
         """Only the entry "predict", for another batch size, on the same block of persistent values."""
-        graph = predict_graph(with_batch(self.model, batch_size))
-        return build(self._arranged({"predict": graph}, keep=set(self.state_layout[0])), self.state_layout)
+        return build(_arranged({"predict": predict_graph(self._prepared(batch_size))}), self.state_layout)
 
-    @cached_property
-    def gradient_program(self) -> Program:
+    def gradient_program(self, batch_size: int) -> Program:
         """The entry "gradient": loss and gradients as outputs, nothing updated. For inspection on the host."""
-        model = with_batch(self.model, self.batch_size)
-        graphs = {"gradient": gradient_graph(model, self.update_set, self.loss)}
-        return build(self._arranged(graphs, keep=set(self.state_layout[0])), self.state_layout)
+        graph = gradient_graph(self._prepared(batch_size), self.update_set, self.loss)
+        return build(_arranged({"gradient": graph}), self.state_layout)
 
-    def _arranged(self, graphs: Mapping[str, Graph], keep: set[str] | None = None) -> dict[str, Layout]:
-        written = keep if keep is not None else {n for g in graphs.values() for n in updated(g)}
-        return {name: arrange(run_passes(graph, written)) for name, graph in graphs.items()}
+    def _prepared(self, batch_size: int) -> Graph:
+        """The model at a batch size, with all that never changes folded away."""
+        return prepare(with_batch(self.model, batch_size), set(self.update_set.tensors))
 
     def with_batch_size(self, batch_size: int) -> Plan:
         """The same plan for another batch size, without its limits; it shares the layout of the persistent values."""
@@ -88,7 +86,9 @@ class Plan:
         return "step" if "step" in self.layouts else "accumulate"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}  # what was compiled is compiled again
+        return {
+            name: getattr(self, name) for name in self.__dataclass_fields__
+        }  # what was compiled is compiled again
 
     # -- memory --------------------------------------------------------------------------------------------------
     @property
@@ -155,17 +155,27 @@ class Plan:
     def row(self) -> dict[str, Any]:
         """The figures of this plan, one row of a comparison."""
         return {
-            "scheme": self.update_set.scheme, "fits": self.fits, "arena_bytes": self.arena_bytes,
-            "lower_bound_bytes": self.lower_bound_bytes, "peak_bytes": self.peak_bytes, "flash_bytes": self.flash_bytes,
-            "macs_per_step": self.macs_per_step, "latency_us": self.latency_us, "energy_uj": self.energy_uj,
-            "update_bytes": self.update_bytes, "trainable": self.update_set.size(self.model), "batch_size": self.batch_size,
+            "scheme": self.update_set.scheme,
+            "fits": self.fits,
+            "arena_bytes": self.arena_bytes,
+            "lower_bound_bytes": self.lower_bound_bytes,
+            "peak_bytes": self.peak_bytes,
+            "flash_bytes": self.flash_bytes,
+            "macs_per_step": self.macs_per_step,
+            "latency_us": self.latency_us,
+            "energy_uj": self.energy_uj,
+            "update_bytes": self.update_bytes,
+            "trainable": self.update_set.size(self.model),
+            "batch_size": self.batch_size,
         }
 
     def timeline(self) -> list[dict[str, Any]]:
         """For each node of a training step in order: its op, the tensor it makes, and the arena bytes alive."""
         layout = self.layouts[self.train_entry]
-        return [{"op": node.op, "value": node.outputs[0] if node.outputs else node.inputs[0], "live_bytes": live}
-                for node, live in zip(layout.nodes, layout.live_bytes(), strict=True)]
+        return [
+            {"op": node.op, "value": node.outputs[0] if node.outputs else node.inputs[0], "live_bytes": live}
+            for node, live in zip(layout.nodes, layout.live_bytes(), strict=True)
+        ]
 
     def at_peak(self) -> list[tuple[str, int, str]]:
         """What is alive at the peak of the training step, largest first: (tensor, bytes, why it is kept)."""
@@ -195,11 +205,19 @@ class Plan:
         ]
         for name, channels in self.update_set.tensors.items():
             shape = self.model.shape(name)
-            what = "x".join(map(str, shape)) if channels is None else f"{len(channels.index)}/{shape[channels.axis]} axis {channels.axis}"
+            what = (
+                "x".join(map(str, shape))
+                if channels is None
+                else f"{len(channels.index)}/{shape[channels.axis]} axis {channels.axis}"
+            )
             lines.append(f"  {name:40s} {what:>16s}  {self.update_set.reasons.get(name, '')}")
         if self.explanation:
             lines.append(f"  {self.explanation}")
         return "\n".join(lines)
+
+
+def _arranged(graphs: Mapping[str, Graph]) -> dict[str, Layout]:
+    return {name: arrange(run_passes(graph)) for name, graph in graphs.items()}
 
 
 def kib(n: int) -> str:
@@ -229,9 +247,17 @@ def count_work(layouts: list[Layout]) -> dict[str, int]:
     return counts
 
 
-def compile_plan(model: Graph, device: str | Device = "host", scheme: Any = "full", loss: str | Loss = "cross_entropy",
-                 optimizer: str | Optimizer = "sgd", batch_size: int = 1, memory_bytes: int | None = None,
-                 threads: int | None = None, must_fit: bool = True) -> Plan:
+def compile_plan(
+    model: Graph,
+    device: str | Device = "host",
+    scheme: Any = "full",
+    loss: str | Loss = "cross_entropy",
+    optimizer: str | Optimizer = "sgd",
+    batch_size: int = 1,
+    memory_bytes: int | None = None,
+    threads: int | None = None,
+    must_fit: bool = True,
+) -> Plan:
     """Compile one scheme. Raises CannotFit, with `fixes`, where it does not fit and `must_fit` is left on.
 
     model: a Graph. device: a name of acclimate.devices() or a Device. memory_bytes: a limit on peak RAM below the
@@ -242,12 +268,22 @@ def compile_plan(model: Graph, device: str | Device = "host", scheme: Any = "ful
     if memory_bytes is not None and memory_bytes <= 0:
         raise WrongUse("memory_bytes must be positive", number=str(memory_bytes))
     if threads not in (None, 1):
-        raise WrongUse("the reference kernels run on one thread", number=f"threads={threads}", action="threads=1 or None")
+        raise WrongUse(
+            "the reference kernels run on one thread", number=f"threads={threads}", action="threads=1 or None"
+        )
     chosen = schemes.resolve(scheme)
     update_set = chosen if isinstance(chosen, UpdateSet) else chosen.choose(model)
     target = devices.get(device) if isinstance(device, str) else device
-    plan = Plan(model, update_set.check(model), resolve(loss, LOSSES, "loss"), resolve(optimizer, OPTIMIZERS, "optimizer"),
-                target, batch_size, memory_bytes, 1)
+    plan = Plan(
+        model,
+        update_set.check(model),
+        resolve(loss, LOSSES, "loss"),
+        resolve(optimizer, OPTIMIZERS, "optimizer"),
+        target,
+        batch_size,
+        memory_bytes,
+        1,
+    )
     if must_fit and not plan.fits:
         raise cannot_fit(plan)
     return plan
@@ -258,15 +294,29 @@ def cannot_fit(plan: Plan) -> CannotFit:
     found = fixes(plan)
     name, size, why = plan.at_peak()[0]
     if plan.peak_bytes > plan.ram_limit_bytes:
-        limit = "the limit" if plan.memory_bytes is not None and plan.memory_bytes <= plan.device.usable_ram_bytes else plan.device.name
-        number = (f"needs {kib(plan.peak_bytes)} of RAM ({plan.peak_bytes} bytes), {limit} has {kib(plan.ram_limit_bytes)} "
-                  f"({plan.ram_limit_bytes}); largest is {name} ({kib(size)}), kept {why}")
+        limit = (
+            "the limit"
+            if plan.memory_bytes is not None and plan.memory_bytes <= plan.device.usable_ram_bytes
+            else plan.device.name
+        )
+        number = (
+            f"needs {kib(plan.peak_bytes)} of RAM ({plan.peak_bytes} bytes), {limit} has {kib(plan.ram_limit_bytes)} "
+            f"({plan.ram_limit_bytes}); largest is {name} ({kib(size)}), kept {why}"
+        )
     else:
-        number = f"needs {kib(plan.flash_bytes)} of flash, {plan.device.name} has {kib(plan.device.flash_bytes)}"
+        number = (
+            f"needs {kib(plan.flash_bytes)} of flash, {plan.device.name} has {kib(plan.device.flash_bytes)}"
+        )
     action = "; or ".join(f["text"] for f in found) or (
-        "no scheme of this model fits: take a smaller model, a smaller input, or a device with more memory")
-    return CannotFit(f"scheme {plan.update_set.scheme} cannot fit", where=f"{plan.device.title}, batch {plan.batch_size}",
-                     number=number, action=action, fixes=tuple(found))
+        "no scheme of this model fits: take a smaller model, a smaller input, or a device with more memory"
+    )
+    return CannotFit(
+        f"scheme {plan.update_set.scheme} cannot fit",
+        where=f"{plan.device.title}, batch {plan.batch_size}",
+        number=number,
+        action=action,
+        fixes=tuple(found),
+    )
 
 
 def fixes(plan: Plan, limit: int = 3) -> list[dict[str, Any]]:
@@ -279,14 +329,27 @@ def fixes(plan: Plan, limit: int = 3) -> list[dict[str, Any]]:
     for scheme in schemes.candidates(plan.model):
         options.append((f"--scheme {scheme.label}", {"update_set": scheme.choose(plan.model)}))
         if plan.batch_size > 1:
-            options.append((f"--scheme {scheme.label} --batch 1", {"update_set": scheme.choose(plan.model), "batch_size": 1}))
+            options.append(
+                (
+                    f"--scheme {scheme.label} --batch 1",
+                    {"update_set": scheme.choose(plan.model), "batch_size": 1},
+                )
+            )
     found: list[dict[str, Any]] = []
     for text, change in options:
         other = replace(plan, **change)
         if other.fits:
             saved = plan.peak_bytes - other.peak_bytes
-            found.append({"text": f"{text} ({saved / 1024:+.1f} KiB less RAM)".replace("+", ""), "option": text,
-                          "peak_bytes": other.peak_bytes, "flash_bytes": other.flash_bytes, "saved_bytes": saved,
-                          "trainable": other.update_set.size(plan.model), "changes": len(text.split("--")) - 1})
+            found.append(
+                {
+                    "text": f"{text} ({saved / 1024:+.1f} KiB less RAM)".replace("+", ""),
+                    "option": text,
+                    "peak_bytes": other.peak_bytes,
+                    "flash_bytes": other.flash_bytes,
+                    "saved_bytes": saved,
+                    "trainable": other.update_set.size(plan.model),
+                    "changes": len(text.split("--")) - 1,
+                }
+            )
     found.sort(key=lambda f: (f["changes"], -f["trainable"]))
     return found[:limit]

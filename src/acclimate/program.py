@@ -18,8 +18,7 @@ import numpy as np
 from .errors import BadInput
 from .ir import DTYPES, PERSISTENT, Graph, Node, Type
 from .layout import Layout, persistent_layout
-from .ops import TABLE, parse
-from .ops.generate import encoded, table_hash
+from .ops import TABLE, parse, table_hash
 from .ops.row import MAX_RANK
 
 MAGIC = int.from_bytes(b"ACCP", "little")
@@ -72,7 +71,7 @@ def _raw(data: np.ndarray, type_: Type) -> bytes:
 def encode_attrs(op: str, attrs: Mapping[str, Any]) -> bytes:
     """Attributes as the generated C struct of the op lays them out."""
     out = b""
-    for name, attr in encoded(TABLE[op]).items():
+    for name, attr in TABLE[op].encoded().items():
         value = attrs[name]
         if attr.kind == "f":
             out += struct.pack("<f", value)

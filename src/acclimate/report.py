@@ -31,11 +31,15 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: the key of its figure, its heading, and a key of UNITS."""
+    """A column of a table: the key of its figure, its heading, and a key of UNITS.
+
+    `spare`: left out of a terminal that is too narrow for all, the largest number first; 0 always stays.
+    """
 
     key: str
     title: str
     unit: str = "text"
+    spare: int = 0
 
 
 @dataclass(frozen=True)
@@ -212,12 +216,12 @@ def to_json(data: Mapping[str, Any]) -> str:
 
 _MEMORY = (Column("arena_bytes", "arena", "bytes"), Column("peak_bytes", "peak RAM", "bytes"))
 _COST = (
-    Column("macs_per_step", "MACs", "macs"),
+    Column("macs_per_step", "MACs", "macs", 3),
     Column("latency_us", "time", "us"),
-    Column("energy_uj", "energy", "uj"),
+    Column("energy_uj", "energy", "uj", 2),
 )
 _BOUND = Column("lower_bound_bytes", "bound", "bytes")
-_FLASH = Column("flash_bytes", "flash", "bytes")
+_FLASH = Column("flash_bytes", "flash", "bytes", 1)
 _LEARNS = Column("trainable", "learns", "count")
 _ESTIMATES = (
     "Bytes and MACs are exact. Time and energy of a step are estimates from the device's profile; "
@@ -607,7 +611,7 @@ def _demo(data: Row) -> Report:
                 (
                     Note(data["what"][name]),
                     Bars(
-                        f"Accuracy after {title}, by what learns; auto's choice is marked",
+                        f"Accuracy by what learns, {title}",
                         bars,
                         auto["accuracy_before"],
                         auto["chosen"],
@@ -740,28 +744,52 @@ def _print_block(block: Block, console: Console) -> None:
             )
         )
     elif isinstance(block, Table) and not block.detail:
-        console.print(_rich_table(block))
+        console.print(_rich_table(block, console.width))
 
 
-def _rich_table(block: Table) -> Any:
+def _rich_table(block: Table, width: int) -> Any:
     from rich import box
     from rich.table import Table as RichTable
 
+    columns, left_out = _that_fit(block, width)
+    remarks = [block.caption] if block.caption else []
+    if left_out:
+        remarks.append(f"A wider terminal shows {', '.join(c.title for c in left_out)} too.")
     table = RichTable(
         title=terminal_text(block.title, "bold"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
         padding=(0, 1),
-        caption=terminal_text(block.caption, "dim") if block.caption else None,
+        caption=terminal_text(" ".join(remarks), "dim") if remarks else None,
         caption_justify="left",
     )
-    for column in block.columns:
+    for i, column in enumerate(columns):
         words = column.unit == "text"
         table.add_column(
-            column.title, justify="left" if words else "right", no_wrap=not words, overflow="fold"
+            column.title,
+            justify="left" if words else "right",
+            no_wrap=not words or i < 2,
+            overflow="fold",
         )
     for i, row in enumerate(block.rows):
         style = "bold green" if i == block.marked else "dim" if row.get("fits") is False else ""
-        table.add_row(*(terminal_text(text(row.get(c.key), c.unit)) for c in block.columns), style=style)
+        table.add_row(*(terminal_text(text(row.get(c.key), c.unit)) for c in columns), style=style)
     return table
+
+
+def _that_fit(block: Table, width: int) -> tuple[list[Column], list[Column]]:
+    """(the columns of a table that fit a terminal's width side by side, those that are left out)."""
+
+    def needed(columns: Sequence[Column]) -> int:
+        cells = ([c.title, *(text(row.get(c.key), c.unit) for row in block.rows)] for c in columns)
+        return sum(max(map(len, column)) + 2 for column in cells)
+
+    kept, left_out = list(block.columns), []
+    for column in sorted((c for c in kept if c.spare), key=lambda c: -c.spare):
+        if needed(kept) <= width:
+            break
+        kept.remove(column)
+        left_out.append(column)
+    return kept, left_out

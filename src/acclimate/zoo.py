@@ -21,7 +21,7 @@ def digits_cnn(seed: int = 0) -> Graph:
 
     >>> graph = digits_cnn()
     >>> graph.shape(graph.outputs["output"]), sum(v.type.size for v in graph.parameters().values())
-    ((1, 10), 7234)
+    ((N, 10), 7234)
     """
     random = np.random.default_rng(seed)
     graph = Graph()

@@ -49,19 +49,25 @@ def test_all_unsupported_nodes_of_a_file_are_listed(tmp_path):
     assert [n.op for n in caught.value.nodes] == ["ConvTranspose", "Sin"] and caught.value.nodes[0].rewrite
 
 
-@pytest.mark.parametrize("fn, shape, word", [
-    (lambda x: F.avg_pool2d(x, 2, divisor_override=3), cases.IMAGE, "divisor_override"),
-    (lambda x: x.sort(1)[0], cases.VECTOR, "not known"),
-    (lambda x: torch.where(x > x.mean(), x, x * x), cases.VECTOR, "comparison"),
-    (lambda x: x ** 0.3, cases.VECTOR, "power"),
-    (lambda x: torch.rand_like(x) + x, cases.VECTOR, "not known"),
-    (lambda x: F.conv3d(x.unsqueeze(1), torch.ones(1, 1, 2, 2, 2)), cases.IMAGE, "spatial dimensions"),
-    (lambda x: x * x.shape[0], cases.VECTOR, "batch size"),
-    (lambda x: x.to(torch.int32), cases.VECTOR, "int32"),
-], ids=["divisor", "sort", "where", "power", "random", "conv3d", "batch as number", "to int"])
+@pytest.mark.parametrize(
+    "fn, shape, word",
+    [
+        (lambda x: F.avg_pool2d(x, 2, divisor_override=3), cases.IMAGE, "divisor_override"),
+        (lambda x: x.sort(1)[0], cases.VECTOR, "not known"),
+        (lambda x: torch.where(x > x.mean(), x, x * x), cases.VECTOR, "comparison"),
+        (lambda x: x**0.3, cases.VECTOR, "power"),
+        (lambda x: torch.rand_like(x) + x, cases.VECTOR, "not known"),
+        (lambda x: F.conv3d(x.unsqueeze(1), torch.ones(1, 1, 2, 2, 2)), cases.IMAGE, "spatial dimensions"),
+        (lambda x: x * x.shape[0], cases.VECTOR, "batch size"),
+        (lambda x: x.to(torch.int32), cases.VECTOR, "int32"),
+        (lambda x, layer: x * layer(x).detach(), cases.VECTOR, "update set"),
+    ],
+    ids=["divisor", "sort", "where", "power", "random", "conv3d", "batch as number", "to int", "detach"],
+)
 def test_unsupported(fn, shape, word):
+    layers = [nn.Linear(12, 12)] if word == "update set" else []
     with pytest.raises(errors.Unsupported) as caught:
-        from_torch(cases.Fn(fn), torch.randn(2, *shape))
+        from_torch(cases.Fn(fn, *layers), torch.randn(2, *shape))
     assert word in str(caught.value) and "in forward: return self.fn(x, *extra)" in str(caught.value)
 
 
@@ -75,12 +81,16 @@ def test_control_flow():
     assert "return x if x.sum() > 0 else -x" in caught.value.where
 
 
-@pytest.mark.parametrize("module, word", [
-    (cases.Fn(lambda x: (x, x)), "several tensors"),
-    (cases.Fn(lambda x: torch.ones(2, 3)), "does not depend"),
-    (cases.Fn(lambda x: x.mean(0)), "a row a sample"),
-    (cases.Fn(lambda x: x.undefined()), "cannot trace"),
-], ids=["outputs", "constant", "no batch", "raises"])
+@pytest.mark.parametrize(
+    "module, word",
+    [
+        (cases.Fn(lambda x: (x, x)), "several tensors"),
+        (cases.Fn(lambda x: torch.ones(2, 3)), "does not depend"),
+        (cases.Fn(lambda x: x.mean(0)), "a row a sample"),
+        (cases.Fn(lambda x: x.undefined()), "cannot trace"),
+    ],
+    ids=["outputs", "constant", "no batch", "raises"],
+)
 def test_modules_of_another_kind(module, word):
     with pytest.raises(errors.BadInput, match=word):
         from_torch(module, torch.randn(2, 3))
@@ -102,7 +112,12 @@ def test_a_buffer_that_forward_writes():
 
 def test_examples_of_another_kind():
     module = nn.Linear(3, 3)
-    for example in ((torch.zeros(1, 3), torch.zeros(1, 3)), {"x": torch.zeros(1, 3)}, torch.tensor(1.0), torch.zeros(0, 3)):
+    for example in (
+        (torch.zeros(1, 3), torch.zeros(1, 3)),
+        {"x": torch.zeros(1, 3)},
+        torch.tensor(1.0),
+        torch.zeros(0, 3),
+    ):
         with pytest.raises(errors.WrongUse):
             from_torch(module, example)
     with pytest.raises(errors.Unsupported, match="integers"):
@@ -119,8 +134,11 @@ def test_examples_of_another_kind():
 
 
 @pytest.mark.parametrize("suffix", LOADERS)
-@pytest.mark.parametrize("content", [None, b"", b"\x08", b"not a model", b"PK\x03\x04" + bytes(200), bytes(range(256)) * 40],
-                         ids=["missing", "empty", "short", "text", "zip", "noise"])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"\x08", b"not a model", b"PK\x03\x04" + bytes(200), bytes(range(256)) * 40],
+    ids=["missing", "empty", "short", "text", "zip", "noise"],
+)
 def test_files_that_are_no_models(suffix, content, tmp_path):
     path = tmp_path / f"m{suffix}"
     if content is not None:
@@ -173,10 +191,15 @@ def test_kinds_of_onnx_models(tmp_path):
     import onnx
     from onnx import TensorProto, helper
 
-    def check(word, nodes=(("Relu", ["input"], ["y"]),), inputs=(("input", 1, [1, 3]),), outputs=("y",), opset=13):
-        graph = helper.make_graph([helper.make_node(*n) for n in nodes], "g", [
-            helper.make_tensor_value_info(*i) for i in inputs], [
-            helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs])
+    def check(
+        word, nodes=(("Relu", ["input"], ["y"]),), inputs=(("input", 1, [1, 3]),), outputs=("y",), opset=13
+    ):
+        graph = helper.make_graph(
+            [helper.make_node(*n) for n in nodes],
+            "g",
+            [helper.make_tensor_value_info(*i) for i in inputs],
+            [helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs],
+        )
         proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
         onnx.save(proto, str(tmp_path / "m.onnx"))
         with pytest.raises(errors.BadInput, match=word):
@@ -185,7 +208,11 @@ def test_kinds_of_onnx_models(tmp_path):
     two = (("input", 1, [1, 3]), ("other", 1, [1, 3]))
     check("several inputs", (("Add", ["input", "other"], ["y"]),), two)
     check("several tensors", (("Relu", ["input"], ["y"]), ("Neg", ["input"], ["z"])), outputs=("y", "z"))
-    check("integers", (("Cast", ["input"], ["y"], "c", "", ""),)[:0] or (("Identity", ["input"], ["y"]),), (("input", 7, [1, 3]),))
+    check(
+        "integers",
+        (("Cast", ["input"], ["y"], "c", "", ""),)[:0] or (("Identity", ["input"], ["y"]),),
+        (("input", 7, [1, 3]),),
+    )
     check("other than the batch", inputs=(("input", 1, ["n", "m"]),))
     check("too old", opset=6)
     check("not known here", (("LSTM", ["input", "input", "input"], ["y"]),))
@@ -201,8 +228,12 @@ def test_pt2_of_another_kind(tmp_path):
     torch.export.save(torch.export.export(TwoInputs(), (torch.zeros(2, 3), torch.zeros(2, 3))), str(path))
     with pytest.raises(errors.Unsupported, match="several inputs"):
         load_torch(path)
-    torch.export.save(torch.export.export(cases.Fn(lambda x: x * 2), (torch.zeros(2, 3),), dynamic_shapes=(
-        {1: torch.export.Dim.DYNAMIC},)), str(path))
+    torch.export.save(
+        torch.export.export(
+            cases.Fn(lambda x: x * 2), (torch.zeros(2, 3),), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},)
+        ),
+        str(path),
+    )
     with pytest.raises(errors.Unsupported, match="other than the batch"):
         load_torch(path)
     path.write_bytes(np.arange(10).tobytes())

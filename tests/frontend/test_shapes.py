@@ -7,23 +7,29 @@ from acclimate import errors, ops
 from acclimate.frontend import common as c
 
 
-@pytest.mark.parametrize("before, baked, target, want", [
-    (1, 2, (2, 400), (0, 1)),  # flatten
-    (1, 2, (64, 3), (0, 1)),  # the batch merged with what follows
-    (1, 1, (1, 400), (0, 1)),
-    (64, 1, (64, 1, 48), (1, 1)),  # its own axis is likelier than a merged one
-    (64, 2, (128, 48), (0, 64)),  # tokens first
-    (64, 2, (64, 6, 16), (1, 1)),  # heads
-    (1, 1, (1, 1, 24), (0, 1)),
-], ids=str)
-def test_first_reading(before, baked, target, want):
-    assert c.batch_readings(before, baked, target)[0] == want
+@pytest.mark.parametrize(
+    "before, baked, source, target, want",
+    [
+        (1, 2, (2, 16, 25), (2, 400), (0, 1)),  # flatten
+        (1, 2, (2, 32, 3), (64, 3), (0, 1)),  # the batch merged with what follows
+        (1, 1, (1, 16, 25), (1, 400), (0, 1)),
+        (64, 1, (64, 48), (64, 1, 48), (1, 1)),  # its own axis is likelier than a merged one
+        (64, 2, (64, 2, 48), (128, 48), (0, 64)),  # tokens first
+        (64, 2, (64, 2, 48), (64, 6, 16), (1, 1)),  # heads
+        (64, 1, (64, 1, 48), (64, 3, 16), (1, 1)),
+        (64, 1, (64, 1, 3, 16), (64, 48), (0, 64)),
+        (1, 1, (1, 3, 8), (1, 1, 24), (0, 1)),
+    ],
+    ids=str,
+)
+def test_first_reading(before, baked, source, target, want):
+    assert c.batch_readings(before, baked, source, target)[0] == want
 
 
 def test_readings_that_are_open():
-    assert c.batch_readings(1, 1, (1, 1, 24), free=1)[0] == (1, 1)  # the user left this axis open
-    assert c.batch_readings(64, 1, (64, 48)) == [(0, 64), (1, 1)]  # (64N, 48) or (64, 48N)
-    assert c.batch_readings(3, 2, (4, 5)) == []
+    assert c.batch_readings(1, 1, (1, 3, 8), (1, 1, 24), free=1)[0] == (1, 1)  # the user left this axis open
+    assert c.batch_readings(64, 1, (64, 1, 48), (64, 48)) == [(0, 64), (1, 1)]  # (64N, 48) or (64, 48N)
+    assert c.batch_readings(3, 2, (3, 2, 3), (4, 5)) == []
 
 
 def test_size_arithmetic():
@@ -69,7 +75,9 @@ def test_attention_with_tokens_first(baked):
     y = ops.evaluate(whole, {"x": x})[whole.outputs["output"]]
     one = ops.with_batch(graph, 1)
     for i in range(5):  # each sample by itself gives the same: nothing mixes
-        np.testing.assert_allclose(ops.evaluate(one, {"x": x[i: i + 1]})[one.outputs["output"]][0], y[i], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            ops.evaluate(one, {"x": x[i : i + 1]})[one.outputs["output"]][0], y[i], rtol=1e-4, atol=1e-4
+        )
     h = (x @ weight.T).reshape(5, length, heads, -1).transpose(0, 2, 1, 3)
     s = np.exp(h @ h.swapaxes(-1, -2) / np.sqrt(dim // heads))
     want = (s / s.sum(-1, keepdims=True) @ h).transpose(0, 2, 1, 3).reshape(5, length, dim) @ weight.T
@@ -81,7 +89,9 @@ def test_a_constant_that_was_repeated_for_the_baked_batch():
 
     def build(b, x):
         p = b.parameter("token", token)
-        return c.binary(b, "add", c.concat(b, [c.expand(b, p, [2, 1, 4]), x], 1), np.ones((2, 4, 4), np.float32))
+        return c.binary(
+            b, "add", c.concat(b, [c.expand(b, p, [2, 1, 4]), x], 1), np.ones((2, 4, 4), np.float32)
+        )
 
     graph = walk(build, 2, (2, 3, 4))
     at = ops.with_batch(graph, 5)

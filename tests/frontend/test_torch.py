@@ -26,13 +26,20 @@ def test_models(name, train):
     for name, value in module.named_parameters():
         np.testing.assert_array_equal(graph.values[name].data, value.detach())
     assert all(node.where for node in graph.nodes)
+    for name, got, want in cases.gradients(graph, module, shape):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * max(1, np.abs(want).max()), err_msg=name)
 
 
 @pytest.mark.parametrize("name", cases.LAYERS)
 def test_layers(name):
     make, shape = cases.LAYERS[name]
     module = cases.seeded(make)
-    cases.same(from_torch(module, torch.randn(2, *shape)), module, shape)
+    graph = from_torch(module, torch.randn(2, *shape))
+    cases.same(graph, module, shape)
+    if name == "no_grad":  # what learns is for the update set to say
+        return
+    for name, got, want in cases.gradients(graph, module, shape):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * max(1, np.abs(want).max()), err_msg=name)
 
 
 # -- what a graph says of the module -------------------------------------------------------------------------------
@@ -70,7 +77,11 @@ def test_modes():
     module.bn.eval()  # a frozen batch norm in a net that trains
 
     def norms(**more):
-        return [n.op for n in from_torch(module, torch.randn(2, 3, 8, 8), **more).nodes if n.op.startswith("batch_norm")]
+        return [
+            n.op
+            for n in from_torch(module, torch.randn(2, 3, 8, 8), **more).nodes
+            if n.op.startswith("batch_norm")
+        ]
 
     assert norms() == ["batch_norm_train"] * 4 + ["batch_norm"]
     assert set(norms(mode="eval")) == {"batch_norm"} and set(norms(mode="train")) == {"batch_norm_train"}
@@ -80,12 +91,14 @@ def test_modes():
 
 def test_batch_norm_attributes():
     module = cases.seeded(lambda: nn.BatchNorm1d(6, eps=1e-3, momentum=0.3), train=True)
-    node, = from_torch(module, torch.randn(2, 6, 5)).nodes
+    (node,) = from_torch(module, torch.randn(2, 6, 5)).nodes
     assert node.attrs == {"eps": 1e-3, "momentum": 0.3} and node.inputs[3:] == ("running_mean", "running_var")
 
 
 def test_dropout():
-    layers = nn.Sequential(nn.Linear(12, 8), nn.Dropout(0.3), nn.Linear(8, 8), nn.Dropout(0.1), nn.Dropout(0.0))
+    layers = nn.Sequential(
+        nn.Linear(12, 8), nn.Dropout(0.3), nn.Linear(8, 8), nn.Dropout(0.1), nn.Dropout(0.0)
+    )
     graph = from_torch(layers.train(), torch.randn(1, 12))
     found = [n for n in graph.nodes if n.op == "dropout"]
     assert [n.attrs["p"] for n in found] == [0.3, 0.1] and len({n.attrs["salt"] for n in found}) == 2
@@ -99,7 +112,9 @@ def test_dropout():
 def test_dropout_of_channels(make):
     shape = (64, 4, 4) if isinstance(make(), nn.Dropout2d) else (64, 8)
     graph = ops.with_batch(from_torch(make().train(), torch.randn(1, *shape)), 3)
-    y = ops.evaluate(graph, {"x": np.ones((3, *shape), np.float32)})[graph.outputs["output"]].reshape(3, 64, -1)
+    y = ops.evaluate(graph, {"x": np.ones((3, *shape), np.float32)})[graph.outputs["output"]].reshape(
+        3, 64, -1
+    )
     assert (y == y[:, :, :1]).all() and set(np.unique(y)) == {0, 2} and 0.3 < (y > 0).mean() < 0.7
 
 
@@ -154,7 +169,11 @@ def test_the_names_x_and_dropout_step_may_be_the_users():
 
 def test_examples():
     module = cases.seeded(cases.mlp)
-    for example in (np.zeros((1, 1, 8, 8), np.float32), (torch.zeros(3, 1, 8, 8),), torch.zeros(1, 1, 8, 8).double()):
+    for example in (
+        np.zeros((1, 1, 8, 8), np.float32),
+        (torch.zeros(3, 1, 8, 8),),
+        torch.zeros(1, 1, 8, 8).double(),
+    ):
         cases.same(from_torch(module, example), module, (1, 8, 8))
 
 
@@ -190,7 +209,9 @@ def test_pt2_of_any_batch(name, batch, tmp_path):
 
 
 def test_pt2_keeps_ties_and_mode(tmp_path):
-    module = cases.seeded(lambda: nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, 12)), train=True)
+    module = cases.seeded(
+        lambda: nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, 12)), train=True
+    )
     module[2].weight = module[0].weight
     graph = load_torch(save(module, (12,), tmp_path / "m.pt2", 2))
     assert graph.aliases == {"2.weight": "0.weight"} and [n.op for n in graph.nodes][1] == "batch_norm_train"

@@ -65,9 +65,14 @@ def test_wrong_shapes_are_refused(row, example):
 
 
 def _differentiable_inputs(row, example, inputs):
-    return [i for i, a in enumerate(inputs) if a is not None and dtype_of(a) == "f32"
-            and not (row.name.startswith("batch_norm") and i > 2)  # statistics are given, not learned
-            and not (row.name in ("cross_entropy", "binary_cross_entropy", "mse") and i > 0)]  # nor are targets
+    return [
+        i
+        for i, a in enumerate(inputs)
+        if a is not None
+        and dtype_of(a) == "f32"
+        and not (row.name.startswith("batch_norm") and i > 2)  # statistics are given, not learned
+        and not (row.name in ("cross_entropy", "binary_cross_entropy", "mse") and i > 0)
+    ]  # nor are targets
 
 
 @pytest.mark.parametrize(("row", "example"), [c for c in CASES if c[0].grad], ids=case_id)
@@ -78,7 +83,9 @@ def test_gradient_against_finite_differences(row, example):
     for i, a in enumerate(inputs):
         kind = "" if a is None else dtype_of(a)
         names.append("" if a is None else graph.persistent(f"p{i}", a, "parameter", kind))
-    out = emit(graph, row.name, *names, unused=() if row.name == "batch_norm_train" else None, **example.attrs)
+    out = emit(
+        graph, row.name, *names, unused=() if row.name == "batch_norm_train" else None, **example.attrs
+    )
     out = out[0] if isinstance(out, tuple) else out
     rng = np.random.default_rng(5)
     r = graph.constant("r", rng.normal(size=graph.shape(out)))
@@ -99,9 +106,13 @@ def test_gradient_against_finite_differences(row, example):
             v = rng.normal(size=feeds[name].shape)
             h = 1e-6
             up, down = ({**feeds, name: feeds[name] + s * h * v} for s in (1, -1))
-            numeric = (evaluate(forward, up, np.float64)[loss] - evaluate(forward, down, np.float64)[loss])[0] / (2 * h)
+            numeric = (evaluate(forward, up, np.float64)[loss] - evaluate(forward, down, np.float64)[loss])[
+                0
+            ] / (2 * h)
             exact = float((env[grads[name]] * v).sum())
-            assert abs(numeric - exact) <= 2e-5 * max(1.0, abs(exact), np.abs(env[grads[name]]).sum() * 0.01), (i, numeric, exact)
+            assert abs(numeric - exact) <= 2e-5 * max(
+                1.0, abs(exact), np.abs(env[grads[name]]).sum() * 0.01
+            ), (i, numeric, exact)
 
 
 def _close(got, want, what):
@@ -137,7 +148,9 @@ def test_same_bits_on_every_instruction_set(row, example):
             assert array.tobytes() == other[name].tobytes(), name
 
 
-@pytest.mark.parametrize(("row", "example", "over"), [(*c, j) for c in CASES for j in c[0].in_place], ids=case_id)
+@pytest.mark.parametrize(
+    ("row", "example", "over"), [(*c, j) for c in CASES for j in c[0].in_place], ids=case_id
+)
 def test_overwriting_is_safe(row, example, over):
     """The first output over an input that the row allows gives what it gives beside it."""
     inputs = arrays(row, example, seed=4, dtype=np.float32)
@@ -195,20 +208,29 @@ def test_macs_against_counted_work(row, example):
     graph, _ = one_node(row, example, arrays(row, example))
     c = cost(graph, graph.nodes[0])
     assert c.mac + c.dw_mac == counted
-    assert (c.dw_mac > 0) == (row.name != "matmul" and example.attrs.get("groups", 1) > 1 and _depth(row.name, example) == 1)
+    assert (c.dw_mac > 0) == (
+        row.name != "matmul" and example.attrs.get("groups", 1) > 1 and _depth(row.name, example) == 1
+    )
 
 
 def _depth(name, example):
     """Input channels that meet one output channel."""
-    return example.inputs[0][1] // example.attrs["groups"] if name == "conv_weight_grad" else example.inputs[1][1]
+    return (
+        example.inputs[0][1] // example.attrs["groups"]
+        if name == "conv_weight_grad"
+        else example.inputs[1][1]
+    )
 
 
 def _taps(name, example):
     """(output pixel, channel, tap) triples of the convolution, padding included."""
     types = {"conv": (1, None), "conv_input_grad": (0, 1), "conv_weight_grad": (1, None)}
     out = outputs_by_infer(TABLE[name], example, arrays(TABLE[name], example))[0].shape
-    y, w = {"conv": (out, example.inputs[1]), "conv_input_grad": (example.inputs[0], example.inputs[1]),
-            "conv_weight_grad": (example.inputs[1], out)}[name]
+    y, w = {
+        "conv": (out, example.inputs[1]),
+        "conv_input_grad": (example.inputs[0], example.inputs[1]),
+        "conv_weight_grad": (example.inputs[1], out),
+    }[name]
     assert name in types
     return int(np.prod(y)) * int(np.prod(w[1:]))
 

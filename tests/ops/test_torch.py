@@ -5,7 +5,7 @@ import pytest
 from cases import CASES, arrays, case_id, dtype_of
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the test extra)")
-from torch.nn import functional as F  # noqa: E402, N812
+from torch.nn import functional as F  # noqa: E402
 
 from acclimate.grad import differentiate  # noqa: E402
 from acclimate.ir import Graph  # noqa: E402
@@ -86,7 +86,9 @@ TORCH = {
     "max_pool": _max_pool,
     "avg_pool": _avg_pool,
     "batch_norm": lambda a, x, g, b, m, v: F.batch_norm(x, m, v, g, b, False, 0.1, a["eps"]),
-    "batch_norm_train": lambda a, x, g, b, m, v: F.batch_norm(x, m.clone(), v.clone(), g, b, True, 0.1, a["eps"]),
+    "batch_norm_train": lambda a, x, g, b, m, v: F.batch_norm(
+        x, m.clone(), v.clone(), g, b, True, 0.1, a["eps"]
+    ),
     "layer_norm": lambda a, x, g=None, b=None: F.layer_norm(x, x.shape[-1:], g, b, a["eps"]),
     "reshape": lambda a, x: x.reshape(a["shape"]),
     "transpose": lambda a, x: x.permute(a["perm"]),
@@ -109,10 +111,18 @@ def test_every_differentiable_row_is_compared():
 @pytest.mark.parametrize(("row", "example"), [c for c in CASES if c[0].name in TORCH], ids=case_id)
 def test_value_and_gradient(row, example):
     inputs = arrays(row, example, seed=7)
-    learned = {i for i, a in enumerate(inputs) if a is not None and dtype_of(a) == "f32"
-               and not (row.name.startswith("batch_norm") and i > 2) and not (row.name in ("cross_entropy", "mse") and i > 0)
-               and not (row.name == "binary_cross_entropy" and i > 0)}
-    tensors = [None if a is None else torch.tensor(a, requires_grad=i in learned) for i, a in enumerate(inputs)]
+    learned = {
+        i
+        for i, a in enumerate(inputs)
+        if a is not None
+        and dtype_of(a) == "f32"
+        and not (row.name.startswith("batch_norm") and i > 2)
+        and not (row.name in ("cross_entropy", "mse") and i > 0)
+        and not (row.name == "binary_cross_entropy" and i > 0)
+    }
+    tensors = [
+        None if a is None else torch.tensor(a, requires_grad=i in learned) for i, a in enumerate(inputs)
+    ]
     attrs = row.fill(example.attrs)
     want = TORCH[row.name](attrs, *tensors)
     r = torch.tensor(np.random.default_rng(1).normal(size=tuple(want.shape) or (1,)))
@@ -121,12 +131,18 @@ def test_value_and_gradient(row, example):
     graph, names = Graph(), []
     for i, a in enumerate(inputs):
         names.append("" if a is None else graph.persistent(f"p{i}", a, "parameter", dtype_of(a)))
-    out = emit(graph, row.name, *names, unused=() if row.name == "batch_norm_train" else None, **example.attrs)
+    out = emit(
+        graph, row.name, *names, unused=() if row.name == "batch_norm_train" else None, **example.attrs
+    )
     out = out[0] if isinstance(out, tuple) else out
     weighted = emit(graph, "mul", out, graph.constant("r", r.numpy()))
     loss = emit(graph, "reshape", emit(graph, "sum", weighted, axes=(1 << r.ndim) - 1), shape=(1,))
     grads = differentiate(graph, loss, [names[i] for i in sorted(learned)])
     env = evaluate(graph, {n: a for n, a in zip(names, inputs, strict=True) if n}, np.float64)
-    np.testing.assert_allclose(env[out].reshape(r.shape), want.detach().numpy().reshape(r.shape), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        env[out].reshape(r.shape), want.detach().numpy().reshape(r.shape), rtol=1e-6, atol=1e-6
+    )
     for i in learned:
-        np.testing.assert_allclose(env[grads[names[i]]], tensors[i].grad.numpy(), rtol=1e-6, atol=1e-6, err_msg=f"input {i}")
+        np.testing.assert_allclose(
+            env[grads[names[i]]], tensors[i].grad.numpy(), rtol=1e-6, atol=1e-6, err_msg=f"input {i}"
+        )

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed (the test extra)")
-from models import MODELS, batch, exported  # noqa: E402
+from models import MODELS, batch, exported
 
-import acclimate  # noqa: E402
-from acclimate.layout import Buffer, place  # noqa: E402
-from acclimate.ops import TABLE  # noqa: E402
-from acclimate.runtime import Session  # noqa: E402
+import acclimate
+from acclimate.layout import Buffer, place
+from acclimate.ops import TABLE
+from acclimate.runtime import Session
 
 SCHEMES = ["full", "last", "bias"]
 
@@ -71,8 +71,11 @@ def test_no_two_live_values_overlap(name, scheme, train):
                 new, old = (a, b) if first[a] >= first[b] else (b, a)
                 node = maker[new]
                 allowed = [node.inputs[i] for i in TABLE[node.op].in_place if i < len(node.inputs)]
-                assert first[new] == last[old] and layout.offsets[new] == layout.offsets[old] and any(
-                    view_of.get(i, i) == view_of.get(old, old) for i in allowed), f"{a} and {b} overlap"
+                assert (
+                    first[new] == last[old]
+                    and layout.offsets[new] == layout.offsets[old]
+                    and any(view_of.get(i, i) == view_of.get(old, old) for i in allowed)
+                ), f"{a} and {b} overlap"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -103,7 +106,7 @@ def test_poisoned_memory(name, train):
         alive = np.zeros(len(dirty.arena), bool)
         for b in layout.buffers:
             if b.start <= i < b.end:
-                alive[b.offset: b.offset + b.size_bytes] = True
+                alive[b.offset : b.offset + b.size_bytes] = True
         dirty.arena[~alive] = 0xFF
     assert dirty.view("step", "loss")[0] == want[0]
     assert np.array_equal(clean.state, dirty.state)
@@ -111,15 +114,24 @@ def test_poisoned_memory(name, train):
 
 def test_dead_weights_cost_nothing():
     """What is frozen is neither differentiated nor saved: memory and work fall with the update set."""
-    plans = {s: plan_for("residual", s) for s in ("full", "last", "bias", "block:head", "match:blocks.2.*,bn.*,head.*")}
+    plans = {
+        s: plan_for("residual", s)
+        for s in ("full", "last", "bias", "block:head", "match:blocks.2.*,bn.*,head.*")
+    }
     full = plans["full"]
     for name, plan in plans.items():
         if name != "full":
-            assert plan.arena_bytes < full.arena_bytes and plan.macs_per_step < full.macs_per_step and plan.state_bytes < full.state_bytes
+            assert (
+                plan.arena_bytes < full.arena_bytes
+                and plan.macs_per_step < full.macs_per_step
+                and plan.state_bytes < full.state_bytes
+            )
     ops = {n.op for n in plans["last"].layouts["step"].nodes}
     assert not ops & {"conv_input_grad", "conv_weight_grad"}
     folded = plan_for("inverted", "last").layouts["step"]
-    assert "batch_norm" not in {n.op for n in folded.nodes}  # frozen norms disappear into the convolutions before them
+    assert "batch_norm" not in {
+        n.op for n in folded.nodes
+    }  # frozen norms disappear into the convolutions before them
     bias = plans["bias"].layouts["step"]
     assert "conv_weight_grad" not in {n.op for n in bias.nodes}
     assert "gate_bits" in {n.op for n in bias.nodes}  # one bit an element is what remains
@@ -149,7 +161,9 @@ def test_random_placements(seed):
     buffers = []
     for i in range(60):
         start = int(rng.integers(0, 50))
-        buffers.append(Buffer([str(i)], int(rng.integers(1, 200)) * 4, start, start + int(rng.geometric(0.2))))
+        buffers.append(
+            Buffer([str(i)], int(rng.integers(1, 200)) * 4, start, start + int(rng.geometric(0.2)))
+        )
     live = [sum(b.size_bytes for b in buffers if b.start <= t <= b.end) for t in range(120)]
     top = place(buffers, max(live))
     for i, a in enumerate(buffers):

@@ -13,19 +13,29 @@ from runtime.native import ROOT, SANITIZE, STRICT, Harness, call, compile_all, c
 @pytest.fixture(scope="session")
 def plain_objects(tmp_path_factory) -> list[Path]:
     """The runtime as a board compiles it; a warning is an error."""
-    return compile_all(sources(), tmp_path_factory.mktemp("plain"), [*STRICT, "-O2"])
+    return compile_all(sources(), tmp_path_factory.mktemp("plain"), [*STRICT, "-O2", "-fstack-usage"])
 
 
-@pytest.fixture(scope="session")
-def harness(tmp_path_factory) -> Harness:
-    folder, cc = tmp_path_factory.mktemp("sanitized"), compiler()
+def build_harness(folder: Path, *more: str) -> Harness:
+    cc = compiler()
     (folder / "probe.c").write_text("int main(void) { return 0; }\n")
-    flags = SANITIZE + ["-fsanitize=float-cast-overflow"]
+    flags = [*SANITIZE, "-fsanitize=float-cast-overflow", *more]
     if call(cc, *flags, folder / "probe.c", "-o", folder / "probe", expect=None).returncode:
-        pytest.skip(f"{cc} has no address and undefined-behaviour sanitizers")
+        pytest.skip(f"{cc} cannot build with {' '.join(flags)}")
     objects = compile_all([*sources(), ROOT / "fuzz/fuzz.c"], folder, [*STRICT, *flags])
     call(cc, *flags, *objects, "-o", folder / "fuzz")
     seeds = folder / "seeds.bin"
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     call(sys.executable, ROOT / "fuzz/seeds.py", seeds, env={**os.environ, "PYTHONPATH": path})
     return Harness(folder / "fuzz", objects, flags, seeds)
+
+
+@pytest.fixture(scope="session")
+def harness(tmp_path_factory) -> Harness:
+    return build_harness(tmp_path_factory.mktemp("sanitized"))
+
+
+@pytest.fixture(scope="session")
+def native_harness(tmp_path_factory) -> Harness:
+    """With the vector instructions of this processor, for which kernels take other tile sizes."""
+    return build_harness(tmp_path_factory.mktemp("native"), "-march=native")

@@ -16,7 +16,13 @@ import acclimate.runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
-SANITIZE = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+SANITIZE = [
+    "-g",
+    "-O1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+]
 
 
 def sources() -> list[Path]:
@@ -42,7 +48,9 @@ def call(*args: object, expect: int | None = 0, **more) -> subprocess.CompletedP
     """Run a command; its exit status must be `expect` (None: any)."""
     done = subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=600, **more)
     if expect is not None and done.returncode != expect:
-        pytest.fail(f"{' '.join(map(str, args))}\nexit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        pytest.fail(
+            f"{' '.join(map(str, args))}\nexit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        )
     return done
 
 
@@ -51,8 +59,12 @@ def compile_all(files: list[Path], folder: Path, flags: list[str]) -> list[Path]
     cc = compiler()
     objects = [folder / f"{f.stem}.o" for f in files]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda pair: call(cc, *flags, f"-I{acclimate.runtime.SOURCE}", "-c", pair[0], "-o", pair[1]),
-                      zip(files, objects, strict=True)))  # fmt: skip
+        list(
+            pool.map(
+                lambda pair: call(cc, *flags, f"-I{acclimate.runtime.SOURCE}", "-c", pair[0], "-o", pair[1]),
+                zip(files, objects, strict=True),
+            )
+        )
     return objects
 
 

@@ -18,8 +18,14 @@ def mlp(features: int = 6, hidden: int = 5, outputs: int = 3, seed: int = 0) -> 
     """Two dense layers with a ReLU between."""
     rng, g = np.random.default_rng(seed), Graph()
     x = g.input("x", (Dim(1, 1), features))
-    a = g.persistent("one.weight", _weights(rng, hidden, features)), g.persistent("one.bias", np.zeros(hidden))
-    b = g.persistent("two.weight", _weights(rng, outputs, hidden)), g.persistent("two.bias", np.zeros(outputs))
+    a = (
+        g.persistent("one.weight", _weights(rng, hidden, features)),
+        g.persistent("one.bias", np.zeros(hidden)),
+    )
+    b = (
+        g.persistent("two.weight", _weights(rng, outputs, hidden)),
+        g.persistent("two.bias", np.zeros(outputs)),
+    )
     h = emit(g, "relu", emit(g, "matmul", x, *a, tb=1))
     g.outputs["output"] = emit(g, "matmul", h, *b, tb=1)
     return g
@@ -30,10 +36,20 @@ def cnn(classes: int = 4, size: int = 8, train: bool = True, seed: int = 1) -> G
     rng, g = np.random.default_rng(seed), Graph()
     geometry = {"stride": (1, 1), "before": (1, 1), "after": (1, 1), "dilation": (1, 1)}
     x = g.input("x", (Dim(1, 1), 1, size, size))
-    y = emit(g, "conv", x, g.persistent("conv.weight", _weights(rng, 3, 1, 3, 3)), g.persistent("conv.bias", np.zeros(3)),
-             **geometry)
-    norm = [g.persistent("bn.weight", np.ones(3)), g.persistent("bn.bias", np.zeros(3)),
-            g.persistent("bn.running_mean", np.zeros(3), "state"), g.persistent("bn.running_var", np.ones(3), "state")]
+    y = emit(
+        g,
+        "conv",
+        x,
+        g.persistent("conv.weight", _weights(rng, 3, 1, 3, 3)),
+        g.persistent("conv.bias", np.zeros(3)),
+        **geometry,
+    )
+    norm = [
+        g.persistent("bn.weight", np.ones(3)),
+        g.persistent("bn.bias", np.zeros(3)),
+        g.persistent("bn.running_mean", np.zeros(3), "state"),
+        g.persistent("bn.running_var", np.ones(3), "state"),
+    ]
     if train:
         y = emit(g, "batch_norm_train", y, *norm, unused=(), momentum=0.1)[0]
     else:
@@ -44,8 +60,14 @@ def cnn(classes: int = 4, size: int = 8, train: bool = True, seed: int = 1) -> G
         y = emit(g, "dropout", y, g.persistent("dropout.steps", np.zeros(1), "state", "i32"), p=0.25, salt=3)
     width = 3 * (size // 2) ** 2
     y = emit(g, "reshape", y, shape=(Dim(1, 1), width))
-    g.outputs["output"] = emit(g, "matmul", y, g.persistent("head.weight", _weights(rng, classes, width)),
-                               g.persistent("head.bias", np.zeros(classes)), tb=1)
+    g.outputs["output"] = emit(
+        g,
+        "matmul",
+        y,
+        g.persistent("head.weight", _weights(rng, classes, width)),
+        g.persistent("head.bias", np.zeros(classes)),
+        tb=1,
+    )
     return g
 
 
@@ -55,13 +77,24 @@ def plans() -> dict[str, Plan]:
     channels = {"conv.weight": [0, 2], "head.weight": None, "head.bias": [1]}
     return {
         "mlp-sgd": compile_plan(mlp(), batch_size=2, optimizer=sgd),
-        "mlp-adam-channels": compile_plan(mlp(), batch_size=3, scheme={"one.weight": [1, 3], "two.bias": None},
-                                          optimizer=Adam(lr=0.01), loss=CrossEntropy(0.1, (1.0, 2.0, 0.5))),
+        "mlp-adam-channels": compile_plan(
+            mlp(),
+            batch_size=3,
+            scheme={"one.weight": [1, 3], "two.bias": None},
+            optimizer=Adam(lr=0.01),
+            loss=CrossEntropy(0.1, (1.0, 2.0, 0.5)),
+        ),
         "mlp-accumulate": compile_plan(mlp(), batch_size=2, optimizer=SGD(lr=0.1, accumulate=3), loss="mse"),
-        "mlp-labels": compile_plan(mlp(), batch_size=2, optimizer=Adam(lr=0.01, clip_norm=0.5, decoupled=True),
-                                   loss=BinaryCrossEntropy(masked=True)),
+        "mlp-labels": compile_plan(
+            mlp(),
+            batch_size=2,
+            optimizer=Adam(lr=0.01, clip_norm=0.5, decoupled=True),
+            loss=BinaryCrossEntropy(masked=True),
+        ),
         "cnn-train": compile_plan(cnn(), batch_size=3, optimizer=Adam(lr=0.01)),
-        "cnn-channels": compile_plan(cnn(train=False), batch_size=2, scheme=channels, optimizer=SGD(lr=0.1, momentum=0.9)),
+        "cnn-channels": compile_plan(
+            cnn(train=False), batch_size=2, scheme=channels, optimizer=SGD(lr=0.1, momentum=0.9)
+        ),
         "cnn-bias": compile_plan(cnn(train=False), batch_size=1, scheme="bias"),
     }
 

@@ -1,4 +1,4 @@
-"""Mutated Programs against the loader and the kernels, under sanitizers. fuzz/README.md says how to run it for longer."""
+"""Mutated Programs against the loader and the kernels, under sanitizers. For longer: fuzz/README.md."""
 
 import pytest
 from runtime.native import call, compiler
@@ -14,13 +14,19 @@ REACHABLE = {name for name, row in TABLE.items() if not row.view}
 def check(summary: dict) -> None:
     """The mutants reached everything: each refusal's reason, and each op's kernel in a Program that was changed."""
     share = summary["accepted_changed"] / summary["mutants"]
-    print(f"\n{summary['mutants']} mutants, {summary['accepted'] / summary['mutants']:.1%} accepted, {share:.1%} with other "
-          f"tensors or ops; least reached: {sorted(summary['ops'].items(), key=lambda i: i[1])[1:6]}")  # fmt: skip
+    least = sorted(summary["ops"].items(), key=lambda item: item[1])[1:6]
+    taken = summary["accepted"] / summary["mutants"]
+    print(
+        f"\n{summary['mutants']} mutants, {taken:.1%} accepted, {share:.1%} with other tensors or ops; least: {least}"
+    )
     assert share > 0.03 and summary["run"] > 0.9 * summary["accepted"]
     assert {name for name, count in summary["ops"].items() if count} == REACHABLE
     unreached = {text for text, count in summary["refused"].items() if not count}
-    assert unreached == {"no entry or binding has this name", "a label is outside the classes of the model",
-                         "a block of memory is not 4-byte aligned"}  # fmt: skip
+    assert unreached == {
+        "no entry or binding has this name",
+        "a label is outside the classes of the model",
+        "a block of memory is not 4-byte aligned",
+    }
 
 
 def test_mutants(harness):
@@ -35,6 +41,14 @@ def test_more_mutants(harness, seed):
     check(harness.run(harness.seeds, "--count", 10 * MUTANTS, "--seed", seed))
 
 
+@pytest.mark.slow
+def test_mutants_with_vector_instructions(native_harness):
+    out = native_harness.seeds.with_suffix(".statuses")
+    native_harness.run(native_harness.seeds, "--replay", out)
+    assert not any(out.read_bytes())
+    check(native_harness.run(native_harness.seeds, "--count", 5 * MUTANTS, "--seed", 4))
+
+
 def test_a_mutant_is_the_same_each_time(harness, tmp_path):
     for name in "ab":
         harness.run(harness.seeds, "--only", 12345, "--save", tmp_path / name)
@@ -47,16 +61,22 @@ def test_a_mutant_is_the_same_each_time(harness, tmp_path):
 def test_a_missing_check_is_found(harness, tmp_path, op):
     """The harness is worth its time: without the loader's check of one op it soon ends in a finding in that op."""
     planted, table = tmp_path / "planted.c", next(o for o in harness.objects if o.stem == "ac_table")
-    planted.write_text('#include "ac_kernel.h"\nac_status planted(const ac_call *c);\n'
-                       "ac_status planted(const ac_call *c) { (void)c; return AC_OK; }\n")  # fmt: skip
+    planted.write_text(
+        '#include "ac_kernel.h"\nac_status planted(const ac_call *c);\n'
+        "ac_status planted(const ac_call *c) { (void)c; return AC_OK; }\n"
+    )
     source = acclimate.runtime.SOURCE
     flags = [*harness.flags, f"-I{source}", f"-Dac_check_{op}=planted"]
     others = [o for o in harness.objects if o != table]
     call(compiler(), *flags, source / "ac_table.c", planted, *others, "-o", tmp_path / "fuzz")
     crash = tmp_path / "crash.acp"
-    error = harness.run(harness.seeds, "--count", MUTANTS, "--save", crash, binary=tmp_path / "fuzz", expect=1)["error"]
+    error = harness.run(
+        harness.seeds, "--count", MUTANTS, "--save", crash, binary=tmp_path / "fuzz", expect=1
+    )["error"]
     assert f"in op {op};" in error
     index = error.split("--only ")[1].split()[0]
     kept = crash.read_bytes()
-    again = harness.run(harness.seeds, "--only", index, "--save", crash, binary=tmp_path / "fuzz", expect=1)["error"]
+    again = harness.run(harness.seeds, "--only", index, "--save", crash, binary=tmp_path / "fuzz", expect=1)[
+        "error"
+    ]
     assert f"in op {op};" in again and crash.read_bytes() == kept

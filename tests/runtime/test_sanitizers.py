@@ -19,7 +19,9 @@ def test_every_example_and_whole_training_steps(harness):
     statuses = out.read_bytes()
     assert len(statuses) == summary["run"] == summary["mutants"] > len(TABLE)
     assert statuses == bytes(len(statuses))
-    assert {name for name, count in summary["ops"].items() if not count} == {n for n, row in TABLE.items() if row.view}
+    assert {name for name, count in summary["ops"].items() if not count} == {
+        n for n, row in TABLE.items() if row.view
+    }
 
 
 def test_the_seeds_hold_every_example(harness):

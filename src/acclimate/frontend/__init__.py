@@ -19,8 +19,12 @@ def load(path: str | PathLike[str]) -> Graph:
     """The Graph of a model file, read by its suffix; BadInput for a file that is missing, empty or of no known kind."""
     suffix = Path(path).suffix.lower()
     if suffix not in LOADERS:
-        raise BadInput("a model file of this kind is not known", where=str(path), number=f"suffix {suffix!r}",
-                       action=f"save the model as {' or '.join(LOADERS)}")
+        raise BadInput(
+            "a model file of this kind is not known",
+            where=str(path),
+            number=f"suffix {suffix!r}",
+            action=f"save the model as {' or '.join(LOADERS)}",
+        )
     return LOADERS[suffix](path)
 
 

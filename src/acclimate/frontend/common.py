@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -26,6 +26,15 @@ from ..ops.row import MAX_ARGS
 BASE_BATCH = 1_000_003
 #: Stands for infinity in constants (masks), so that nothing downstream meets inf - inf.
 LARGE = 1e30
+
+
+#: Rewrites that both front ends name.
+RECURRENT = (
+    "recurrent layers are not taken yet; a 1-D convolution or attention over the sequence needs less memory"
+)
+OUTSIDE = "do it on the model's output, outside of the model"
+#: What a foreign node that could not be taken stands for.
+LOST = object()
 
 
 class Ref(str):
@@ -51,13 +60,9 @@ class Size(Dim):
     outer: int
 
     def __new__(cls, coefficient: int, outer: int = 1) -> Size:
-        self = super().__new__(cls, coefficient, BASE_BATCH)
+        self = cast("Size", super().__new__(cls, coefficient, BASE_BATCH))
         self.outer = outer
         return self
-
-    def at(self, batch: int) -> int:
-        """The size at another batch."""
-        return self.coefficient * batch
 
     def __mul__(self, other: Any) -> Any:
         if isinstance(other, (Dim, float)) or int(other) < 1:
@@ -106,7 +111,8 @@ class UnsupportedNode(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.op} at {self.where or 'an unknown place'}: {self.why}" + (
-            f"; rewrite: {self.rewrite}" if self.rewrite else "")
+            f"; rewrite: {self.rewrite}" if self.rewrite else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -182,19 +188,30 @@ class Builder:
         data = np.clip(data.astype(np.float32), -LARGE, LARGE)
         key = (data.shape, data.tobytes())
         if key not in self.constants:
-            self.constants[key] = self.graph.constant(getattr(thing, "stem", "") or f"{self.stem or 'model'}.constant", data)
+            stem = getattr(thing, "stem", "") or f"{self.stem or 'model'}.constant"
+            self.constants[key] = self.graph.constant(stem, data)
         return Ref(self.constants[key])
 
     def shape(self, thing: Any) -> tuple[int, ...]:
         return tuple(self.graph.shape(thing)) if isinstance(thing, Ref) else np.shape(thing)
 
+    def length(self, thing: Any, axis: int) -> int:
+        """The size of an axis that must not be the batch."""
+        size = self.shape(thing)[axis]
+        if isinstance(size, Dim):
+            raise Untaken("the batch lies where a fixed size is needed", batch=True)
+        return int(size)
+
     def emit(self, op: str, *things: Any, **attrs: Any) -> Any:
         """Add a node; its output's Ref (its first output's where the others are optional)."""
         inputs = [self.value(t) if t is not None else "" for t in things]
+        name = f"{self.stem}.{op}" if self.stem else op
         try:
-            out = emit(self.graph, op, *inputs, name=f"{self.stem}.{op}" if self.stem else op, where=self.where, **attrs)
+            out = emit(self.graph, op, *inputs, name=name, where=self.where, **attrs)
         except BadInput as error:
-            raise Untaken(f"{error.what} ({error.number})" if error.number else error.what, batch=True) from error
+            raise Untaken(
+                f"{error.what} ({error.number})" if error.number else error.what, batch=True
+            ) from error
         node = self.graph.nodes[-1]
         self.made.update({n: node for n in node.outputs if n})
         if any(n in self.learned for n in inputs):
@@ -210,14 +227,16 @@ class Builder:
 
     def _check_samples_apart(self, node: Node) -> None:
         """A guess at where the batch lies was wrong if it lets the samples of a batch mix."""
+
         def marked(name: str) -> list[int]:
             return [i for i, s in enumerate(self.graph.shape(name)) if isinstance(s, Dim)]
 
         ins, out = [marked(n) for n in node.inputs if n], marked(node.outputs[0])
         pattern = parse(TABLE[node.op].signature)[0][0].dims
         last = len(self.graph.shape(node.outputs[0])) - 1
-        if any(ins) and (len(out) != 1 or (pattern.startswith("N") and ins[0] != [0])
-                         or (pattern == "~D" and last in out)):
+        if any(ins) and (
+            len(out) != 1 or (pattern.startswith("N") and ins[0] != [0]) or (pattern == "~D" and last in out)
+        ):
             raise Untaken("the samples of a batch would mix", batch=True)
 
     # -- what could not be taken ---------------------------------------------------------------------------------
@@ -264,24 +283,36 @@ class Builder:
                 verify(with_batch(g, n), f"setting the batch to {n}")
         except BadInput as error:
             self._retry()
-            raise Unsupported("the model's shapes do not follow its batch size", where=error.where or source,
-                              number=error.what, action="export the model with a dynamic batch dimension") from error
+            raise Unsupported(
+                "the model's shapes do not follow its batch size",
+                where=error.where or source,
+                number=error.what,
+                action="export the model with a dynamic batch dimension",
+            ) from error
         rows = self.shape(output)[:1]
         if not rows or not isinstance(rows[0], Dim) or (self.readings and rows[0].coefficient != 1):
             self._retry()
-            raise Unsupported("the model's output does not have a row a sample", where=source,
-                              number=f"{g.type(output)} for x {g.type('x')}", action="return a tensor whose axis 0 is the batch")
+            raise Unsupported(
+                "the model's output does not have a row a sample",
+                where=source,
+                number=f"{g.type(output)} for x {g.type(g.inputs['x'])}",
+                action="return a tensor whose axis 0 is the batch",
+            )
         return with_batch(g, batch)
 
 
 def unsupported(nodes: Sequence[UnsupportedNode], source: str) -> Unsupported:
     """One error that lists all nodes that cannot be taken."""
-    return Unsupported(f"{len(nodes)} node{'s' * (len(nodes) > 1)} of the model cannot be taken", where=source,
-                       number="".join(f"\n  {node}" for node in nodes) + "\n",
-                       action="rewrite these lines of the model and export it again", nodes=tuple(nodes))
+    return Unsupported(
+        f"{len(nodes)} node{'s' * (len(nodes) > 1)} of the model cannot be taken",
+        where=source,
+        number="".join(f"\n  {node}" for node in nodes) + "\n",
+        action="rewrite these lines of the model and export it again",
+        nodes=tuple(nodes),
+    )
 
 
-def attempts(convert: Callable[[Builder], Graph], baked: int | None, limit: int = 500) -> Graph:
+def attempts(convert: Callable[[Builder], Graph], baked: int | None, limit: int = 200) -> Graph:
     """What `convert` makes of a Builder, tried with each reading of a baked-in batch until none contradicts itself."""
     choices: tuple[int, ...] = ()
     for _ in range(limit):
@@ -299,8 +330,16 @@ def check_file(path: Any, what: str) -> Path:
     if not path.is_file():
         raise BadInput(f"there is no {what} file here", where=str(path), action="check the path")
     if path.stat().st_size == 0:
-        raise BadInput(f"the {what} file is empty", where=str(path), number="0 bytes", action="export the model again")
+        raise BadInput(
+            f"the {what} file is empty", where=str(path), number="0 bytes", action="export the model again"
+        )
     return path
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an exception and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def is_library(file: str) -> bool:
@@ -321,23 +360,34 @@ def user_line(trace: str) -> str:
 # -- shapes: reshape, transpose, slice, join -----------------------------------------------------------------------
 
 
-def batch_readings(before: int, baked: int, target: Sequence[int], free: int = -1) -> list[tuple[int, int]]:
+def batch_readings(
+    before: int,
+    baked: int,
+    source: Sequence[int],
+    target: Sequence[int],
+    free: int = -1,
+) -> list[tuple[int, int]]:
     """Where in `target` the batch can lie, likeliest first: (axis, factor of that axis in front of the batch).
 
-    `before`: product of the sizes in front of the batch, the same on both sides of a reshape. `target` holds
-    concrete sizes at the batch `baked`; `free`: the axis that the user left open. An axis that is the batch and
-    nothing else comes first.
+    `before`: product of the sizes in front of the batch, the same on both sides of a reshape. `source` and `target`
+    hold concrete sizes at the batch `baked`; `free`: the axis that the user left open. Likeliest is an axis that is
+    the batch and nothing else; then, where the reshape splits what follows the batch (into heads), that part of it;
+    then what precedes it (tokens).
     """
+    cuts = set(np.multiply.accumulate([int(s) for s in source]))
+    splits = any(
+        cut > before * baked and cut not in cuts for cut in np.multiply.accumulate([int(t) for t in target])
+    )
     found, prefix = [], 1
     for axis, size in enumerate(target):
         outer = before // prefix
         if before % prefix == 0 and size % (outer * baked) == 0:
-            found.append((size != baked or outer != 1, axis != free, axis, outer))
+            found.append((size != baked or outer != 1, axis != free, -axis if splits else axis, axis, outer))
         prefix *= size
     found.sort()
     if baked > 1 and found and not found[0][0]:
         found = found[:1]
-    return [(axis, outer) for _, _, axis, outer in found]
+    return [(axis, outer) for *_, axis, outer in found]
 
 
 def _fill(target: Sequence[int], total: int) -> list[int]:
@@ -370,11 +420,12 @@ def reshape(b: Builder, x: Any, target: Sequence[int]) -> Any:
                 break
             prefix *= size
         return view(b, x, exact)
-    total = math.prod(s.coefficient * b.baked if isinstance(s, Dim) else s for s in shape)
+    source = [s.coefficient * b.baked if isinstance(s, Dim) else s for s in shape]
+    total = math.prod(source)
     literal = _fill(target, total)
     if math.prod(literal) != total:
         raise Untaken(f"a reshape of {b.graph.type(x)} to {tuple(target)} at batch {b.baked}", batch=True)
-    readings = batch_readings(before, b.baked, literal, target.index(-1) if -1 in target else -1)
+    readings = batch_readings(before, b.baked, source, literal, target.index(-1) if -1 in target else -1)
     if not readings:
         raise Untaken(f"no axis of {tuple(target)} can hold the batch of {b.graph.type(x)}", batch=True)
     axis, outer = readings[b.choose(len(readings))]
@@ -431,9 +482,8 @@ def to_last(b: Builder, x: Any, axis: int) -> tuple[Any, list[int]]:
 def unsqueeze(b: Builder, x: Any, axes: Sequence[int]) -> Any:
     """New axes of size one, counted in the result."""
     rank = len(b.shape(x)) + len(axes)
-    axes = {a % rank for a in axes}
-    old = iter(b.shape(x))
-    return view(b, x, [1 if i in axes else next(old) for i in range(rank)])
+    new, old = {a % rank for a in axes}, iter(b.shape(x))
+    return view(b, x, [1 if i in new else next(old) for i in range(rank)])
 
 
 def squeeze(b: Builder, x: Any, axes: Sequence[int] | None) -> Any:
@@ -452,17 +502,19 @@ def flatten(b: Builder, x: Any, first: int, last: int) -> Any:
 
 def _merge(b: Builder, x: Any, shape: list[int], first: int, last: int) -> Any:
     """The axes first..last as one, which knows where in it the batch lies."""
-    size = math.prod(shape[first: last + 1])
+    size = math.prod(shape[first : last + 1])
     for i in range(first, last + 1):
         if isinstance(shape[i], Dim) and isinstance(size, Dim):
             size = Size(size.coefficient, math.prod(shape[first:i]) * getattr(shape[i], "outer", 1))
-    return view(b, x, [*shape[:first], size, *shape[last + 1:]])
+    return view(b, x, [*shape[:first], size, *shape[last + 1 :]])
 
 
 def part(b: Builder, x: Any, start: Sequence[int], step: Sequence[int], size: Sequence[int]) -> Any:
     """A regular part of x: `size` elements from `start` with `step` along each axis."""
     if not isinstance(x, Ref):
-        return np.asarray(x)[tuple(slice(s, s + (n - 1) * t + 1, t) for s, t, n in zip(start, step, size, strict=True))]
+        return np.asarray(x)[
+            tuple(slice(s, s + (n - 1) * t + 1, t) for s, t, n in zip(start, step, size, strict=True))
+        ]
     shape = b.shape(x)
     if tuple(size) == shape:
         return x
@@ -548,8 +600,10 @@ def concat(b: Builder, things: Sequence[Any], axis: int) -> Any:
             things = [t if isinstance(b.shape(t)[i], Dim) else _like(b, t, i, marks[0]) for t in things]
     most = MAX_ARGS - 2
     while len(things) > 1:
-        things = [b.emit("concat", *things[i: i + most], axis=axis) if len(things[i: i + most]) > 1 else things[i]
-                  for i in range(0, len(things), most)]
+        things = [
+            b.emit("concat", *things[i : i + most], axis=axis) if len(things[i : i + most]) > 1 else things[i]
+            for i in range(0, len(things), most)
+        ]
     return things[0]
 
 
@@ -562,7 +616,9 @@ def expand(b: Builder, x: Any, target: Sequence[int]) -> Any:
     padded = (1,) * new + shape
     out = []
     for have, want in zip(padded, target, strict=True):
-        same = want == -1 or (isinstance(have, Dim) and b.baked is not None and want in (1, have.coefficient * b.baked))
+        same = want == -1 or (
+            isinstance(have, Dim) and b.baked is not None and want in (1, have.coefficient * b.baked)
+        )
         out.append(have if same or have == want else want)
     if not isinstance(x, Ref) and not any(isinstance(s, Dim) for s in out):
         return np.broadcast_to(x, out)
@@ -597,13 +653,16 @@ def pad(b: Builder, x: Any, before: Sequence[int], after: Sequence[int], value: 
         return np.pad(x, list(zip(before, after, strict=True)), constant_values=value)
     if any(n and isinstance(s, Dim) for s, p, q in zip(shape, before, after, strict=True) for n in (p, q)):
         raise Untaken("padding along the batch")
-    return b.emit("pad", x, before=tuple(before), after=tuple(after), value=float(np.clip(value, -LARGE, LARGE)))
+    return b.emit(
+        "pad", x, before=tuple(before), after=tuple(after), value=float(np.clip(value, -LARGE, LARGE))
+    )
 
 
 def pad_by_copies(b: Builder, x: Any, axis: int, before: int, after: int, mode: str) -> Any:
     """Reflecting, replicating or circular padding of one axis, which takes the rows from x itself."""
-    n = int(b.shape(x)[axis])
-    rows = np.pad(np.arange(n), (before, after), mode={"replicate": "edge", "circular": "wrap"}.get(mode, mode))
+    n = b.length(x, axis)
+    how: Any = {"replicate": "edge", "circular": "wrap"}.get(mode, mode)
+    rows = np.pad(np.arange(n), (before, after), mode=how)
     return take(b, x, axis, rows)
 
 
@@ -616,10 +675,10 @@ def take(b: Builder, x: Any, axis: int, index: Any) -> Any:
         return np.take(np.asarray(x), index, axis)
     if index.ndim != 1:
         y = take(b, x, axis, index.reshape(-1))
-        return view(b, y, [*b.shape(y)[:axis], *index.shape, *b.shape(y)[axis + 1:]])
-    n = int(shape[axis])
-    if isinstance(shape[axis], Dim) or index.size == 0 or (index >= n).any() or (index < -n).any():
-        raise Untaken(f"an index along {'the batch' if isinstance(shape[axis], Dim) else 'an axis'}, out of range or empty")
+        return view(b, y, [*b.shape(y)[:axis], *index.shape, *b.shape(y)[axis + 1 :]])
+    n = b.length(x, axis)
+    if index.size == 0 or (index >= n).any() or (index < -n).any():
+        raise Untaken("an index that is out of range or empty")
     index = np.where(index < 0, index + n, index)
     runs = _runs([int(i) for i in index])
     if len(runs) <= 16:
@@ -635,10 +694,9 @@ def take(b: Builder, x: Any, axis: int, index: Any) -> Any:
 def take_many(b: Builder, x: Any, index: Any) -> Any:
     """x at constant index tuples (..., k) into its first k axes."""
     index = np.asarray(index)
-    k, shape = index.shape[-1], b.shape(x)
-    if any(isinstance(s, Dim) for s in shape[:k]):
-        raise Untaken("an index into the batch")
-    flat = np.ravel_multi_index(tuple(np.moveaxis(index % np.array(shape[:k]), -1, 0)), [int(s) for s in shape[:k]])
+    k = index.shape[-1]
+    shape = tuple(b.length(x, i) for i in range(k))
+    flat = np.ravel_multi_index(tuple(np.moveaxis(index % np.array(shape), -1, 0)), shape)
     return take(b, flatten(b, x, 0, k - 1), 0, flat)
 
 
@@ -659,7 +717,12 @@ def _runs(index: list[int]) -> list[tuple[int, int, int]]:
 
 # -- arithmetic ------------------------------------------------------------------------------------------------------
 
-_FOLD: dict[str, Callable[..., Any]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
+_FOLD: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+}
 
 
 def number(thing: Any) -> float | None:
@@ -696,17 +759,27 @@ def binary(b: Builder, op: str, x: Any, y: Any) -> Any:
             return gelu
     c, d = number(x), number(y)
     if d is not None and (np.ndim(y) <= len(b.shape(x))) and not (op == "div" and d == 0):
-        return affine(b, x, *{"add": (1.0, d), "sub": (1.0, -d), "mul": (d, 0.0), "div": (1 / (d or 1), 0.0)}[op])
+        return affine(
+            b, x, *{"add": (1.0, d), "sub": (1.0, -d), "mul": (d, 0.0), "div": (1 / (d or 1), 0.0)}[op]
+        )
     if c is not None and (np.ndim(x) <= len(b.shape(y))):
         if op == "div":
             return affine(b, b.emit("reciprocal", y) if isinstance(y, Ref) else 1 / np.asarray(y), c)
         return affine(b, y, *{"add": (1.0, c), "sub": (-1.0, c), "mul": (c, 0.0)}[op])
     if not isinstance(x, (Ref, Erf)) and not isinstance(y, (Ref, Erf)):
         return _FOLD[op](x, y)
-    known = (_biased(b, x, y) or _biased(b, y, x)) if op == "add" else _normalized(b, x, y) if op == "div" else None
+    known = (
+        (_biased(b, x, y) or _biased(b, y, x))
+        if op == "add"
+        else _normalized(b, x, y)
+        if op == "div"
+        else None
+    )
     if known is not None:
         return known
-    return b.emit(op, *_aligned(b, b.value(x) if isinstance(x, Erf) else x, b.value(y) if isinstance(y, Erf) else y))
+    return b.emit(
+        op, *_aligned(b, b.value(x) if isinstance(x, Erf) else x, b.value(y) if isinstance(y, Erf) else y)
+    )
 
 
 def _aligned(b: Builder, x: Any, y: Any) -> list[Any]:
@@ -714,7 +787,7 @@ def _aligned(b: Builder, x: Any, y: Any) -> list[Any]:
     things = [x, y]
     rank = max(len(b.shape(t)) for t in things)
     for i in range(-rank, 0):
-        sizes = [b.shape(t)[i] if -i <= len(b.shape(t)) else 1 for t in things]
+        sizes: list[Any] = [b.shape(t)[i] if -i <= len(b.shape(t)) else 1 for t in things]
         for me, other in ((0, 1), (1, 0)):
             if isinstance(sizes[other], Dim) and not isinstance(sizes[me], Dim) and sizes[me] != 1:
                 if sizes[me] != sizes[other].coefficient * (b.baked or 0):
@@ -726,33 +799,48 @@ def _aligned(b: Builder, x: Any, y: Any) -> list[Any]:
 def _gelu(b: Builder, phi: Erf, x: Any) -> Any:
     """x * (erf(x / sqrt(2)) + 1) and its multiples, or None."""
     (source, k), (base, factor) = _unscaled(b, phi.source), _unscaled(b, x)
-    if source != base or not math.isclose(k, math.sqrt(0.5), rel_tol=1e-4) or not math.isclose(phi.scale, phi.shift):
+    if (
+        source != base
+        or not math.isclose(k, math.sqrt(0.5), rel_tol=1e-4)
+        or not math.isclose(phi.scale, phi.shift)
+    ):
         return None
     return affine(b, b.emit("gelu", Ref(base)), 2 * phi.scale * factor)
 
 
 def _biased(b: Builder, x: Any, bias: Any) -> Any:
     """x + bias as the bias of the matrix product that made x, where nothing else reads it; or None."""
-    made = b.producer(x, "matmul") or b.producer(getattr(b.producer(x, "reshape"), "inputs", ("",))[0], "matmul")
+    viewed = b.producer(x, "reshape")
+    made = b.producer(viewed.inputs[0] if viewed is not None else x, "matmul")
     if made is None or len(made.inputs) > 2 or b.shape(bias) != b.shape(Ref(made.outputs[0]))[-1:]:
         return None
-    if b.shape(x)[-1:] != b.shape(bias) or {x, made.outputs[0]} & b.shared or len(b.shape(Ref(made.outputs[0]))) != 2:
+    if (
+        b.shape(x)[-1:] != b.shape(bias)
+        or {x, made.outputs[0]} & b.shared
+        or len(b.shape(Ref(made.outputs[0]))) != 2
+    ):
         return None
     return view(b, b.emit("matmul", *map(Ref, made.inputs), bias, **made.attrs), b.shape(x))
 
 
 def _normalized(b: Builder, x: Any, y: Any) -> Any:
     """Layer norm where x / y spells it out: (s - mean(s)) / sqrt(mean((s - mean(s))^2) + eps); or None."""
-    centred, root = b.producer(x, "sub"), b.producer(y, "sqrt")
-    shifted = root and b.producer(Ref(root.inputs[0]), "affine")
-    mean = shifted and b.producer(Ref(shifted.inputs[0]), "mean")
-    square = mean and b.producer(Ref(mean.inputs[0]), "square")
-    if not square or square.inputs[0] != x or shifted.attrs["scale"] != 1:
+    chain, at = [], y
+    for op in ("sqrt", "affine", "mean", "square"):
+        node = b.producer(at, op)
+        if node is None:
+            return None
+        chain.append(node)
+        at = node.inputs[0]
+    _, shifted, mean, _ = chain
+    centred = b.producer(x, "sub")
+    subtracted = b.producer(centred.inputs[1], "mean") if centred is not None else None
+    if centred is None or subtracted is None or at != x or shifted.attrs["scale"] != 1:
         return None
-    subtracted = b.producer(Ref(centred.inputs[1]), "mean")
-    axes = mask((len(b.shape(x)) - 1,))
-    if subtracted is None or subtracted.inputs[0] != centred.inputs[0] or any(
-            (m.attrs["axes"], m.attrs["keep"]) != (axes, 1) for m in (mean, subtracted)):
+    last = (mask((len(b.shape(x)) - 1,)), 1)
+    if subtracted.inputs[0] != centred.inputs[0] or any(
+        (m.attrs["axes"], m.attrs["keep"]) != last for m in (mean, subtracted)
+    ):
         return None
     return b.emit("layer_norm", Ref(centred.inputs[0]), eps=shifted.attrs["shift"])
 
@@ -777,11 +865,12 @@ def clamp(b: Builder, x: Any, low: float | None, high: float | None) -> Any:
 
 def power(b: Builder, x: Any, exponent: Any) -> Any:
     """x to a power of which one side is constant, composed of products, square roots and reciprocals, or of exp."""
-    base, exponent = number(x), number(exponent) if number(exponent) is not None else exponent
-    if not isinstance(exponent, float):
+    base, fixed = number(x), number(exponent)
+    if fixed is None:
         if base is None or base <= 0:
             raise Untaken("a power whose exponent is not one constant")
         return unary(b, "exp", affine(b, exponent, math.log(base)))
+    exponent = fixed
     if exponent < 0:
         return unary(b, "reciprocal", power(b, x, -exponent))
     whole, half = divmod(exponent, 1.0)
@@ -827,8 +916,10 @@ def _piecewise(b: Builder, test: Compared, high: Any, low: Any) -> Any:
         return clamp(b, x, None, bound)
     if high == x and base == x and bound == 0 and (slope >= 0 or slope == -1):
         return unary(b, "leaky_relu", x, slope=slope) if slope >= 0 else unary(b, "abs", x)
-    if soft is not None and bound >= 10 and _unscaled(b, Ref(soft.inputs[0]))[0] == _unscaled(b, x)[0] == _unscaled(b, high)[0]:
-        return low  # equal to `high` there, but for less than exp(-10)
+    if soft is not None and bound >= 10:
+        bases = {_unscaled(b, t)[0] for t in (Ref(soft.inputs[0]), x, high)}
+        if len(bases) == 1:
+            return low  # equal to `high` there, but for less than exp(-10)
     raise Untaken("a choice that depends on the data")
 
 
@@ -853,9 +944,9 @@ def largest(b: Builder, x: Any, axes: Sequence[int] | None, keep: bool) -> Any:
     count = math.prod(shape[a] for a in axes)
     if isinstance(count, Dim):
         raise Untaken("a maximum over the batch")
-    lead = rank - len(axes)
-    y = _merge(b, view(b, y, [*b.shape(y)[:lead], 1, count]), [*b.shape(y)[:lead], 1, count], 0, lead - 1) if lead else (
-        view(b, y, [1, 1, count]))
+    lead = b.shape(y)[: rank - len(axes)]
+    whole = [*lead, 1, count] if lead else [1, 1, count]
+    y = _merge(b, view(b, y, whole), whole, 0, max(len(lead) - 1, 0))
     y = b.emit("max_pool", y, kernel=(count,), stride=(1,), before=(0,), after=(0,), dilation=(1,))
     return view(b, y, [1 if i in axes else s for i, s in enumerate(shape) if keep or i not in axes])
 
@@ -868,7 +959,9 @@ def variance(b: Builder, x: Any, axes: Sequence[int] | None, correction: float, 
     if isinstance(count, Dim) and correction:
         raise Untaken("an unbiased variance over the batch")
     squares = unary(b, "square", binary(b, "sub", x, reduce(b, "mean", x, axes, True)))
-    return affine(b, reduce(b, "mean", squares, axes, keep), 1.0 if not correction else count / (count - correction))
+    return affine(
+        b, reduce(b, "mean", squares, axes, keep), 1.0 if not correction else count / (count - correction)
+    )
 
 
 # -- matrix products -------------------------------------------------------------------------------------------------
@@ -927,9 +1020,15 @@ def matmul(b: Builder, x: Any, y: Any) -> Any:
     y, tb = _operand(b, y, 0)
     rank = max(len(b.shape(x)), len(b.shape(y)))
     x, y = (unsqueeze(b, t, range(rank - len(b.shape(t)))) for t in (x, y))
-    stack = [q if isinstance(q, Dim) or p == 1 else p for p, q in zip(b.shape(x)[:-2], b.shape(y)[:-2], strict=True)]
+    stack = [
+        q if isinstance(q, Dim) or p == 1 else p
+        for p, q in zip(b.shape(x)[:-2], b.shape(y)[:-2], strict=True)
+    ]
     for i, s in enumerate(stack):
-        x, y = (_like(b, t, i, s) if isinstance(s, Dim) and not isinstance(b.shape(t)[i], Dim) else t for t in (x, y))
+        x, y = (
+            _like(b, t, i, s) if isinstance(s, Dim) and not isinstance(b.shape(t)[i], Dim) else t
+            for t in (x, y)
+        )
     x, y = (flatten(b, expand(b, t, [*stack, *b.shape(t)[-2:]]), 0, -3) for t in (x, y))
     (x, ta), (y, tb) = _operand(b, x, ta), _operand(b, y, tb)
     z = b.emit("matmul", x, y, ta=ta, tb=tb)
@@ -949,12 +1048,20 @@ def along(b: Builder, x: Any, axis: int, matrix: np.ndarray) -> Any:
     return transpose(b, linear(b, y, np.asarray(matrix, np.float32)), back)
 
 
-def attention(b: Builder, q: Any, k: Any, v: Any, bias: Any, causal: bool, dropout_p: float, scale: float | None) -> Any:
+def attention(
+    b: Builder,
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    causal: bool,
+    dropout_p: float,
+    scale: float | None,
+) -> Any:
     """Scaled dot-product attention over (..., L, D): softmax(q k' scale + bias) v. A boolean bias says what to keep."""
-    length, wide = b.shape(q)[-2], b.shape(k)[-2]
     scores = matmul(b, affine(b, q, b.shape(q)[-1] ** -0.5 if scale is None else scale), swap(b, k, -1, -2))
     if causal:
-        bias = np.tril(np.ones((int(length), int(wide)), np.bool_))
+        bias = np.tril(np.ones((b.length(q, -2), b.length(k, -2)), np.bool_))
     if bias is not None and not isinstance(bias, Ref) and np.asarray(bias).dtype == np.bool_:
         bias = np.where(bias, 0.0, -LARGE).astype(np.float32)
     if bias is not None:
@@ -966,8 +1073,15 @@ def einsum(b: Builder, equation: str, things: Sequence[Any]) -> Any:
     """einsum of one or two tensors, each letter at most once in each."""
     left, _, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    if "." in equation or "->" not in equation or len(terms) > 2 or any(len(set(t)) < len(t) for t in (*terms, out)):
-        raise Untaken(f"einsum {equation!r}: an explicit output, one or two operands and no repeated letter are taken")
+    if (
+        "." in equation
+        or "->" not in equation
+        or len(terms) > 2
+        or any(len(set(t)) < len(t) for t in (*terms, out))
+    ):
+        raise Untaken(
+            f"einsum {equation!r}: an explicit output, one or two operands and no repeated letter are taken"
+        )
     x, y = things[0], things[1] if len(things) > 1 else np.ones(())
     tx, ty = terms[0], terms[1] if len(terms) > 1 else ""
     for letter in sorted(set(tx) - set(ty) - set(out)):
@@ -984,7 +1098,11 @@ def einsum(b: Builder, equation: str, things: Sequence[Any]) -> Any:
         thing = transpose(b, thing, [term.index(c) for g in groups for c in g])
         for i, group in enumerate(groups):
             shape = list(b.shape(thing))
-            thing = (_merge(b, thing, shape, i, i + len(group) - 1) if group else view(b, thing, [*shape[:i], 1, *shape[i:]]))
+            thing = (
+                _merge(b, thing, shape, i, i + len(group) - 1)
+                if group
+                else view(b, thing, [*shape[:i], 1, *shape[i:]])
+            )
         return thing
 
     z = matmul(b, matrix(x, tx, both, only_x, inner), swap(b, matrix(y, ty, both, only_y, inner), 1, 2))
@@ -1038,14 +1156,25 @@ def scale_shift(b: Builder, x: Any, gamma: Any, beta: Any) -> Any:
     return x
 
 
-def batch_norm(b: Builder, x: Any, gamma: Any, beta: Any, mean: Any, var: Any, training: bool, momentum: float,
-               eps: float) -> Any:
+def batch_norm(
+    b: Builder,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
     """Batch norm on given statistics, or in training on those of the batch."""
-    channels = int(b.shape(x)[1])
+    channels = b.length(x, 1)
     if isinstance(mean, Ref):  # statistics that the graph itself computes
         ones = [channels, *[1] * (len(b.shape(x)) - 2)]
         x = binary(b, "sub", x, view(b, mean, ones))
-        return scale_shift(b, binary(b, "mul", x, power(b, affine(b, view(b, var, ones), 1.0, eps), -0.5)), gamma, beta)
+        return scale_shift(
+            b, binary(b, "mul", x, power(b, affine(b, view(b, var, ones), 1.0, eps), -0.5)), gamma, beta
+        )
     gamma = np.ones(channels, np.float32) if gamma is None else gamma
     beta = np.zeros(channels, np.float32) if beta is None else beta
     mean, var = b.state(mean, "running_mean"), b.state(var, "running_var")
@@ -1084,8 +1213,9 @@ def batch_only_norm(b: Builder, x: Any, gamma: Any, beta: Any, eps: float) -> An
 def _pool(b: Builder, x: Any, attrs: Any, ceil: bool, dilation: Sequence[int]) -> tuple[int, ...]:
     """How far windows reach past the padded end, one number a spatial dimension; 0 unless sizes are rounded up."""
     extra = []
-    for n, k, s, p, q, d in zip(b.shape(x)[2:], *(attrs[a] for a in ("kernel", "stride", "before", "after")), dilation,
-                                strict=True):
+    for n, k, s, p, q, d in zip(
+        b.shape(x)[2:], *(attrs[a] for a in ("kernel", "stride", "before", "after")), dilation, strict=True
+    ):
         reach = d * (k - 1) + 1
         count = -(-(n + p + q - reach) // s) + 1
         count -= (count - 1) * s >= n + p
@@ -1093,12 +1223,24 @@ def _pool(b: Builder, x: Any, attrs: Any, ceil: bool, dilation: Sequence[int]) -
     return tuple(extra)
 
 
-def pool(b: Builder, op: str, x: Any, kernel: Any, stride: Any, before: Any, after: Any = None, ceil: bool = False,
-         dilation: Any = 1, include_pad: bool = True) -> Any:
+def pool(
+    b: Builder,
+    op: str,
+    x: Any,
+    kernel: Any,
+    stride: Any,
+    before: Any,
+    after: Any = None,
+    ceil: bool = False,
+    dilation: Any = 1,
+    include_pad: bool = True,
+) -> Any:
     """max_pool or avg_pool; an empty stride is the kernel."""
     rank = len(b.shape(x)) - 2
     if rank not in (1, 2):
-        raise Untaken(f"pooling over {rank} spatial dimensions; one or two are taken, after batch and channels")
+        raise Untaken(
+            f"pooling over {rank} spatial dimensions; one or two are taken, after batch and channels"
+        )
     attrs = {"kernel": spread(kernel, rank), "before": spread(before, rank)}
     attrs["stride"] = spread(stride, rank) if stride not in (None, [], ()) else attrs["kernel"]
     attrs["after"] = attrs["before"] if after is None else spread(after, rank)
@@ -1123,7 +1265,7 @@ def adaptive_pool(b: Builder, op: str, x: Any, sizes: Sequence[int | None]) -> A
     if op == "max_pool":
         raise Untaken(f"adaptive max-pool of {shape[-rank:]} to {tuple(goal)}, which does not divide it")
     for axis, g in zip(range(len(shape) - rank, len(shape)), goal, strict=True):
-        n = int(shape[axis])
+        n = b.length(x, axis)
         rows = [(np.arange(n) >= i * n // g) & (np.arange(n) < -(-(i + 1) * n // g)) for i in range(g)]
         x = along(b, x, axis, np.array([r / r.sum() for r in rows])) if g != n else x
     return x

@@ -20,9 +20,8 @@ import numpy as np
 from ..errors import BadInput, Unsupported, missing_extra
 from ..ir import Dim, Graph
 from . import common as c
-from .common import Builder, Ref, Untaken
+from .common import LOST, Builder, Ref, Untaken
 
-_POISON = object()  # what a node that could not be taken stands for
 OLDEST_OPSET = 7
 _ORIGINAL = "pkg.torch.onnx.original_node_name"
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
@@ -62,25 +61,29 @@ def _read(file: Any) -> Any:
         if not _external(proto):
             onnx.checker.check_model(proto)
     except Exception as error:
-        raise BadInput("this is no valid ONNX file", where=str(file), number=_first_line(error),
-                       action="export the model again") from error
+        raise BadInput(
+            "this is no valid ONNX file",
+            where=str(file),
+            number=c.first_line(error),
+            action="export the model again",
+        ) from error
     try:
         onnx.load_external_data_for_model(proto, str(file.parent))
     except Exception as error:
         names = ", ".join(sorted(_external(proto)))
-        raise BadInput("the file that holds the model's weights cannot be read", where=names, number=_first_line(error),
-                       action=f"copy {names} next to {file.name}; both were written by the export") from error
+        raise BadInput(
+            "the file that holds the model's weights cannot be read",
+            where=names,
+            number=c.first_line(error),
+            action=f"copy {names} next to {file.name}: the export wrote both",
+        ) from error
     return inliner.inline_local_functions(proto) if proto.functions else proto
 
 
 def _external(proto: Any) -> set[str]:
     """The files that a model's tensors lie in besides its own."""
-    return {e.value for t in proto.graph.initializer if t.data_location == 1 for e in t.external_data if e.key == "location"}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:300]
+    tensors = (t for t in proto.graph.initializer if t.data_location == 1)
+    return {e.value for t in tensors for e in t.external_data if e.key == "location"}
 
 
 # -- what a file holds -----------------------------------------------------------------------------------------------
@@ -115,15 +118,19 @@ class _Node:
         value = self.attrs.get(name, default)
         return value.decode() if isinstance(value, bytes) else value
 
-    def ints(self, name: str, i: int) -> list[Any] | None:
-        """Integers that newer opsets give as input i and older ones as an attribute."""
+    def ints(self, name: str, i: int) -> Any:
+        """Integers that newer opsets give as input i and older ones as an attribute; None where there are none."""
         if name in self.attrs:
             value = self.attrs[name]
             return list(value) if isinstance(value, (list, tuple)) else [value]
         value = self.get(i)
         if isinstance(value, Ref):
             raise Untaken(f"{name} depends on the data")
-        return None if value is None else [v if isinstance(v, Dim) else int(v) for v in np.asarray(value).reshape(-1)]
+        return (
+            None
+            if value is None
+            else [v if isinstance(v, Dim) else int(v) for v in np.asarray(value).reshape(-1)]
+        )
 
     @property
     def where(self) -> str:
@@ -152,8 +159,12 @@ class _Model:
         versions = {o.domain: o.version for o in proto.opset_import}
         self.opset = versions.get("", versions.get("ai.onnx", 0))
         if self.opset < OLDEST_OPSET:
-            raise Unsupported("the file's operator set is too old", where=source, number=f"opset {self.opset}",
-                              action=f"convert it with onnx.version_converter to {OLDEST_OPSET} or later")
+            raise Unsupported(
+                "the file's operator set is too old",
+                where=source,
+                number=f"opset {self.opset}",
+                action=f"convert it with onnx.version_converter to {OLDEST_OPSET} or later",
+            )
         graph = proto.graph
         if graph.sparse_initializer:
             raise Unsupported("the file holds sparse tensors", where=source, action="export dense ones")
@@ -165,8 +176,12 @@ class _Model:
         self.baked = first if isinstance(first, int) else None
         outputs = [o.name for o in graph.output]
         if len(outputs) != 1:
-            raise Unsupported("the model returns several tensors", where=source, number=f"outputs {', '.join(outputs)}",
-                              action="keep only the one that the loss is computed from (onnx.utils.extract_model)")
+            raise Unsupported(
+                "the model returns several tensors",
+                where=source,
+                number=f"outputs {', '.join(outputs)}",
+                action="keep only the one that the loss is computed from (onnx.utils.extract_model)",
+            )
         self.output = outputs[0]
         info = {v.name: _metadata(v) for v in graph.value_info}
         self.parameters: dict[str, np.ndarray] = {}
@@ -179,16 +194,27 @@ class _Model:
         """The one input and its shape: ints, and a string for what is dynamic."""
         given = [i for i in graph.input if i.name not in self.tensors]
         if len(given) != 1:
-            raise Unsupported(f"the model takes {'several inputs' if given else 'no input'}", where=self.source,
-                              number=", ".join(i.name for i in given), action="join them to one and split it inside the model")
+            raise Unsupported(
+                f"the model takes {'several inputs' if given else 'no input'}",
+                where=self.source,
+                number=", ".join(i.name for i in given),
+                action="join them to one and split it inside the model",
+            )
         tensor = given[0].type.tensor_type
         if tensor.elem_type not in (1, 10, 11, 16):
-            raise Unsupported("the model takes integers", where=given[0].name,
-                              action="do the embedding outside of the model and give it floats")
+            raise Unsupported(
+                "the model takes integers",
+                where=given[0].name,
+                action="do the embedding outside of the model and give it floats",
+            )
         shape = [d.dim_value if d.dim_value > 0 else d.dim_param or "?" for d in tensor.shape.dim]
         if not shape or any(isinstance(s, str) for s in shape[1:]):
-            raise Unsupported("a dimension other than the batch is not fixed", where=given[0].name, number=str(shape),
-                              action="fix it: onnx.tools.update_model_dims, or export with only axis 0 dynamic")
+            raise Unsupported(
+                "a dimension other than the batch is not fixed",
+                where=given[0].name,
+                number=str(shape),
+                action="fix it: onnx.tools.update_model_dims, or export with only axis 0 dynamic",
+            )
         return given[0].name, shape
 
     # -- names that an exporter's optimiser lost ---------------------------------------------------------------------
@@ -208,17 +234,21 @@ class _Model:
                 if not have:  # a bias of zeros, which was dropped
                     weight = self.tensors.get(node.inputs[1])
                     if weight is not None and name not in self.tensors:
-                        self.tensors[name] = np.zeros(weight.shape[0 if node.attr("transB", 1) else -1], np.float32)
+                        self.tensors[name] = np.zeros(
+                            weight.shape[0 if node.attr("transB", 1) else -1], np.float32
+                        )
                         node.inputs += [name]
                 elif node.op == "MatMul":
                     self._transposed(node, i, name)
-                elif np.ptp(self.tensors[have]) == 0 and name not in self.tensors:  # equal by chance, at the start
+                elif (
+                    np.ptp(self.tensors[have]) == 0 and name not in self.tensors
+                ):  # equal by chance, at the start
                     self.tensors[name] = self.tensors[have]
                     node.inputs[i] = name
                 elif name not in self.tensors:
                     self.aliases[name] = have
         for node in self.nodes:
-            if node.op == "MatMul" and node.inputs[1].startswith("onnx::"):
+            if node.op == "MatMul" and node.inputs[1].startswith("onnx::") and node.inputs[1] in self.tensors:
                 self._transposed(node, 1, self._by_bias(node) or f"{node.scope}.weight")
         self.recovered = set(self.tensors) - known
 
@@ -240,7 +270,8 @@ class _Model:
 
         self.tensors[name] = np.ascontiguousarray(stored.T)
         turned = f"{node.outputs[0]}.{i}.turned"
-        self.nodes.insert(self.nodes.index(node), _Node(helper.make_node("Transpose", [name], [turned], perm=[1, 0]), self.opset))
+        turn = _Node(helper.make_node("Transpose", [name], [turned], perm=[1, 0]), self.opset)
+        self.nodes.insert(self.nodes.index(node), turn)
         node.inputs[i] = turned
 
     # -- what is constant, what is learned -----------------------------------------------------------------------------
@@ -252,8 +283,14 @@ class _Model:
         for node in self.nodes:
             if node.op == "Constant":
                 self.constants[node.outputs[0]] = _constant(node)
-            elif node.op != "ConstantOfShape" and node.op not in _RANDOM and node.inputs and not node.domain and all(
-                    not n or n in self.constants or n in fixed for n in node.inputs) and not _has_graph(node):
+            elif (
+                node.op != "ConstantOfShape"
+                and node.op not in _RANDOM
+                and node.inputs
+                and not node.domain
+                and all(not n or n in self.constants or n in fixed for n in node.inputs)
+                and not _has_graph(node)
+            ):
                 values = {n: self.constants.get(n, self.tensors.get(n)) for n in node.inputs if n}
                 self.constants.update(zip(node.outputs, _evaluated(node, values), strict=False))
             else:
@@ -269,7 +306,9 @@ class _Model:
         fixed = {name for n, i, name in used if i in _FIXED.get(n.op, ())}
         ahead = {self.input}  # the input and what only constants were applied to: pixel means and scales
         for n in self.nodes:
-            if n.op in ("Sub", "Div", "Mul", "Cast", "Identity", "Transpose") and any(i in ahead for i in n.inputs):
+            if n.op in ("Sub", "Div", "Mul", "Cast", "Identity", "Transpose") and any(
+                i in ahead for i in n.inputs
+            ):
                 ahead.update(n.outputs)
                 if n.op in ("Sub", "Div"):
                     fixed.update(i for i in n.inputs if i in self.tensors)
@@ -300,16 +339,21 @@ def _has_graph(node: _Node) -> bool:
 
 
 def _arguments(node: _Node) -> dict[int, str]:
-    """Which input of a node was which parameter of the torch program, by the operator that torch left in the metadata."""
-    found = re.search(r"target=torch\.ops\.aten\.(\w+)\.\w+\]\(args = \((.*)\), kwargs", node.metadata.get("pkg.torch.onnx.fx_node", ""))
+    """Which input of a node was which parameter of the torch program, by what torch left in the metadata."""
+    called = node.metadata.get("pkg.torch.onnx.fx_node", "")
+    found = re.search(r"target=torch\.ops\.aten\.(\w+)\.\w+\]\(args = \((.*)\), kwargs", called)
     if not found:
         return {}
     depth, args = 0, [""]
     for char in found[2]:
         depth += (char in "[(") - (char in "])")
         args = [*args, ""] if char == "," and not depth else [*args[:-1], args[-1] + char]
-    where = {("linear", "Gemm"): {1: 1, 2: 2}, ("linear", "MatMul"): {1: 1}, ("linear", "Add"): {1: 2},
-             ("layer_norm", "LayerNormalization"): {1: 2, 2: 3}}.get((found[1], node.op), {})
+    where = {
+        ("linear", "Gemm"): {1: 1, 2: 2},
+        ("linear", "MatMul"): {1: 1},
+        ("linear", "Add"): {1: 2},
+        ("layer_norm", "LayerNormalization"): {1: 2, 2: 3},
+    }.get((found[1], node.op), {})
     if node.op == "Conv" and found[1].startswith("conv"):
         where = {1: 1, 2: 2}
     args = [a.strip().lstrip("%") for a in args]
@@ -328,18 +372,25 @@ def _dotted(original: str, scope: str) -> str:
 def _constant(node: _Node) -> np.ndarray:
     from onnx import numpy_helper
 
-    (name, value), = node.attrs.items()
-    return numpy_helper.to_array(value) if name == "value" else np.array(value, {
-        "f": np.float32, "i": np.int64}.get(name.removeprefix("value_")[:1]))
+    ((name, value),) = node.attrs.items()
+    return (
+        numpy_helper.to_array(value)
+        if name == "value"
+        else np.array(value, {"f": np.float32, "i": np.int64}.get(name.removeprefix("value_")[:1]))
+    )
 
 
-def _evaluated(node: _Node, values: dict[str, Any]) -> list[np.ndarray]:
+def _evaluated(node: _Node, values: dict[str, Any]) -> list[Any]:
     """The outputs of a node on constants, by ONNX's own reference."""
     from onnx import TypeProto, helper
     from onnx.reference import ReferenceEvaluator
 
-    graph = helper.make_graph([node.proto], "constant", [helper.make_value_info(n, TypeProto()) for n in values],
-                              [helper.make_value_info(o, TypeProto()) for o in node.outputs if o])
+    graph = helper.make_graph(
+        [node.proto],
+        "constant",
+        [helper.make_value_info(n, TypeProto()) for n in values],
+        [helper.make_value_info(o, TypeProto()) for o in node.outputs if o],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", node.opset)])
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
@@ -348,11 +399,32 @@ def _evaluated(node: _Node, values: dict[str, Any]) -> list[np.ndarray]:
     return [np.asarray(next(results)) if o else None for o in node.outputs]
 
 
-_RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+_RANDOM = {
+    "RandomNormal",
+    "RandomUniform",
+    "RandomNormalLike",
+    "RandomUniformLike",
+    "Bernoulli",
+    "Multinomial",
+}
 #: where an operator takes what can be learned, and where it takes what cannot
-_WEIGHTS = {"Conv": (1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1), "BatchNormalization": (1, 2), "PRelu": (1,),
-            "LayerNormalization": (1, 2), "InstanceNormalization": (1, 2), "GroupNormalization": (1, 2), "Einsum": (0, 1)}
-_FIXED = {"Pow": (1,), "Clip": (1, 2), "Pad": (2,), "Where": (1, 2), "Resize": (1, 2), "Dropout": (1,), "Upsample": (1,)}
+_WEIGHTS = {
+    "Conv": (1, 2),
+    "Gemm": (0, 1, 2),
+    "MatMul": (0, 1),
+    "Einsum": (0, 1),
+    "PRelu": (1,),
+    **dict.fromkeys(
+        ("BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization"), (1, 2)
+    ),
+}
+_FIXED = {
+    "Pow": (1,),
+    "Pad": (2,),
+    "Dropout": (1,),
+    "Upsample": (1,),
+    **dict.fromkeys(("Clip", "Where", "Resize"), (1, 2)),
+}
 
 
 # -- the walk over a file ----------------------------------------------------------------------------------------------
@@ -380,13 +452,16 @@ class _Walk:
         return self.b.finish(self.env.get(self.model.output), batch, self.model.aliases, self.model.source)
 
     def _call(self, node: _Node) -> Sequence[Any]:
-        """The node's results; _POISON where it could not be taken."""
-        b, lost = self.b, [_POISON] * len(node.outputs)
+        """The node's results; LOST where it could not be taken."""
+        b, lost = self.b, [LOST] * len(node.outputs)
         b.where, b.stem = node.where, node.scope
         taken = node.op in _TABLE and node.domain in ("", "ai.onnx")
-        things = [self.env.get(n, _POISON) if n else None for n in node.inputs]
-        node.things, node.wanted = things, sum(self.model.uses[o] > 0 or o == self.model.output for o in node.outputs)
-        if any(t is _POISON for t in things):
+        things = [self.env.get(n, LOST) if n else None for n in node.inputs]
+        node.things, node.wanted = (
+            things,
+            sum(self.model.uses[o] > 0 or o == self.model.output for o in node.outputs),
+        )
+        if any(t is LOST for t in things):
             if not taken:
                 self._fail(node, Untaken("this operator is not known here"))
             return lost
@@ -394,18 +469,22 @@ class _Walk:
             fixed = bool(things) and not any(isinstance(t, (Ref, c.Erf, c.Compared)) for t in things)
             sized = fixed and any(isinstance(t, np.ndarray) and t.dtype == object for t in things)
             if sized and node.op in _SIZES:
-                result = _SIZES[node.op](node)
-                return [result if isinstance(result, np.ndarray) else _objects(result)]  # numpy unpacks rank 0
-            if fixed and not sized and node.op not in _RANDOM | {"Shape", "ConstantOfShape"} and not _has_graph(node):
-                return _evaluated(node, dict(zip(filter(None, node.inputs), filter(lambda t: t is not None, things), strict=True)))
+                return [_settled(_SIZES[node.op](node))]
+            if (
+                fixed
+                and not sized
+                and node.op not in _RANDOM | {"Shape", "ConstantOfShape"}
+                and not _has_graph(node)
+            ):
+                return _evaluated(node, {n: t for n, t in zip(node.inputs, things, strict=True) if n})
             if not taken:
                 raise Untaken("this operator is not known here")
             result = _TABLE[node.op](b, node)
             return result if isinstance(result, (tuple, list)) else [result]
         except Untaken as error:
             self._fail(node, error)
-        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            self._fail(node, Untaken(f"its arguments are not understood ({_first_line(error)})"))
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+            self._fail(node, Untaken(f"its arguments are not understood ({c.first_line(error)})"))
         return lost
 
     def _fail(self, node: _Node, error: Untaken) -> None:
@@ -422,6 +501,12 @@ def _objects(values: Any) -> np.ndarray:
     return out
 
 
+def _settled(result: Any) -> np.ndarray:
+    """A result of arithmetic on sizes: plain integers where no batch is left in it."""
+    result = _objects(result)  # numpy unpacks rank 0
+    return result if any(isinstance(v, Dim) for v in result.flat) else np.array(result.tolist())
+
+
 def _size_slice(n: _Node) -> Any:
     starts, ends = n.ints("starts", 1), n.ints("ends", 2)
     axes, steps = n.ints("axes", 3) or range(len(starts)), n.ints("steps", 4) or [1] * len(starts)
@@ -436,26 +521,32 @@ def _size_divide(n: _Node) -> Any:
 
 
 _SIZES: dict[str, Callable[[_Node], Any]] = {
-    "Add": lambda n: n.x + n.get(1), "Sub": lambda n: n.x - n.get(1), "Mul": lambda n: n.x * n.get(1), "Div": _size_divide,
+    "Add": lambda n: n.x + n.get(1),
+    "Sub": lambda n: n.x - n.get(1),
+    "Mul": lambda n: n.x * n.get(1),
+    "Div": _size_divide,
     "Gather": lambda n: _objects(np.take(n.x, np.asarray(n.get(1)).astype(int), n.attr("axis", 0))),
     "Concat": lambda n: np.concatenate([_objects(t) for t in n.things], n.attr("axis")),
     "Unsqueeze": lambda n: np.expand_dims(n.x, tuple(n.ints("axes", 1))),
     "Squeeze": lambda n: np.squeeze(n.x, tuple(n.ints("axes", 1) or ()) or None),
     "Reshape": lambda n: n.x.reshape([int(v) for v in n.get(1)]),
-    "Slice": _size_slice, "Cast": lambda n: n.x, "Identity": lambda n: n.x,
+    "Slice": _size_slice,
+    "Cast": lambda n: n.x,
+    "Identity": lambda n: n.x,
     "Equal": lambda n: np.asarray(n.x == n.get(1), bool),
     "Where": lambda n: _objects(np.where(np.asarray(n.x, bool), _objects(n.get(1)), _objects(n.get(2)))),
-    "ReduceProd": lambda n: _objects(math.prod(n.x.reshape(-1).tolist())).reshape([1] if n.attr("keepdims", 1) else []),
+    "ReduceProd": lambda n: _objects(math.prod(n.x.reshape(-1).tolist())).reshape(
+        [1] if n.attr("keepdims", 1) else []
+    ),
 }
 
 
 def _shape(b: Builder, n: _Node) -> Any:
-    shape = b.shape(n.x)[n.attr("start", 0): n.attr("end", None)]
-    return _objects(shape) if any(isinstance(s, Dim) for s in shape) else np.array([int(s) for s in shape], np.int64)
+    return _settled(b.shape(n.x)[n.attr("start", 0) : n.attr("end", None)])
 
 
 def _size(b: Builder, n: _Node) -> Any:
-    return _objects(math.prod(b.shape(n.x)))
+    return _settled(math.prod(b.shape(n.x)))
 
 
 def _filled(b: Builder, n: _Node) -> Any:
@@ -470,14 +561,18 @@ def _filled(b: Builder, n: _Node) -> Any:
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 
-def _geometry(b: Builder, n: _Node, kernel: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
+def _geometry(
+    b: Builder, n: _Node, kernel: Sequence[int]
+) -> tuple[list[int], list[int], list[int], list[int]]:
     """stride, padding before, padding after, dilation."""
     rank = len(kernel)
     stride, dilation = n.attr("strides", [1] * rank), n.attr("dilations", [1] * rank)
     pads, auto = n.attr("pads", [0] * 2 * rank), n.attr("auto_pad", "NOTSET")
     if auto.startswith("SAME"):
-        total = [max((-(-s // t) - 1) * t + d * (k - 1) + 1 - s, 0)
-                 for s, t, d, k in zip(b.shape(n.x)[2:], stride, dilation, kernel, strict=True)]
+        total = [
+            max((-(-s // t) - 1) * t + d * (k - 1) + 1 - s, 0)
+            for s, t, d, k in zip(b.shape(n.x)[2:], stride, dilation, kernel, strict=True)
+        ]
         small, large = [t // 2 for t in total], [t - t // 2 for t in total]
         return stride, *((small, large) if auto == "SAME_UPPER" else (large, small)), dilation
     if min(pads) < 0:
@@ -487,8 +582,17 @@ def _geometry(b: Builder, n: _Node, kernel: Sequence[int]) -> tuple[list[int], l
 
 def _conv(b: Builder, n: _Node) -> Any:
     stride, before, after, dilation = _geometry(b, n, b.shape(n.get(1))[2:])
-    return c.convolution(b, n.x, n.get(1), n.get(2), stride=stride, before=before, after=after, dilation=dilation,
-                         groups=n.attr("group", 1))
+    return c.convolution(
+        b,
+        n.x,
+        n.get(1),
+        n.get(2),
+        stride=stride,
+        before=before,
+        after=after,
+        dilation=dilation,
+        groups=n.attr("group", 1),
+    )
 
 
 def _gemm(b: Builder, n: _Node) -> Any:
@@ -502,14 +606,25 @@ def _gemm(b: Builder, n: _Node) -> Any:
 
 def _batch_norm(b: Builder, n: _Node) -> Any:
     training = bool(n.attr("training_mode", 0))
-    y = c.batch_norm(b, n.x, n.get(1), n.get(2), n.get(3), n.get(4), training, 1 - n.attr("momentum", 0.9),
-                     n.attr("epsilon", 1e-5))
-    return [y, *[_POISON] * 4][:max(1, len(n.outputs))]
+    y = c.batch_norm(
+        b,
+        n.x,
+        n.get(1),
+        n.get(2),
+        n.get(3),
+        n.get(4),
+        training,
+        1 - n.attr("momentum", 0.9),
+        n.attr("epsilon", 1e-5),
+    )
+    return [y, *[LOST] * 4][: max(1, len(n.outputs))]
 
 
 def _layer_norm(b: Builder, n: _Node) -> Any:
     shape = b.shape(n.x)
-    return c.normalize(b, n.x, shape[n.attr("axis", -1) % len(shape):], n.get(1), n.get(2), n.attr("epsilon", 1e-5))
+    return c.normalize(
+        b, n.x, shape[n.attr("axis", -1) % len(shape) :], n.get(1), n.get(2), n.attr("epsilon", 1e-5)
+    )
 
 
 def _rms_norm(b: Builder, n: _Node) -> Any:
@@ -520,11 +635,13 @@ def _rms_norm(b: Builder, n: _Node) -> Any:
 
 
 def _group_norm(b: Builder, n: _Node) -> Any:
-    groups, channels = n.attr("num_groups"), int(b.shape(n.x)[1])
+    groups, channels = n.attr("num_groups"), b.length(n.x, 1)
     gamma, beta = n.get(1), n.get(2)
     if n.opset < 21:  # one scale a group
-        gamma, beta = (c.view(b, c.expand(b, c.view(b, v, [groups, 1]), [groups, channels // groups]), [channels])
-                       for v in (gamma, beta))
+        gamma, beta = (
+            c.view(b, c.expand(b, c.view(b, v, [groups, 1]), [groups, channels // groups]), [channels])
+            for v in (gamma, beta)
+        )
     return c.group_norm(b, n.x, groups, gamma, beta, n.attr("epsilon", 1e-5))
 
 
@@ -532,10 +649,14 @@ def _pool(op: str) -> Callable[..., Any]:
     def rule(b: Builder, n: _Node) -> Any:
         kernel = n.attr("kernel_shape")
         stride, before, after, dilation = _geometry(b, n, kernel)
-        more = {"dilation": dilation} if op == "max_pool" else {"include_pad": bool(n.attr("count_include_pad", 0))}
+        more = (
+            {"dilation": dilation}
+            if op == "max_pool"
+            else {"include_pad": bool(n.attr("count_include_pad", 0))}
+        )
         if op == "avg_pool" and set(dilation) != {1}:
             raise Untaken("dilated average pooling")
-        return [c.pool(b, op, n.x, kernel, stride, before, after, bool(n.attr("ceil_mode", 0)), **more), _POISON]
+        return [c.pool(b, op, n.x, kernel, stride, before, after, bool(n.attr("ceil_mode", 0)), **more), LOST]
 
     return rule
 
@@ -550,8 +671,8 @@ def _global(largest: bool) -> Callable[..., Any]:
 
 def _dropout(b: Builder, n: _Node) -> Any:
     training = c.number(n.get(2)) if n.get(2) is not None else 0
-    ratio = c.number(n.get(1)) if n.get(1) is not None else n.attr("ratio", 0.5)
-    return [c.dropout(b, n.x, ratio) if training else n.x, _POISON]
+    ratio = n.attr("ratio", 0.5) if n.get(1) is None else c.number(n.get(1)) or 0.0
+    return [c.dropout(b, n.x, ratio) if training else n.x, LOST]
 
 
 def _number(n: _Node, i: int, name: str) -> float | None:
@@ -623,6 +744,11 @@ def _leaky_relu(b: Builder, n: _Node) -> Any:
     return c.unary(b, "leaky_relu", n.x, slope=n.attr("alpha", 0.01))
 
 
+def _swish(b: Builder, n: _Node) -> Any:
+    alpha = n.attr("alpha", 1.0)
+    return c.affine(b, c.unary(b, "silu", c.affine(b, n.x, alpha)), 1 / alpha)
+
+
 def _celu(b: Builder, n: _Node) -> Any:
     alpha = n.attr("alpha", 1.0)
     return c.affine(b, c.unary(b, "elu", c.affine(b, n.x, 1 / alpha), alpha=1.0), alpha)
@@ -656,8 +782,14 @@ def _slice(b: Builder, n: _Node) -> Any:
     axes, steps = n.ints("axes", 3) or range(len(starts)), n.ints("steps", 4) or [1] * len(starts)
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step < 0:
-            x = c.take(b, x, axis, np.arange(int(b.shape(x)[axis]))[start if start < 2**31 else None:
-                                                                    end if end > -2**31 else None: step])
+            x = c.take(
+                b,
+                x,
+                axis,
+                np.arange(b.length(x, axis))[
+                    start if start < 2**31 else None : end if end > -(2**31) else None : step
+                ],
+            )
         else:
             x = c.slice_axis(b, x, axis, start, end, step)
     return x
@@ -665,7 +797,7 @@ def _slice(b: Builder, n: _Node) -> Any:
 
 def _split(b: Builder, n: _Node) -> Any:
     axis, parts = n.attr("axis", 0), n.ints("split", 1)
-    size = int(b.shape(n.x)[axis])
+    size = b.length(n.x, axis)
     if parts is None:
         each = -(-size // n.attr("num_outputs", len(n.outputs)))
         parts = [min(each, size - i) for i in range(0, size, each)]
@@ -691,7 +823,9 @@ def _expand(b: Builder, n: _Node) -> Any:
     target, shape = n.ints("shape", 1), b.shape(n.x)
     rank = max(len(target), len(shape))
     target, shape = [1] * (rank - len(target)) + target, (1,) * (rank - len(shape)) + shape
-    return c.expand(b, n.x, [s if not isinstance(t, Dim) and t == 1 else t for s, t in zip(shape, target, strict=True)])
+    return c.expand(
+        b, n.x, [s if not isinstance(t, Dim) and t == 1 else t for s, t in zip(shape, target, strict=True)]
+    )
 
 
 def _pad(b: Builder, n: _Node) -> Any:
@@ -709,24 +843,30 @@ def _pad(b: Builder, n: _Node) -> Any:
 
 
 def _resize(b: Builder, n: _Node) -> Any:
-    """Any interpolation that treats each axis by itself is one constant matrix an axis: what it makes of the identity."""
+    """Interpolation, which treats each axis by itself: one constant matrix an axis, what it makes of the identity."""
     from onnx import helper
 
     shape, x = b.shape(n.x), n.x
     scales = n.get(1) if n.op == "Upsample" else n.get(2)
     sizes = n.get(3)
-    goal = list(sizes) if sizes is not None else [math.floor(s * f) for s, f in zip(shape[2:], scales[2:], strict=True)]
-    goal = [int(g) for g in goal[-len(shape[2:]):]]
-    attrs = {k: v for k, v in n.attrs.items() if k in ("mode", "coordinate_transformation_mode", "nearest_mode", "cubic_coeff_a",
-                                                       "exclude_outside")}
+    goal = (
+        list(sizes)
+        if sizes is not None
+        else [math.floor(s * f) for s, f in zip(shape[2:], scales[2:], strict=True)]
+    )
+    goal = [int(g) for g in goal[-len(shape[2:]) :]]
+    kept = ("mode", "coordinate_transformation_mode", "nearest_mode", "cubic_coeff_a", "exclude_outside")
+    attrs = {k: v for k, v in n.attrs.items() if k in kept}
     for i, axis in enumerate(range(2, len(shape))):
-        size = int(shape[axis])
+        size = b.length(x, axis)
         if size == goal[i]:
             continue
         proto = helper.make_node("Resize", ["x", "", "scales"], ["y"], **attrs)
         factor = np.float32(goal[i] / size if scales is None or len(scales) == 0 else scales[axis])
-        matrix = _evaluated(_Node(proto, max(n.opset, 13)), {"x": np.eye(size, dtype=np.float32),
-                                                             "scales": np.array([1, factor], np.float32)})[0].T
+        matrix = _evaluated(
+            _Node(proto, max(n.opset, 13)),
+            {"x": np.eye(size, dtype=np.float32), "scales": np.array([1, factor], np.float32)},
+        )[0].T
         if np.array_equal(matrix, np.repeat(np.eye(size), goal[i] // size, 0)):
             x = c.upsample_nearest(b, x, [goal[i] if a == axis else s for a, s in enumerate(b.shape(x))][2:])
         else:
@@ -764,15 +904,14 @@ def _lp_normalization(b: Builder, n: _Node) -> Any:
 
 def _cumsum(b: Builder, n: _Node) -> Any:
     axis = int(c.number(n.get(1)) or 0)
-    if isinstance(b.shape(n.x)[axis], Dim) or n.attr("exclusive", 0) or n.attr("reverse", 0):
-        raise Untaken("a running sum that is reversed, exclusive, or over the batch")
-    size = int(b.shape(n.x)[axis])
+    if n.attr("exclusive", 0) or n.attr("reverse", 0):
+        raise Untaken("a running sum that is reversed or exclusive")
+    size = b.length(n.x, axis)
     return c.along(b, n.x, axis, np.tril(np.ones((size, size))))
 
 
 def _trilu(b: Builder, n: _Node) -> Any:
-    k, (rows, columns) = int(c.number(n.get(1)) or 0), b.shape(n.x)[-2:]
-    ones = np.ones((int(rows), int(columns)), np.float32)
+    k, ones = int(c.number(n.get(1)) or 0), np.ones((b.length(n.x, -2), b.length(n.x, -1)), np.float32)
     return c.binary(b, "mul", n.x, np.triu(ones, k) if n.attr("upper", 1) else np.tril(ones, k))
 
 
@@ -786,67 +925,146 @@ def _affine(scale: float = 1.0, shift: float = 0.0) -> Callable[..., Any]:
 
 _TABLE: dict[str, Callable[[Builder, _Node], Any]] = {
     # layers
-    "Conv": _conv, "Gemm": _gemm, "MatMul": lambda b, n: c.matmul(b, n.x, n.get(1)), "Attention": _attention,
+    "Conv": _conv,
+    "Gemm": _gemm,
+    "MatMul": lambda b, n: c.matmul(b, n.x, n.get(1)),
+    "Attention": _attention,
     "Einsum": lambda b, n: c.einsum(b, n.attr("equation"), n.things),
-    "BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm, "GroupNormalization": _group_norm,
-    "InstanceNormalization": lambda b, n: c.group_norm(b, n.x, int(b.shape(n.x)[1]), n.get(1), n.get(2),
-                                                       n.attr("epsilon", 1e-5)),
-    "RMSNormalization": _rms_norm, "LpNormalization": _lp_normalization, "Dropout": _dropout,
-    "MaxPool": _pool("max_pool"), "AveragePool": _pool("avg_pool"),
-    "GlobalAveragePool": _global(False), "GlobalMaxPool": _global(True),
-    "Resize": _resize, "Upsample": _resize, "DepthToSpace": _depth_to_space,
+    "BatchNormalization": _batch_norm,
+    "LayerNormalization": _layer_norm,
+    "GroupNormalization": _group_norm,
+    "InstanceNormalization": lambda b, n: c.group_norm(
+        b, n.x, b.length(n.x, 1), n.get(1), n.get(2), n.attr("epsilon", 1e-5)
+    ),
+    "RMSNormalization": _rms_norm,
+    "LpNormalization": _lp_normalization,
+    "Dropout": _dropout,
+    "MaxPool": _pool("max_pool"),
+    "AveragePool": _pool("avg_pool"),
+    "GlobalAveragePool": _global(False),
+    "GlobalMaxPool": _global(True),
+    "Resize": _resize,
+    "Upsample": _resize,
+    "DepthToSpace": _depth_to_space,
     # activations
-    "Relu": _simple("relu"), "Sigmoid": _simple("sigmoid"), "Tanh": _simple("tanh"), "Exp": _simple("exp"),
-    "Log": _simple("log"), "Sqrt": _simple("sqrt"), "Abs": _simple("abs"), "Reciprocal": _simple("reciprocal"),
-    "HardSwish": _simple("hard_swish"), "Swish": _simple("silu"), "HardSigmoid": _hard_sigmoid, "LeakyRelu": _leaky_relu,
+    "Relu": _simple("relu"),
+    "Sigmoid": _simple("sigmoid"),
+    "Tanh": _simple("tanh"),
+    "Exp": _simple("exp"),
+    "Log": _simple("log"),
+    "Sqrt": _simple("sqrt"),
+    "Abs": _simple("abs"),
+    "Reciprocal": _simple("reciprocal"),
+    "HardSwish": _simple("hard_swish"),
+    "HardSigmoid": _hard_sigmoid,
+    "LeakyRelu": _leaky_relu,
+    "Swish": _swish,
     "Gelu": lambda b, n: c.unary(b, "gelu", n.x, tanh=int(n.attr("approximate", "none") == "tanh")),
-    "Erf": lambda b, n: c.Erf(n.x), "Clip": _clip, "PRelu": _prelu, "Celu": _celu,
+    "Erf": lambda b, n: c.Erf(n.x),
+    "Clip": _clip,
+    "PRelu": _prelu,
+    "Celu": _celu,
     "Elu": lambda b, n: c.unary(b, "elu", n.x, alpha=n.attr("alpha", 1.0)),
-    "Selu": lambda b, n: c.affine(b, c.unary(b, "elu", n.x, alpha=n.attr("alpha", 1.67326319)), n.attr("gamma", 1.05070102)),
+    "Selu": lambda b, n: c.affine(
+        b, c.unary(b, "elu", n.x, alpha=n.attr("alpha", 1.67326319)), n.attr("gamma", 1.05070102)
+    ),
     "Softplus": lambda b, n: c.softplus(b, n.x),
     "Softsign": lambda b, n: c.binary(b, "div", n.x, c.affine(b, c.unary(b, "abs", n.x), 1.0, 1.0)),
     "Mish": lambda b, n: c.binary(b, "mul", n.x, c.unary(b, "tanh", c.softplus(b, n.x))),
-    "Softmax": _softmax(False), "LogSoftmax": _softmax(True),
+    "Softmax": _softmax(False),
+    "LogSoftmax": _softmax(True),
     # arithmetic
-    "Add": _binary("add"), "Sub": _binary("sub"), "Mul": _binary("mul"), "Div": _binary("div"), "Neg": _affine(-1.0),
+    "Add": _binary("add"),
+    "Sub": _binary("sub"),
+    "Mul": _binary("mul"),
+    "Div": _binary("div"),
+    "Neg": _affine(-1.0),
     "Pow": lambda b, n: c.power(b, n.x, n.get(1)),
     **dict.fromkeys(("Greater", "GreaterOrEqual"), lambda b, n: c.compare(b, n.x, n.get(1), True)),
     **dict.fromkeys(("Less", "LessOrEqual"), lambda b, n: c.compare(b, n.x, n.get(1), False)),
     "Sum": _variadic(lambda b, x, y: c.binary(b, "add", x, y)),
-    "Mean": lambda b, n: c.affine(b, _variadic(lambda b, x, y: c.binary(b, "add", x, y))(b, n), 1 / len(n.things)),
-    "Max": _variadic(c.larger), "Min": _variadic(lambda b, x, y: c.larger(b, x, y, -1.0)),
+    "Mean": lambda b, n: c.affine(
+        b, _variadic(lambda b, x, y: c.binary(b, "add", x, y))(b, n), 1 / len(n.things)
+    ),
+    "Max": _variadic(c.larger),
+    "Min": _variadic(lambda b, x, y: c.larger(b, x, y, -1.0)),
     "ReduceMean": _reduce(lambda b, x, axes, keep: c.reduce(b, "mean", x, axes, keep)),
     "ReduceSum": _reduce(lambda b, x, axes, keep: c.reduce(b, "sum", x, axes, keep)),
     "ReduceMax": _reduce(c.largest),
-    "ReduceMin": _reduce(lambda b, x, axes, keep: c.affine(b, c.largest(b, c.affine(b, x, -1.0), axes, keep), -1.0)),
-    "ReduceL1": _reduce(_sum_of("abs")), "ReduceSumSquare": _reduce(_sum_of("square")),
+    "ReduceMin": _reduce(
+        lambda b, x, axes, keep: c.affine(b, c.largest(b, c.affine(b, x, -1.0), axes, keep), -1.0)
+    ),
+    "ReduceL1": _reduce(_sum_of("abs")),
+    "ReduceSumSquare": _reduce(_sum_of("square")),
     "ReduceL2": _reduce(lambda b, x, axes, keep: c.unary(b, "sqrt", _sum_of("square")(b, x, axes, keep))),
-    "ReduceLogSumExp": _reduce(_log_sum_exp), "CumSum": _cumsum, "Trilu": _trilu,
-    "IsNaN": lambda b, n: np.zeros((), np.bool_), "Where": lambda b, n: c.where(b, n.x, n.get(1), n.get(2)),
+    "ReduceLogSumExp": _reduce(_log_sum_exp),
+    "CumSum": _cumsum,
+    "Trilu": _trilu,
+    "IsNaN": lambda b, n: np.zeros((), np.bool_),
+    "Where": lambda b, n: c.where(b, n.x, n.get(1), n.get(2)),
     # shapes
-    "Reshape": _reshape, "Flatten": _flatten, "Slice": _slice, "Split": _split, "Gather": _gather, "GatherND": _gather_nd, "Expand": _expand,
-    "Pad": _pad, "Shape": _shape, "Size": _size, "ConstantOfShape": _filled,
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Slice": _slice,
+    "Split": _split,
+    "Gather": _gather,
+    "GatherND": _gather_nd,
+    "Expand": _expand,
+    "Pad": _pad,
+    "Shape": _shape,
+    "Size": _size,
+    "ConstantOfShape": _filled,
     "Transpose": lambda b, n: c.transpose(b, n.x, n.attr("perm", range(len(b.shape(n.x)))[::-1])),
     "Squeeze": lambda b, n: c.squeeze(b, n.x, n.ints("axes", 1)),
     "Unsqueeze": lambda b, n: c.unsqueeze(b, n.x, n.ints("axes", 1)),
     "Concat": lambda b, n: c.concat(b, n.things, n.attr("axis")),
     "Tile": lambda b, n: c.repeat(b, n.x, n.ints("repeats", 1)),
-    "Identity": lambda b, n: n.x, "Cast": _cast, "CastLike": lambda b, n: n.x,
+    "Identity": lambda b, n: n.x,
+    "Cast": _cast,
+    "CastLike": lambda b, n: n.x,
 }
 
-_RECURRENT = "recurrent layers are not taken yet; a 1-D convolution or attention over the sequence trains in less memory"
 _QUANTISED = "bring the float model; acclimate.quantize makes an int8 graph of it"
 
 #: operator -> the nearest thing that is taken
 REWRITES: dict[str, str] = {
     "ConvTranspose": "Resize by nearest and a convolution",
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), _RECURRENT),
-    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
-                     "DynamicQuantizeLinear"), _QUANTISED),
-    **dict.fromkeys(("Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Equal", "Not", "And", "Or", "Sign", "Floor", "Ceil",
-                     "Round", "Where"), "Relu, Clip or Sigmoid; comparisons have no gradient"),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), c.RECURRENT),
+    **dict.fromkeys(
+        (
+            "QuantizeLinear",
+            "DequantizeLinear",
+            "QLinearConv",
+            "QLinearMatMul",
+            "ConvInteger",
+            "MatMulInteger",
+            "DynamicQuantizeLinear",
+        ),
+        _QUANTISED,
+    ),
+    **dict.fromkeys(
+        (
+            "Greater",
+            "Less",
+            "GreaterOrEqual",
+            "LessOrEqual",
+            "Equal",
+            "Not",
+            "And",
+            "Or",
+            "Sign",
+            "Floor",
+            "Ceil",
+            "Round",
+            "Where",
+        ),
+        "Relu, Clip or Sigmoid; comparisons have no gradient",
+    ),
     **dict.fromkeys(("If", "Loop", "Scan"), "export the one branch that is needed"),
-    **dict.fromkeys(("ArgMax", "ArgMin", "TopK", "NonMaxSuppression"), "do it on the model's output, outside of the model"),
+    **dict.fromkeys(("ArgMax", "ArgMin", "TopK", "NonMaxSuppression"), c.OUTSIDE),
     **dict.fromkeys(("GatherElements", "ScatterND", "ScatterElements"), "Slice and Concat"),
-    "Gather": "one constant index, Slice and Concat", "Pow": "products and Sqrt", "Erf": "Gelu", "LRN": "BatchNormalization",
+    "Gather": "one constant index, Slice and Concat",
+    "Pow": "products and Sqrt",
+    "Erf": "Gelu",
+    "LRN": "BatchNormalization",
 }

@@ -23,9 +23,10 @@ import numpy as np
 from ..errors import BadInput, Unsupported, WrongUse, missing_extra
 from ..ir import Dim, Graph
 from . import common as c
-from .common import Builder, Ref, Untaken
+from .common import LOST, Builder, Ref, Untaken
 
-_POISON = object()  # what a node that could not be taken stands for
+#: The attribute by which a buffer's tensor remembers its name.
+_STEM = "acclimate_name"
 
 
 # -- from modules and files ------------------------------------------------------------------------------------------
@@ -44,7 +45,8 @@ def from_torch(module: Any, example: Any, mode: str | None = None) -> Graph:
 
     `example`: one float tensor (or numpy array) as the module takes it, axis 0 the batch. The module's own
     train() and eval() decide how batch norm and dropout behave, each submodule by itself; `mode` "train" or
-    "eval" overrides them. The module is not changed. Raises Unsupported with all nodes that cannot be taken.
+    "eval" overrides them. What learns is for the update set to say: requires_grad and torch.no_grad are not read.
+    The module is not changed. Raises Unsupported with all nodes that cannot be taken.
 
     >>> import torch
     >>> graph = from_torch(torch.nn.Linear(4, 2), torch.zeros(1, 4))
@@ -52,9 +54,12 @@ def from_torch(module: Any, example: Any, mode: str | None = None) -> Graph:
     ['weight', 'bias']
     """
     torch = _import_torch()
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
     if not isinstance(module, torch.nn.Module):
-        raise WrongUse(f"from_torch takes a torch.nn.Module, not {type(module).__name__}",
-                       action="acclimate.load takes files")
+        raise WrongUse(
+            f"from_torch takes a torch.nn.Module, not {type(module).__name__}",
+            action="acclimate.load takes files",
+        )
     if mode not in (None, "train", "eval"):
         raise WrongUse("mode is None, 'train' or 'eval'", number=repr(mode))
     example = _example(torch, example)
@@ -71,13 +76,21 @@ def load_torch(path: str | PathLike[str]) -> Graph:
         with _quietly():
             program = torch.export.load(str(file)).run_decompositions({})
     except Exception as error:
-        raise BadInput("this is no .pt2 file that torch can read", where=str(file), number=_first_line(error),
-                       action="write it with torch.export.save(torch.export.export(module, (example,)), path)") from error
+        raise BadInput(
+            "this is no .pt2 file that torch can read",
+            where=str(file),
+            number=c.first_line(error),
+            action="write it with torch.export.save(torch.export.export(module, (example,)), path)",
+        ) from error
     shape = _user_input(program, str(file)).meta["val"].shape
     dynamic = any(not isinstance(s, int) for s in shape)
     if dynamic and isinstance(shape[0], int):
-        raise Unsupported("a dimension other than the batch is dynamic", where=str(file), number=str(tuple(shape)),
-                          action="export with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)")
+        raise Unsupported(
+            "a dimension other than the batch is dynamic",
+            where=str(file),
+            number=str(tuple(shape)),
+            action="export with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)",
+        )
     return _convert(program, None if dynamic else int(shape[0]), 1 if dynamic else int(shape[0]), file.name)
 
 
@@ -88,12 +101,17 @@ def _example(torch: Any, example: Any) -> Any:
     if isinstance(example, np.ndarray):
         example = torch.from_numpy(np.ascontiguousarray(example))
     if not isinstance(example, torch.Tensor):
-        raise WrongUse("the example is one tensor, axis 0 the batch", number=type(example).__name__,
-                       action="a model with several inputs is not taken: join them to one tensor and split it inside")
+        raise WrongUse(
+            "the example is one tensor, axis 0 the batch",
+            number=type(example).__name__,
+            action="a model with several inputs is not taken: join them to one tensor and split it inside",
+        )
     if not example.is_floating_point():
         raise Unsupported("the model takes integers", number=str(example.dtype), action=_EMBED)
     if example.dim() == 0 or example.shape[0] == 0:
-        raise WrongUse("axis 0 of the example is the batch, of one or more", number=f"shape {tuple(example.shape)}")
+        raise WrongUse(
+            "axis 0 of the example is the batch, of one or more", number=f"shape {tuple(example.shape)}"
+        )
     return example.detach().to("cpu", torch.float32)
 
 
@@ -104,13 +122,20 @@ def _copied(torch: Any, module: Any, mode: str | None) -> Any:
     """A float32 copy on the CPU, in the wanted mode."""
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.is_quantized or value.dtype in (torch.int8, torch.uint8) or value.is_complex():
-            raise Unsupported("the model is quantised or complex already", where=name, number=str(value.dtype),
-                              action="bring the float model; acclimate.quantize makes an int8 graph of it")
+            raise Unsupported(
+                "the model is quantised or complex already",
+                where=name,
+                number=str(value.dtype),
+                action="bring the float model; acclimate.quantize makes an int8 graph of it",
+            )
     try:
         module = copy.deepcopy(module)
     except Exception as error:
-        raise BadInput("the module cannot be copied", number=_first_line(error),
-                       action="remove tensors that hold a gradient history (detach them) from its attributes") from error
+        raise BadInput(
+            "the module cannot be copied",
+            number=c.first_line(error),
+            action="detach the tensors among its attributes that hold a gradient history",
+        ) from error
     module = module.to("cpu").float()
     return module if mode is None else module.train(mode == "train")
 
@@ -134,7 +159,9 @@ def _quietly() -> Iterator[None]:
 
 def _export(torch: Any, module: Any, example: Any) -> tuple[Any, int | None]:
     """The exported program, and the batch that it holds where it could not be exported for any."""
-    pair = example if example.shape[0] > 1 else torch.cat([example, example])
+    pair = torch.cat([example, example])[
+        : max(2, example.shape[0])
+    ]  # a copy, as export marks its example as dynamic
     with _quietly():
         try:
             program = torch.export.export(module, (pair,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
@@ -146,15 +173,15 @@ def _export(torch: Any, module: Any, example: Any) -> tuple[Any, int | None]:
         except Exception as error:
             control = "data-dependent" in f"{dynamic}{error}"
             raise Unsupported(
-                "the module decides by the data what it does" if control else "torch.export cannot trace this module",
-                where=_user_frame(error) or type(module).__name__, number=_first_line(error),
-                action="use torch.where, or decide outside of forward()" if control else
-                       "make torch.export.export(module, (example,)) work; forward() takes one tensor") from dynamic
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:300]
+                "the module decides by the data what it does"
+                if control
+                else "torch.export cannot trace this module",
+                where=_user_frame(error) or type(module).__name__,
+                number=c.first_line(error),
+                action="use torch.where, or decide outside of forward()"
+                if control
+                else "make torch.export.export(module, (example,)) work; forward() takes one tensor",
+            ) from dynamic
 
 
 def _user_frame(error: BaseException) -> str:
@@ -170,8 +197,12 @@ def _user_input(program: Any, source: str) -> Any:
     names = program.graph_signature.user_inputs
     nodes = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
     if len(nodes) != 1:
-        raise Unsupported("the model takes several inputs" if nodes else "the model takes no tensor", where=source,
-                          number=f"{len(nodes)} inputs", action="join them to one tensor and split it inside the model")
+        raise Unsupported(
+            "the model takes several inputs" if nodes else "the model takes no tensor",
+            where=source,
+            number=f"{len(nodes)} inputs",
+            action="join them to one tensor and split it inside the model",
+        )
     return nodes[0]
 
 
@@ -183,8 +214,12 @@ def _convert(program: Any, baked: int | None, batch: int, source: str) -> Graph:
         raise Unsupported("the model takes integers", where=source, number=str(value.dtype), action=_EMBED)
     outputs = [s for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
     if len(outputs) != 1:
-        raise Unsupported("the model returns several tensors", where=source, number=f"{len(outputs)} outputs",
-                          action="return only the one that the loss is computed from")
+        raise Unsupported(
+            "the model returns several tensors",
+            where=source,
+            number=f"{len(outputs)} outputs",
+            action="return only the one that the loss is computed from",
+        )
     return c.attempts(lambda b: _Walk(b, program, entry, source).run(batch), baked)
 
 
@@ -217,8 +252,11 @@ class _Walk:
                 output = value
             elif spec.kind.name == "BUFFER_MUTATION" and isinstance(value, Ref):
                 self.b.where = spec.target
-                self.b.fail("buffer update", Untaken(f"forward() writes its buffer {spec.target}"),
-                            "keep what is tracked in batch norm, or outside of the model")
+                self.b.fail(
+                    "buffer update",
+                    Untaken(f"forward() writes its buffer {spec.target}"),
+                    "keep what is tracked in batch norm, or outside of the model",
+                )
         return self.b.finish(output, batch, self.aliases, self.source)
 
     def _attribute(self, target: str) -> Any:
@@ -233,13 +271,21 @@ class _Walk:
 
         tensors = {**self.program.constants, **self.program.state_dict}
         seen: dict[Any, str] = {}
-        for spec, node in zip(self.program.graph_signature.input_specs,
-                              (n for n in self.program.graph.nodes if n.op == "placeholder"), strict=True):
+        for spec, node in zip(
+            self.program.graph_signature.input_specs,
+            (n for n in self.program.graph.nodes if n.op == "placeholder"),
+            strict=True,
+        ):
             if node is self.entry:
                 continue
             if spec.kind.name == "PARAMETER":
                 tensor = tensors[spec.target]
-                key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+                key = (
+                    tensor.untyped_storage().data_ptr(),
+                    tensor.storage_offset(),
+                    tensor.shape,
+                    tensor.stride(),
+                )
                 key = key if tensor.numel() else spec.target
                 if key in seen:
                     self.aliases[spec.target] = seen[key]
@@ -251,37 +297,40 @@ class _Walk:
                 tensor = tensors.get(spec.target)
                 if isinstance(tensor, torch.Tensor):
                     tensor = tensor.detach().clone()
-                    tensor.acclimate_name = spec.target
+                    setattr(tensor, _STEM, spec.target)
                 self.env[node] = tensor
         self.env[self.entry] = self.b.input(self.entry.meta["val"].shape)
 
     def _call(self, node: Any) -> Any:
-        """What a node's result is; _POISON where it could not be taken."""
+        """What a node's result is; LOST where it could not be taken."""
         args = _map(lambda n: self.env.get(n, n), node.args)
         kwargs = _map(lambda n: self.env.get(n, n), node.kwargs)
         name = _name(node.target)
         self.b.where, self.b.stem = _where(node), _stem(node)
         if name == "getitem":
-            return args[0][args[1]] if args[0] is not _POISON else _POISON
+            return args[0][args[1]] if args[0] is not LOST else LOST
         leaves = list(_leaves((args, tuple(kwargs.values()))))
         taken = name in _TABLE or not hasattr(node.target, "_schema")
-        if any(leaf is _POISON for leaf in leaves):
+        if any(leaf is LOST for leaf in leaves):
             if not taken:
                 self._fail(name, Untaken("this operator is not known here"))
-            return _POISON
+            return LOST
         try:
             if not hasattr(node.target, "_schema"):
                 return self._python(node, args, kwargs)
-            if not any(isinstance(leaf, (Ref, Dim, c.Erf, c.Compared)) for leaf in leaves) and name not in _RANDOM:
+            if (
+                not any(isinstance(leaf, (Ref, Dim, c.Erf, c.Compared)) for leaf in leaves)
+                and name not in _RANDOM
+            ):
                 return _folded(node.target, args, kwargs)
             if not taken:
                 raise Untaken("this operator is not known here")
             return _TABLE[name](self.b, _bound(node.target, args, kwargs))
         except Untaken as error:
             self._fail(name, error)
-        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            self._fail(name, Untaken(f"its arguments are not understood ({_first_line(error)})"))
-        return _POISON
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+            self._fail(name, Untaken(f"its arguments are not understood ({c.first_line(error)})"))
+        return LOST
 
     def _fail(self, name: str, error: Untaken) -> None:
         self.b.fail(name, error, REWRITES.get(name.split(".")[0], ""))
@@ -291,7 +340,7 @@ class _Walk:
         name = getattr(node.target, "__name__", str(node.target))
         if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             inner = next(a for a in args if hasattr(a, "graph"))
-            return self._inline(inner, args[list(args).index(inner) + 1:])
+            return self._inline(inner, args[list(args).index(inner) + 1 :])
         if any(isinstance(leaf, Ref) for leaf in _leaves((args, tuple(kwargs.values())))):
             raise Untaken("control flow that depends on the data")
         return node.target(*args, **kwargs)
@@ -310,7 +359,11 @@ class _Walk:
 def _map(fn: Callable[[Any], Any], tree: Any) -> Any:
     """`fn` of each fx node in nested arguments."""
     if isinstance(tree, (tuple, list)):
-        return type(tree)(_map(fn, t) for t in tree) if type(tree) in (tuple, list) else [_map(fn, t) for t in tree]
+        return (
+            type(tree)(_map(fn, t) for t in tree)
+            if type(tree) in (tuple, list)
+            else [_map(fn, t) for t in tree]
+        )
     if isinstance(tree, dict):
         return {k: _map(fn, v) for k, v in tree.items()}
     return fn(tree) if hasattr(tree, "all_input_nodes") else tree
@@ -325,7 +378,7 @@ def _leaves(tree: Any) -> Iterator[Any]:
 
 
 def _name(target: Any) -> str:
-    """"conv2d", or "conv2d.padding" where that overload has its own row."""
+    """ "conv2d", or "conv2d.padding" where that overload has its own row."""
     if not hasattr(target, "_schema"):
         return getattr(target, "__name__", str(target))
     name = target._schema.name.split("::")[-1]
@@ -338,7 +391,7 @@ def _numpy(tensor: Any) -> np.ndarray:
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point():
         tensor = tensor.float()
-    return c.constant(tensor.contiguous().numpy(), getattr(tensor, "acclimate_name", ""))
+    return c.constant(tensor.contiguous().numpy(), getattr(tensor, _STEM, ""))
 
 
 def _folded(target: Any, args: Any, kwargs: Any) -> Any:
@@ -349,7 +402,7 @@ def _folded(target: Any, args: Any, kwargs: Any) -> Any:
         with torch.no_grad():
             return target(*args, **kwargs)
     except Exception as error:
-        raise Untaken(f"torch cannot compute this constant ({_first_line(error)})") from error
+        raise Untaken(f"torch cannot compute this constant ({c.first_line(error)})") from error
 
 
 def _bound(target: Any, args: Any, kwargs: Any) -> SimpleNamespace:
@@ -360,7 +413,7 @@ def _bound(target: Any, args: Any, kwargs: Any) -> SimpleNamespace:
         if isinstance(v, (tuple, list)):
             return [plain(i) for i in v]
         if isinstance(v, torch.Tensor):
-            return c.constant(_numpy(v), getattr(v, "acclimate_name", ""))
+            return c.constant(_numpy(v), getattr(v, _STEM, ""))
         return v
 
     out = SimpleNamespace()
@@ -387,7 +440,9 @@ def _where(node: Any) -> str:
 
 def _path(path: str) -> str:
     """A module's name as the user writes it."""
-    return re.sub(r"\['?|'?\]", ".", re.sub(r"^L\['self'\]\.?|^self\.?", "", path)).replace("..", ".").strip(".")
+    return (
+        re.sub(r"\['?|'?\]", ".", re.sub(r"^L\['self'\]\.?|^self\.?", "", path)).replace("..", ".").strip(".")
+    )
 
 
 def _stem(node: Any) -> str:
@@ -413,8 +468,17 @@ def _conv(b: Builder, a: Any) -> Any:
         before, after = _same(kernel, dilation) if padding == "same" else ([0], [0])
     else:
         before = after = padding
-    return c.convolution(b, a.x, a.weight, a.bias, stride=a.stride, before=before, after=after, dilation=dilation,
-                         groups=a.groups)
+    return c.convolution(
+        b,
+        a.x,
+        a.weight,
+        a.bias,
+        stride=a.stride,
+        before=before,
+        after=after,
+        dilation=dilation,
+        groups=a.groups,
+    )
 
 
 def _addmm(b: Builder, a: Any) -> Any:
@@ -460,7 +524,7 @@ def _instance_norm(b: Builder, a: Any) -> Any:
     if a.use_input_stats:
         if a.running_mean is not None:
             raise Untaken("instance norm that tracks statistics while it trains")
-        return c.group_norm(b, a.x, int(b.shape(a.x)[1]), a.weight, a.bias, a.eps)
+        return c.group_norm(b, a.x, b.length(a.x, 1), a.weight, a.bias, a.eps)
     return c.batch_norm(b, a.x, a.weight, a.bias, a.running_mean, a.running_var, False, 0.0, a.eps)
 
 
@@ -501,9 +565,17 @@ def _creation(value: float | None, argument: str = "size") -> Callable[..., Any]
 
 def _max_pool(rank: int, tuple_: bool = False) -> Callable[..., Any]:
     def rule(b: Builder, a: Any) -> Any:
-        y = c.pool(b, "max_pool", a.x, c.spread(a.kernel_size, rank), a.stride, a.padding, ceil=a.ceil_mode,
-                   dilation=a.dilation)
-        return (y, _POISON) if tuple_ else y
+        y = c.pool(
+            b,
+            "max_pool",
+            a.x,
+            c.spread(a.kernel_size, rank),
+            a.stride,
+            a.padding,
+            ceil=a.ceil_mode,
+            dilation=a.dilation,
+        )
+        return (y, LOST) if tuple_ else y
 
     return rule
 
@@ -511,8 +583,16 @@ def _max_pool(rank: int, tuple_: bool = False) -> Callable[..., Any]:
 def _avg_pool(b: Builder, a: Any) -> Any:
     if getattr(a, "divisor_override", None) is not None:
         raise Untaken("average pooling with divisor_override")
-    return c.pool(b, "avg_pool", a.x, a.kernel_size, a.stride, a.padding, ceil=a.ceil_mode,
-                  include_pad=a.count_include_pad)
+    return c.pool(
+        b,
+        "avg_pool",
+        a.x,
+        a.kernel_size,
+        a.stride,
+        a.padding,
+        ceil=a.ceil_mode,
+        include_pad=a.count_include_pad,
+    )
 
 
 def _pad(b: Builder, a: Any) -> Any:
@@ -556,18 +636,23 @@ def _scatter(b: Builder, a: Any, start: int, end: int, step: int, source: Any) -
     """x with a part along one axis replaced."""
     shape = b.shape(a.x)
     axis = a.dim % len(shape)
-    at = range(*slice(start, end, step).indices(int(shape[axis])))
+    if isinstance(shape[axis], Dim) and not start and (end is None or end >= shape[axis]):
+        return c.expand(b, source, shape)
+    at = range(*slice(start, end, step).indices(b.length(a.x, axis)))
     if len(at) == shape[axis]:
         return c.expand(b, source, shape)
     if step != 1:
         raise Untaken("a write to every n-th element")
-    parts = [c.slice_axis(b, a.x, axis, 0, at.start) if at.start else None, source,
-             c.slice_axis(b, a.x, axis, at.stop, None) if at.stop < shape[axis] else None]
+    parts = [
+        c.slice_axis(b, a.x, axis, 0, at.start) if at.start else None,
+        source,
+        c.slice_axis(b, a.x, axis, at.stop, None) if at.stop < shape[axis] else None,
+    ]
     return c.concat(b, [p for p in parts if p is not None], axis)
 
 
 def _select_scatter(b: Builder, a: Any) -> Any:
-    size = int(b.shape(a.x)[a.dim])
+    size = b.length(a.x, a.dim)
     source = c.unsqueeze(b, a.src, [a.dim % len(b.shape(a.x))])
     return _scatter(b, a, a.index % size, a.index % size + 1, 1, source)
 
@@ -577,27 +662,24 @@ def _slice_scatter(b: Builder, a: Any) -> Any:
 
 
 def _split(b: Builder, a: Any) -> Any:
-    size = int(b.shape(a.x)[a.dim])
+    size = b.length(a.x, a.dim)
     step = a.split_size
     return c.split(b, a.x, a.dim, [min(step, size - i) for i in range(0, size, step)])
 
 
 def _chunk(b: Builder, a: Any) -> Any:
-    a.split_size = -(-int(b.shape(a.x)[a.dim]) // a.chunks)
+    a.split_size = -(-b.length(a.x, a.dim) // a.chunks)
     return _split(b, a)
 
 
 def _unbind(b: Builder, a: Any) -> Any:
-    n = b.shape(a.x)[a.dim]
-    if isinstance(n, Dim):
-        raise Untaken("a loop over the samples of a batch")
-    return tuple(c.select(b, a.x, a.dim, i) for i in range(int(n)))
+    return tuple(c.select(b, a.x, a.dim, i) for i in range(b.length(a.x, a.dim)))
 
 
 def _flip(b: Builder, a: Any) -> Any:
     x = a.x
     for axis in a.dims:
-        x = c.take(b, x, axis, np.arange(int(b.shape(x)[axis]))[::-1])
+        x = c.take(b, x, axis, np.arange(b.length(x, axis))[::-1])
     return x
 
 
@@ -606,15 +688,13 @@ def _roll(b: Builder, a: Any) -> Any:
     if not a.dims:
         raise Untaken("a roll of the flattened tensor")
     for shift, axis in zip(a.shifts, a.dims, strict=True):
-        x = c.take(b, x, axis, np.roll(np.arange(int(b.shape(x)[axis])), shift))
+        x = c.take(b, x, axis, np.roll(np.arange(b.length(x, axis)), shift))
     return x
 
 
 def _cumsum(b: Builder, a: Any) -> Any:
-    n = b.shape(a.x)[a.dim]
-    if isinstance(n, Dim):
-        raise Untaken("a running sum over the batch")
-    return c.along(b, a.x, a.dim, np.tril(np.ones((int(n), int(n)))))
+    n = b.length(a.x, a.dim)
+    return c.along(b, a.x, a.dim, np.tril(np.ones((n, n))))
 
 
 def _attention(b: Builder, a: Any) -> Any:
@@ -631,12 +711,13 @@ def _upsample_nearest(b: Builder, a: Any) -> Any:
 
 def _interpolate(mode: str) -> Callable[..., Any]:
     """Linear or cubic interpolation is one constant matrix a spatial dimension."""
+
     def rule(b: Builder, a: Any) -> Any:
         import torch
 
         x, shape = a.x, b.shape(a.x)
         for i, axis in enumerate(range(2, len(shape))):
-            n = int(shape[axis])
+            n = b.length(x, axis)
             eye = torch.eye(n).reshape(n, 1, n, 1) if mode == "bicubic" else torch.eye(n).reshape(n, 1, n)
             how = {"size": a.output_size[i]} if a.output_size else {"scale_factor": a.scale_factors[i]}
             if mode == "bicubic":
@@ -671,7 +752,9 @@ def _norm(b: Builder, a: Any) -> Any:
 def _reduce(op: str) -> Callable[..., Any]:
     def rule(b: Builder, a: Any) -> Any:
         dim = getattr(a, "dim", None)
-        return c.reduce(b, op, a.x, [dim] if isinstance(dim, int) else dim, bool(getattr(a, "keepdim", False)))
+        return c.reduce(
+            b, op, a.x, [dim] if isinstance(dim, int) else dim, bool(getattr(a, "keepdim", False))
+        )
 
     return rule
 
@@ -689,13 +772,14 @@ def _variance(root: bool) -> Callable[..., Any]:
 
 def _extreme(sign: float) -> Callable[..., Any]:
     """max or min, over axes or between two tensors."""
+
     def rule(b: Builder, a: Any) -> Any:
         if hasattr(a, "other"):
             return c.larger(b, a.x, a.other, sign)
         dim = getattr(a, "dim", None)
         axes = [dim] if isinstance(dim, int) else dim
         y = c.affine(b, c.largest(b, c.affine(b, a.x, sign), axes, bool(getattr(a, "keepdim", False))), sign)
-        return (y, _POISON) if isinstance(dim, int) and not hasattr(a, "amax") else y
+        return (y, LOST) if isinstance(dim, int) and not hasattr(a, "amax") else y
 
     return rule
 
@@ -714,7 +798,7 @@ def _log_sum_exp(b: Builder, a: Any) -> Any:
 
 
 def _glu(b: Builder, a: Any) -> Any:
-    half = int(b.shape(a.x)[a.dim]) // 2
+    half = b.length(a.x, a.dim) // 2
     x, gate = c.split(b, a.x, a.dim, [half, half])
     return c.binary(b, "mul", x, c.unary(b, "sigmoid", gate))
 
@@ -779,7 +863,7 @@ def _masked_fill(b: Builder, a: Any) -> Any:
 
 
 def _where_self(b: Builder, a: Any) -> Any:
-    return c.where(b, a.condition, a.x if a.x is not a.condition else getattr(a, "self"), a.other)
+    return c.where(b, a.condition, a.x if a.x is not a.condition else a.self, a.other)
 
 
 def _outer(b: Builder, a: Any) -> Any:
@@ -827,9 +911,24 @@ def _unfold(b: Builder, a: Any) -> Any:
     n, channels = b.shape(a.x)[:2]
     area = math.prod(a.kernel_size)
     eye = np.tile(np.eye(area, dtype=np.float32).reshape(area, 1, *a.kernel_size), (int(channels), 1, 1, 1))
-    y = c.convolution(b, a.x, eye, None, stride=a.stride, before=a.padding, after=a.padding, dilation=a.dilation,
-                      groups=channels)
+    y = c.convolution(
+        b,
+        a.x,
+        eye,
+        None,
+        stride=a.stride,
+        before=a.padding,
+        after=a.padding,
+        dilation=a.dilation,
+        groups=channels,
+    )
     return c.flatten(b, y, 2, 3)
+
+
+def _detach(b: Builder, a: Any) -> Any:
+    if a.x in b.learned:
+        raise Untaken("a gradient is stopped in the middle of what learns")
+    return a.x
 
 
 def _simple(op: str) -> Callable[..., Any]:
@@ -840,29 +939,62 @@ def _nothing(b: Builder, a: Any) -> Any:
     return a.x
 
 
-_RANDOM = {"bernoulli", "rand", "randn", "randint", "rand_like", "randn_like", "normal", "normal_functional", "uniform",
-           "native_dropout", "dropout", "randperm", "multinomial", "rrelu_with_noise_functional", "alpha_dropout",
-           "feature_alpha_dropout", "exponential"}
+_RANDOM = {
+    "bernoulli",
+    "rand",
+    "randn",
+    "randint",
+    "rand_like",
+    "randn_like",
+    "normal",
+    "normal_functional",
+    "uniform",
+    "native_dropout",
+    "dropout",
+    "randperm",
+    "multinomial",
+    "rrelu_with_noise_functional",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "exponential",
+}
 
 _TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     # layers
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), _conv),
     "linear": lambda b, a: c.linear(b, a.x, a.weight, a.bias),
     **dict.fromkeys(("addmm", "baddbmm", "addbmm"), _addmm),
-    "addmv": lambda b, a: c.binary(b, "add", c.affine(b, c.matmul(b, a.mat, a.vec), a.alpha), c.affine(b, a.x, a.beta)),
+    "addmv": lambda b, a: c.binary(
+        b, "add", c.affine(b, c.matmul(b, a.mat, a.vec), a.alpha), c.affine(b, a.x, a.beta)
+    ),
     **dict.fromkeys(("mm", "bmm"), lambda b, a: c.matmul(b, a.x, a.mat2)),
     **dict.fromkeys(("matmul", "__matmul__"), lambda b, a: c.matmul(b, a.x, a.other)),
     "mv": lambda b, a: c.matmul(b, a.x, a.vec),
-    **dict.fromkeys(("dot", "vdot"), lambda b, a: c.matmul(b, a.x, a.tensor if hasattr(a, "tensor") else a.other)),
+    **dict.fromkeys(
+        ("dot", "vdot"), lambda b, a: c.matmul(b, a.x, a.tensor if hasattr(a, "tensor") else a.other)
+    ),
     **dict.fromkeys(("outer", "ger"), _outer),
     "einsum": lambda b, a: c.einsum(b, a.equation, a.tensors),
     "scaled_dot_product_attention": _attention,
-    **dict.fromkeys(("_native_batch_norm_legit", "_native_batch_norm_legit_functional", "native_batch_norm",
-                     "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_batch_norm_with_update_functional",
-                     "_batch_norm_no_update"), _batch_norm),
+    **dict.fromkeys(
+        (
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_functional",
+            "native_batch_norm",
+            "_native_batch_norm_legit_no_training",
+            "cudnn_batch_norm",
+            "_batch_norm_with_update_functional",
+            "_batch_norm_no_update",
+        ),
+        _batch_norm,
+    ),
     "batch_norm": lambda b, a: _batch_norm(b, a)[0],
     "layer_norm": lambda b, a: c.normalize(b, a.x, a.normalized_shape, a.weight, a.bias, a.eps),
-    "native_layer_norm": lambda b, a: (c.normalize(b, a.x, a.normalized_shape, a.weight, a.bias, a.eps), None, None),
+    "native_layer_norm": lambda b, a: (
+        c.normalize(b, a.x, a.normalized_shape, a.weight, a.bias, a.eps),
+        None,
+        None,
+    ),
     "group_norm": lambda b, a: c.group_norm(b, a.x, a.num_groups, a.weight, a.bias, a.eps),
     "native_group_norm": lambda b, a: (c.group_norm(b, a.x, a.group, a.weight, a.bias, a.eps), None, None),
     "instance_norm": _instance_norm,
@@ -874,26 +1006,45 @@ _TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "dropout": lambda b, a: c.dropout(b, a.x, a.p if a.train else 0.0),
     "bernoulli.p": _bernoulli,
     # pooling and resizing
-    "max_pool1d": _max_pool(1), "max_pool2d": _max_pool(2),
-    "max_pool1d_with_indices": _max_pool(1, True), "max_pool2d_with_indices": _max_pool(2, True),
-    "avg_pool1d": _avg_pool, "avg_pool2d": _avg_pool,
-    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
-                    lambda b, a: c.adaptive_pool(b, "avg_pool", a.x, a.output_size)),
-    **dict.fromkeys(("adaptive_max_pool1d", "adaptive_max_pool2d"),
-                    lambda b, a: (c.adaptive_pool(b, "max_pool", a.x, a.output_size), _POISON)),
-    "upsample_nearest1d": _upsample_nearest, "upsample_nearest2d": _upsample_nearest,
-    "upsample_linear1d": _interpolate("linear"), "upsample_bilinear2d": _interpolate("linear"),
+    "max_pool1d": _max_pool(1),
+    "max_pool2d": _max_pool(2),
+    "max_pool1d_with_indices": _max_pool(1, True),
+    "max_pool2d_with_indices": _max_pool(2, True),
+    "avg_pool1d": _avg_pool,
+    "avg_pool2d": _avg_pool,
+    **dict.fromkeys(
+        ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
+        lambda b, a: c.adaptive_pool(b, "avg_pool", a.x, a.output_size),
+    ),
+    **dict.fromkeys(
+        ("adaptive_max_pool1d", "adaptive_max_pool2d"),
+        lambda b, a: (c.adaptive_pool(b, "max_pool", a.x, a.output_size), LOST),
+    ),
+    "upsample_nearest1d": _upsample_nearest,
+    "upsample_nearest2d": _upsample_nearest,
+    "upsample_linear1d": _interpolate("linear"),
+    "upsample_bilinear2d": _interpolate("linear"),
     "upsample_bicubic2d": _interpolate("bicubic"),
     "pixel_shuffle": lambda b, a: c.pixel_shuffle(b, a.x, a.upscale_factor),
     "im2col": _unfold,
     # activations
-    **{op: _simple(op) for op in ("relu", "sigmoid", "tanh", "silu", "exp", "log", "sqrt", "square", "abs", "reciprocal")},
-    "hardswish": _simple("hard_swish"), "hardsigmoid": _simple("hard_sigmoid"),
+    **{
+        op: _simple(op)
+        for op in ("relu", "sigmoid", "tanh", "silu", "exp", "log", "sqrt", "square", "abs", "reciprocal")
+    },
+    "hardswish": _simple("hard_swish"),
+    "hardsigmoid": _simple("hard_sigmoid"),
     "relu6": lambda b, a: c.clamp(b, a.x, 0.0, 6.0),
     "hardtanh": lambda b, a: c.clamp(b, a.x, a.min_val, a.max_val),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "clip"), _clamp),
-    "leaky_relu": _leaky_relu, "rrelu": _rrelu, "elu": _elu, "celu": _celu, "selu": _selu, "threshold": _threshold,
-    "prelu": lambda b, a: c.prelu(b, a.x, a.weight), "_prelu_kernel": lambda b, a: c.prelu(b, a.x, a.weight),
+    "leaky_relu": _leaky_relu,
+    "rrelu": _rrelu,
+    "elu": _elu,
+    "celu": _celu,
+    "selu": _selu,
+    "threshold": _threshold,
+    "prelu": lambda b, a: c.prelu(b, a.x, a.weight),
+    "_prelu_kernel": lambda b, a: c.prelu(b, a.x, a.weight),
     "gelu": lambda b, a: c.unary(b, "gelu", a.x, tanh=int(a.approximate == "tanh")),
     "softplus": _softplus,
     "log_sigmoid": lambda b, a: c.affine(b, c.softplus(b, c.affine(b, a.x, -1.0)), -1.0),
@@ -907,10 +1058,17 @@ _TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     **dict.fromkeys(("log_softmax", "_log_softmax"), lambda b, a: c.softmax(b, a.x, a.dim, log=True)),
     "logsumexp": _log_sum_exp,
     # arithmetic
-    "add": _add("add"), "sub": _add("sub"), "rsub": _rsub, "div": _div, "pow": _pow,
+    "add": _add("add"),
+    "sub": _add("sub"),
+    "rsub": _rsub,
+    "div": _div,
+    "pow": _pow,
     **dict.fromkeys(("mul", "multiply"), lambda b, a: c.binary(b, "mul", a.x, a.other)),
-    "true_divide": _div, "divide": _div,
-    "addcmul": _add_product("mul"), "addcdiv": _add_product("div"), "lerp": _lerp,
+    "true_divide": _div,
+    "divide": _div,
+    "addcmul": _add_product("mul"),
+    "addcdiv": _add_product("div"),
+    "lerp": _lerp,
     "neg": lambda b, a: c.affine(b, a.x, -1.0),
     "rsqrt": lambda b, a: c.power(b, a.x, -0.5),
     "log1p": lambda b, a: c.unary(b, "log", c.affine(b, a.x, 1.0, 1.0)),
@@ -918,68 +1076,126 @@ _TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "exp2": lambda b, a: c.unary(b, "exp", c.affine(b, a.x, math.log(2))),
     "log2": lambda b, a: c.affine(b, c.unary(b, "log", a.x), 1 / math.log(2)),
     "log10": lambda b, a: c.affine(b, c.unary(b, "log", a.x), 1 / math.log(10)),
-    "mean": _reduce("mean"), "sum": _reduce("sum"),
-    "var": _variance(False), "std": _variance(True),
+    "mean": _reduce("mean"),
+    "sum": _reduce("sum"),
+    "var": _variance(False),
+    "std": _variance(True),
     "var_mean": lambda b, a: (_variance(False)(b, a), _reduce("mean")(b, a)),
-    "max": _extreme(1.0), "min": _extreme(-1.0), "amax": _amax(1.0), "amin": _amax(-1.0),
-    "maximum": _extreme(1.0), "minimum": _extreme(-1.0),
-    "linalg_vector_norm": _norm, "norm": _norm, "cumsum": _cumsum,
-    **{name: (lambda b, a, above=name[0] == "g": c.compare(b, a.x, a.other, above)) for name in ("gt", "ge", "lt", "le")},
-    "isnan": lambda b, a: np.zeros((), np.bool_), "masked_fill": _masked_fill, "where": _where_self, "fill": _fill,
+    "max": _extreme(1.0),
+    "min": _extreme(-1.0),
+    "amax": _amax(1.0),
+    "amin": _amax(-1.0),
+    "maximum": _extreme(1.0),
+    "minimum": _extreme(-1.0),
+    "linalg_vector_norm": _norm,
+    "norm": _norm,
+    "cumsum": _cumsum,
+    **dict.fromkeys(("gt", "ge"), lambda b, a: c.compare(b, a.x, a.other, True)),
+    **dict.fromkeys(("lt", "le"), lambda b, a: c.compare(b, a.x, a.other, False)),
+    "isnan": lambda b, a: np.zeros((), np.bool_),
+    "masked_fill": _masked_fill,
+    "where": _where_self,
+    "fill": _fill,
     # shapes
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_copy"),
-                    lambda b, a: c.reshape(b, a.x, a.size if hasattr(a, "size") else a.shape)),
+    **dict.fromkeys(
+        ("view", "_unsafe_view", "reshape", "_reshape_copy"),
+        lambda b, a: c.reshape(b, a.x, a.size if hasattr(a, "size") else a.shape),
+    ),
     "copy": lambda b, a: c.expand(b, a.src, b.shape(a.x)),
-    "view_as": _same_shape, "reshape_as": _same_shape, "expand_as": _expand_as,
+    "view_as": _same_shape,
+    "reshape_as": _same_shape,
+    "expand_as": _expand_as,
     "flatten": lambda b, a: c.flatten(b, a.x, a.start_dim, a.end_dim),
-    "unflatten": lambda b, a: c.reshape(b, a.x, [*b.shape(a.x)[:a.dim % len(b.shape(a.x))], *a.sizes,
-                                                 *b.shape(a.x)[a.dim % len(b.shape(a.x)) + 1:]]),
+    "unflatten": lambda b, a: c.reshape(
+        b,
+        a.x,
+        [
+            *b.shape(a.x)[: a.dim % len(b.shape(a.x))],
+            *a.sizes,
+            *b.shape(a.x)[a.dim % len(b.shape(a.x)) + 1 :],
+        ],
+    ),
     "permute": lambda b, a: c.transpose(b, a.x, a.dims),
-    "movedim": lambda b, a: c.transpose(b, a.x, [int(i) for i in np.moveaxis(
-        np.arange(len(b.shape(a.x))).reshape([1] * len(b.shape(a.x))), a.source, a.destination).shape]),
     **dict.fromkeys(("transpose", "swapaxes"), lambda b, a: c.swap(b, a.x, a.dim0, a.dim1)),
     **dict.fromkeys(("t", "numpy_T"), lambda b, a: c.swap(b, a.x, 0, -1)),
     **dict.fromkeys(("mT", "adjoint"), lambda b, a: c.swap(b, a.x, -1, -2)),
     "unsqueeze": lambda b, a: c.unsqueeze(b, a.x, [a.dim]),
     "squeeze": _squeeze,
-    "expand": lambda b, a: c.expand(b, a.x, a.size), "broadcast_to": lambda b, a: c.expand(b, a.x, a.size),
-    "repeat": lambda b, a: c.repeat(b, a.x, a.repeats), "tile": lambda b, a: c.repeat(b, a.x, a.dims),
+    "expand": lambda b, a: c.expand(b, a.x, a.size),
+    "broadcast_to": lambda b, a: c.expand(b, a.x, a.size),
+    "repeat": lambda b, a: c.repeat(b, a.x, a.repeats),
+    "tile": lambda b, a: c.repeat(b, a.x, a.dims),
     "cat": lambda b, a: c.concat(b, a.tensors, a.dim),
     "stack": lambda b, a: c.concat(b, [c.unsqueeze(b, t, [a.dim]) for t in a.tensors], a.dim),
-    "split": _split, "chunk": _chunk, "unbind": _unbind,
+    "split": _split,
+    "chunk": _chunk,
+    "unbind": _unbind,
     "split_with_sizes": lambda b, a: c.split(b, a.x, a.dim, a.split_sizes),
     "slice": lambda b, a: c.slice_axis(b, a.x, a.dim, a.start, a.end, a.step),
     "select": lambda b, a: c.select(b, a.x, a.dim, a.index),
     "narrow": lambda b, a: c.slice_axis(b, a.x, a.dim, a.start, a.start + a.length),
-    "select_scatter": _select_scatter, "slice_scatter": _slice_scatter,
-    "index": _index, "index_select": _constant_index, "flip": _flip, "roll": _roll,
-    "pad": _pad, "constant_pad_nd": _pad,
+    "select_scatter": _select_scatter,
+    "slice_scatter": _slice_scatter,
+    "index": _index,
+    "index_select": _constant_index,
+    "flip": _flip,
+    "roll": _roll,
+    "pad": _pad,
+    "constant_pad_nd": _pad,
     # creation, with a size that holds the batch
-    **{name: _creation(v) for name, v in (("zeros", 0.0), ("ones", 1.0), ("empty", 0.0), ("full", None), ("new_zeros", 0.0),
-                                          ("new_ones", 1.0), ("new_empty", 0.0), ("new_full", None))},
-    **{name: _creation(v, "like") for name, v in (("zeros_like", 0.0), ("ones_like", 1.0), ("empty_like", 0.0),
-                                                  ("full_like", None))},
+    **{
+        new + name: _creation(v)
+        for new in ("", "new_")
+        for name, v in (("zeros", 0.0), ("ones", 1.0), ("empty", 0.0), ("full", None))
+    },
+    **{
+        f"{name}_like": _creation(v, "like")
+        for name, v in (("zeros", 0.0), ("ones", 1.0), ("empty", 0.0), ("full", None))
+    },
     # no-ops
-    **dict.fromkeys(("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift", "dropout_", "feature_dropout",
-                     "view_of", "positive", "_assert_tensor_metadata", "_assert_scalar", "_assert_async",
-                     "sym_constrain_range", "sym_constrain_range_for_size"), _nothing),
+    "detach": _detach,
+    **dict.fromkeys(
+        (
+            "clone",
+            "contiguous",
+            "alias",
+            "lift_fresh_copy",
+            "lift",
+            "dropout_",
+            "feature_dropout",
+            "view_of",
+            "positive",
+            "_assert_tensor_metadata",
+            "_assert_scalar",
+            "_assert_async",
+            "sym_constrain_range",
+            "sym_constrain_range_for_size",
+        ),
+        _nothing,
+    ),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float", "double", "half"), _cast),
     **dict.fromkeys(("sym_size", "size"), _size),
     "sym_numel": lambda b, a: math.prod(b.shape(a.x)),
 }
 
-_NO_COMPARISON = "compute it with relu, clamp or sigmoid; comparisons have no gradient"
-_RECURRENT = "recurrent layers are not taken yet; a 1-D convolution or attention over the sequence trains in less memory"
 
 #: operator -> the nearest thing that is taken
 REWRITES: dict[str, str] = {
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
-                    "nn.Upsample(scale_factor=2) and a convolution"),
+    **dict.fromkeys(
+        ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
+        "nn.Upsample(scale_factor=2) and a convolution",
+    ),
     "conv3d": "fold one spatial dimension into the channels and use conv2d",
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"), _RECURRENT),
-    **dict.fromkeys(("gt", "lt", "ge", "le", "eq", "ne", "sign", "floor", "ceil", "round", "where", "heaviside"), _NO_COMPARISON),
-    **dict.fromkeys(("argmax", "argmin", "topk", "sort", "argsort"), "do it on the model's output, outside of the model"),
-    **dict.fromkeys(("sin", "cos", "tan", "erf", "atan", "sinh", "cosh"), "compute constant tables in __init__; use tanh or gelu"),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"), c.RECURRENT),
+    **dict.fromkeys(
+        ("gt", "lt", "ge", "le", "eq", "ne", "sign", "floor", "ceil", "round", "where", "heaviside"),
+        "compute it with relu, clamp or sigmoid; comparisons have no gradient",
+    ),
+    **dict.fromkeys(("argmax", "argmin", "topk", "sort", "argsort"), c.OUTSIDE),
+    **dict.fromkeys(
+        ("sin", "cos", "tan", "erf", "atan", "sinh", "cosh"),
+        "compute constant tables in __init__; use tanh or gelu",
+    ),
     "embedding": "embed outside of the model and pass floats, or multiply one-hot floats by a linear layer",
     "avg_pool2d": "avg_pool2d without divisor_override, and a multiplication",
     "index": "slices and torch.cat; or index_select by one constant index",
@@ -988,6 +1204,7 @@ REWRITES: dict[str, str] = {
     "adaptive_max_pool2d": "a max_pool2d with a fixed kernel",
     "upsample_nearest2d": "an integer scale_factor, or mode='bilinear'",
     "pow": "squares, products, sqrt; or exp(p * log(x)) where x is positive",
+    "detach": "leave it out; what learns is for the update set to say",
     "buffer update": "keep what is tracked in batch norm, or outside of the model",
     "alpha_dropout": "nn.Dropout",
     "feature_alpha_dropout": "nn.Dropout2d",

@@ -6,6 +6,7 @@ checks a graph against the rows, `with_batch` re-instantiates a graph for anothe
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,19 +14,57 @@ import numpy as np
 
 from ..errors import BadInput
 from ..ir import DTYPES, PERSISTENT, Graph, Node, Type, Value, rebatch
-from . import activation, arithmetic, convolution, loss, matrix, normalization, pooling, random, reshaping, update
+from . import (
+    activation,
+    arithmetic,
+    convolution,
+    loss,
+    matrix,
+    normalization,
+    pooling,
+    random,
+    reshaping,
+    update,
+)
 from .row import Cost, Row, infer, parse
 
 #: name -> row, in the order that fixes each op's number in the C enum
 TABLE: dict[str, Row] = {
     row.name: row
-    for family in (activation, arithmetic, convolution, matrix, pooling, normalization, random, reshaping, loss, update)
+    for family in (
+        activation,
+        arithmetic,
+        convolution,
+        matrix,
+        pooling,
+        normalization,
+        random,
+        reshaping,
+        loss,
+        update,
+    )
     for row in family.ROWS
 }
 
 
-def emit(graph: Graph, op: str, *inputs: str, name: str = "", where: str = "", unused: tuple[int, ...] | None = None,
-         **attrs: Any) -> Any:
+def table_hash() -> int:
+    """CRC-32 of everything of the table that a Program depends on: a Program runs only on the table it was made for."""
+    text = ";".join(
+        f"{r.name}|{r.signature}|{r.updates}|" + ",".join(f"{n}:{a.kind}" for n, a in r.encoded().items())
+        for r in TABLE.values()
+    )
+    return zlib.crc32(text.encode())
+
+
+def emit(
+    graph: Graph,
+    op: str,
+    *inputs: str,
+    name: str = "",
+    where: str = "",
+    unused: tuple[int, ...] | None = None,
+    **attrs: Any,
+) -> Any:
     """Add a node and return its output's name, or a tuple of names where there are several that are not optional.
 
     Optional outputs are left out; `unused`, where given, lists the positions to leave out instead (`()`: none), and

@@ -39,44 +39,104 @@ def _gate(attrs: Any, d: Any, y: Any) -> list[Any]:
 _GATE = {"low": Attr("f", 0.0), "high": Attr("f", math.inf), "slope": Attr("f", 0.0)}
 
 PIECEWISE = (
-    Row("relu", "* -> *, *:bit?", "max(x, 0); the second output holds x > 0, one bit an element.",
-        lambda a, x: [np.maximum(x, 0), x > 0], _SHAPES, in_place=(0,), grad=_gate_grad(0.0, math.inf, 0.0)),
-    Row("hard_tanh", "* -> *, *:bit?", "min(max(x, low), high), such as ReLU6; the bits hold low < x < high.",
+    Row(
+        "relu",
+        "* -> *, *:bit?",
+        "max(x, 0); the second output holds x > 0, one bit an element.",
+        lambda a, x: [np.maximum(x, 0), x > 0],
+        _SHAPES,
+        in_place=(0,),
+        grad=_gate_grad(0.0, math.inf, 0.0),
+    ),
+    Row(
+        "hard_tanh",
+        "* -> *, *:bit?",
+        "min(max(x, low), high), such as ReLU6; the bits hold low < x < high.",
         lambda a, x: [np.clip(x, a["low"], a["high"]), (x > a["low"]) & (x < a["high"])],
         tuple(Example(e.inputs, {"low": -0.5, "high": 0.7}) for e in _SHAPES),
-        attrs={"low": Attr("f", -1.0), "high": Attr("f", 1.0)}, in_place=(0,), grad=_gate_grad("low", "high", 0.0)),
-    Row("leaky_relu", "* -> *, *:bit?", "x where x > 0, slope * x elsewhere (slope >= 0).",
+        attrs={"low": Attr("f", -1.0), "high": Attr("f", 1.0)},
+        in_place=(0,),
+        grad=_gate_grad("low", "high", 0.0),
+    ),
+    Row(
+        "leaky_relu",
+        "* -> *, *:bit?",
+        "x where x > 0, slope * x elsewhere (slope >= 0).",
         lambda a, x: [np.where(x > 0, x, x * x.dtype.type(a["slope"])), x > 0],
         tuple(Example(e.inputs, {"slope": 0.1}) for e in _SHAPES),
-        attrs={"slope": Attr("f", 0.01)}, in_place=(0,), grad=_gate_grad(0.0, math.inf, "slope")),
-    Row("gate", "*, * -> *", "d where low < y < high, slope * d elsewhere: the gradient of piecewise linear ops.",
-        _gate, tuple(Example((e.inputs[0], e.inputs[0]), {"low": -0.5, "high": 0.7, "slope": 0.1}) for e in _SHAPES),
-        attrs=_GATE, in_place=(0,), compact=(1, "gate_bits", ("slope",)), no_grad="second derivatives are not needed"),
-    Row("gate_bits", "*, *:bit -> *", "The same from saved bits: d where the bit is set, slope * d elsewhere.",
+        attrs={"slope": Attr("f", 0.01)},
+        in_place=(0,),
+        grad=_gate_grad(0.0, math.inf, "slope"),
+    ),
+    Row(
+        "gate",
+        "*, * -> *",
+        "d where low < y < high, slope * d elsewhere: the gradient of piecewise linear ops.",
+        _gate,
+        tuple(Example((e.inputs[0], e.inputs[0]), {"low": -0.5, "high": 0.7, "slope": 0.1}) for e in _SHAPES),
+        attrs=_GATE,
+        in_place=(0,),
+        compact=(1, "gate_bits", ("slope",)),
+        no_grad="second derivatives are not needed",
+    ),
+    Row(
+        "gate_bits",
+        "*, *:bit -> *",
+        "The same from saved bits: d where the bit is set, slope * d elsewhere.",
         lambda a, d, bits: [np.where(bits, d, d * d.dtype.type(a["slope"]))],
         tuple(Example((e.inputs[0], e.inputs[0]), {"slope": 0.1}, {1: "bits"}) for e in _SHAPES),
-        attrs={"slope": Attr("f", 0.0)}, in_place=(0,), no_grad="second derivatives are not needed"),
+        attrs={"slope": Attr("f", 0.0)},
+        in_place=(0,),
+        no_grad="second derivatives are not needed",
+    ),
 )
 
 
 # -- smooth: the gradient row takes d and what was saved, the input x or the output y ----------------------------
 
 
-def _smooth(name: str, doc: str, fn: Callable[..., Any], dfn: Callable[..., Any], saved: str,
-            attrs: dict[str, Attr] | None = None, values: dict[str, Any] | None = None, domain: str = "normal",
-            ) -> tuple[Row, Row]:
+def _smooth(
+    name: str,
+    doc: str,
+    fn: Callable[..., Any],
+    dfn: Callable[..., Any],
+    saved: str,
+    attrs: dict[str, Attr] | None = None,
+    values: dict[str, Any] | None = None,
+    domain: str = "normal",
+) -> tuple[Row, Row]:
     attrs, values = attrs or {}, values or {}
 
     def grad(tape: Any, node: Any, d: str) -> list[str]:
-        return [tape.emit(f"{name}_grad", d, node.inputs[0] if saved == "x" else node.outputs[0], **node.attrs)]
+        return [
+            tape.emit(f"{name}_grad", d, node.inputs[0] if saved == "x" else node.outputs[0], **node.attrs)
+        ]
 
     one = tuple(Example(e.inputs, values, {0: domain}) for e in _SHAPES)
     two = tuple(Example((e.inputs[0], e.inputs[0]), values, {1: domain}) for e in _SHAPES)
     return (
-        Row(name, "* -> *", doc, lambda a, x: [fn(x, a)], one, attrs=attrs, grad=grad, cost=_transcendental, in_place=(0,)),
-        Row(f"{name}_grad", "*, * -> *", f"Gradient of {name} from d and its saved {'input' if saved == 'x' else 'output'}.",
-            lambda a, d, s: [d * dfn(s, a)], two, attrs=attrs, cost=_transcendental, in_place=(0,),
-            no_grad="second derivatives are not needed"),
+        Row(
+            name,
+            "* -> *",
+            doc,
+            lambda a, x: [fn(x, a)],
+            one,
+            attrs=attrs,
+            grad=grad,
+            cost=_transcendental,
+            in_place=(0,),
+        ),
+        Row(
+            f"{name}_grad",
+            "*, * -> *",
+            f"Gradient of {name} from d and its saved {'input' if saved == 'x' else 'output'}.",
+            lambda a, d, s: [d * dfn(s, a)],
+            two,
+            attrs=attrs,
+            cost=_transcendental,
+            in_place=(0,),
+            no_grad="second derivatives are not needed",
+        ),
     )
 
 
@@ -104,17 +164,43 @@ def _hard_swish_slope(x: Any, a: Any) -> Any:
 SMOOTH = (
     *_smooth("sigmoid", "1 / (1 + exp(-x)).", lambda x, a: _sigmoid(x), lambda y, a: y * (1 - y), "y"),
     *_smooth("tanh", "Hyperbolic tangent.", lambda x, a: np.tanh(x), lambda y, a: 1 - y * y, "y"),
-    *_smooth("gelu", "x * Phi(x), exact by erf, or the tanh approximation.", _gelu, _gelu_slope, "x",
-             {"tanh": Attr("i", 0)}),
-    *_smooth("silu", "x * sigmoid(x).", lambda x, a: x * _sigmoid(x),
-             lambda x, a: _sigmoid(x) * (1 + x * (1 - _sigmoid(x))), "x"),
-    *_smooth("hard_swish", "x * min(max(x + 3, 0), 6) / 6.", lambda x, a: x * np.clip(x + 3, 0, 6) / 6,
-             _hard_swish_slope, "x"),
-    *_smooth("hard_sigmoid", "min(max(x + 3, 0), 6) / 6.", lambda x, a: np.clip(x + 3, 0, 6) / 6,
-             lambda x, a: ((x > -3) & (x < 3)).astype(x.dtype) / 6, "x"),
-    *_smooth("elu", "x where x > 0, alpha * (exp(x) - 1) elsewhere.",
-             lambda x, a: np.where(x > 0, x, a["alpha"] * np.expm1(np.minimum(x, 0))),
-             lambda y, a: np.where(y > 0, 1, y + a["alpha"]), "y", {"alpha": Attr("f", 1.0)}),
+    *_smooth(
+        "gelu",
+        "x * Phi(x), exact by erf, or the tanh approximation.",
+        _gelu,
+        _gelu_slope,
+        "x",
+        {"tanh": Attr("i", 0)},
+    ),
+    *_smooth(
+        "silu",
+        "x * sigmoid(x).",
+        lambda x, a: x * _sigmoid(x),
+        lambda x, a: _sigmoid(x) * (1 + x * (1 - _sigmoid(x))),
+        "x",
+    ),
+    *_smooth(
+        "hard_swish",
+        "x * min(max(x + 3, 0), 6) / 6.",
+        lambda x, a: x * np.clip(x + 3, 0, 6) / 6,
+        _hard_swish_slope,
+        "x",
+    ),
+    *_smooth(
+        "hard_sigmoid",
+        "min(max(x + 3, 0), 6) / 6.",
+        lambda x, a: np.clip(x + 3, 0, 6) / 6,
+        lambda x, a: ((x > -3) & (x < 3)).astype(x.dtype) / 6,
+        "x",
+    ),
+    *_smooth(
+        "elu",
+        "x where x > 0, alpha * (exp(x) - 1) elsewhere.",
+        lambda x, a: np.where(x > 0, x, a["alpha"] * np.expm1(np.minimum(x, 0))),
+        lambda y, a: np.where(y > 0, 1, y + a["alpha"]),
+        "y",
+        {"alpha": Attr("f", 1.0)},
+    ),
     *_smooth("softplus", "log(1 + exp(x)).", lambda x, a: np.logaddexp(x, 0), lambda x, a: _sigmoid(x), "x"),
     *_smooth("exp", "Exponential.", lambda x, a: np.exp(x), lambda y, a: y, "y"),
     *_smooth("log", "Natural logarithm.", lambda x, a: np.log(x), lambda x, a: 1 / x, "x", domain="positive"),

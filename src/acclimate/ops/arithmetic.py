@@ -11,8 +11,13 @@ from ..errors import BadInput
 from ..ir import Type
 from .row import Attr, Cost, Example, Row
 
-_PAIRS = (Example(((2, 3, 4), (2, 3, 4))), Example(((2, 3, 4, 5), (3, 1, 1))), Example(((4, 1, 6), (5, 1))),
-          Example(((7, 9), (9,))), Example(((3, 4), (1,))))
+_PAIRS = (
+    Example(((2, 3, 4), (2, 3, 4))),
+    Example(((2, 3, 4, 5), (3, 1, 1))),
+    Example(((4, 1, 6), (5, 1))),
+    Example(((7, 9), (9,))),
+    Example(((3, 4), (1,))),
+)
 _POSITIVE = tuple(Example(e.inputs, {}, {1: "positive"}) for e in _PAIRS)
 
 
@@ -20,7 +25,11 @@ def broadcast(attrs: Any, a: Type, b: Type) -> list[Type]:
     """numpy's rule; a Dim survives where it is the larger of the two."""
     rank = max(len(a.shape), len(b.shape))
     out = []
-    for x, y in zip((1,) * (rank - len(a.shape)) + tuple(a.shape), (1,) * (rank - len(b.shape)) + tuple(b.shape), strict=True):
+    for x, y in zip(
+        (1,) * (rank - len(a.shape)) + tuple(a.shape),
+        (1,) * (rank - len(b.shape)) + tuple(b.shape),
+        strict=True,
+    ):
         if x != y and 1 not in (x, y):
             raise BadInput("shapes do not broadcast", where=f"{a} and {b}")
         out.append(y if x == 1 else x)
@@ -63,8 +72,10 @@ def _add_grad(sign: float) -> Any:
 
 def _mul_grad(tape: Any, node: Any, d: str) -> list[str]:
     a, b = node.inputs
-    return [reduce_to(tape, tape.emit("mul", d, other), tape.graph.shape(me)) if tape.wants(me) else ""
-            for me, other in ((a, b), (b, a))]
+    return [
+        reduce_to(tape, tape.emit("mul", d, other), tape.graph.shape(me)) if tape.wants(me) else ""
+        for me, other in ((a, b), (b, a))
+    ]
 
 
 def _div_grad(tape: Any, node: Any, d: str) -> list[str]:
@@ -73,7 +84,9 @@ def _div_grad(tape: Any, node: Any, d: str) -> list[str]:
     da = reduce_to(tape, q, tape.graph.shape(a)) if tape.wants(a) else ""
     db = ""
     if tape.wants(b):
-        db = tape.emit("affine", reduce_to(tape, tape.emit("mul", q, node.outputs[0]), tape.graph.shape(b)), scale=-1.0)
+        db = tape.emit(
+            "affine", reduce_to(tape, tape.emit("mul", q, node.outputs[0]), tape.graph.shape(b)), scale=-1.0
+        )
     return [da, db]
 
 
@@ -81,7 +94,9 @@ def _reduced(attrs: Any, x: Type) -> list[Type]:
     axes = axes_of(attrs["axes"], len(x.shape))
     if attrs["axes"] >> len(x.shape):
         raise BadInput("an axis is out of range", where=str(x), number=str(attrs["axes"]))
-    return [Type(tuple(1 if i in axes else s for i, s in enumerate(x.shape) if attrs["keep"] or i not in axes))]
+    return [
+        Type(tuple(1 if i in axes else s for i, s in enumerate(x.shape) if attrs["keep"] or i not in axes))
+    ]
 
 
 def _reduce_grad(mean: bool) -> Any:
@@ -101,27 +116,94 @@ def _reads_all(attrs: Any, ins: Any, outs: Any) -> Cost:
 
 
 _REDUCE = {"axes": Attr("i"), "keep": Attr("i", 0)}
-_REDUCTIONS = tuple(Example((s,), {"axes": m, "keep": k}) for s, m, k in (
-    ((3, 4, 5, 6), 0b1101, 0), ((3, 4, 5, 6), 0b1100, 1), ((3, 4, 5), 0b010, 0), ((4, 7), 0b01, 0), ((5, 3), 0b11, 0)))
+_REDUCTIONS = tuple(
+    Example((s,), {"axes": m, "keep": k})
+    for s, m, k in (
+        ((3, 4, 5, 6), 0b1101, 0),
+        ((3, 4, 5, 6), 0b1100, 1),
+        ((3, 4, 5), 0b010, 0),
+        ((4, 7), 0b01, 0),
+        ((5, 3), 0b11, 0),
+    )
+)
 
 ROWS = (
-    Row("add", "~, ~ -> ~", "a + b with broadcasting.", lambda a, x, y: [x + y], _PAIRS, shape=broadcast,
-        grad=_add_grad(1.0), in_place=(0, 1), check=True),
-    Row("sub", "~, ~ -> ~", "a - b with broadcasting.", lambda a, x, y: [x - y], _PAIRS, shape=broadcast,
-        grad=_add_grad(-1.0), in_place=(0, 1), check=True),
-    Row("mul", "~, ~ -> ~", "a * b with broadcasting.", lambda a, x, y: [x * y], _PAIRS, shape=broadcast,
-        grad=_mul_grad, in_place=(0, 1), check=True),
-    Row("div", "~, ~ -> ~", "a / b with broadcasting.", lambda a, x, y: [x / y], _POSITIVE, shape=broadcast,
-        grad=_div_grad, in_place=(0, 1), check=True),
-    Row("affine", "* -> *", "scale * x + shift with constants.",
+    Row(
+        "add",
+        "~, ~ -> ~",
+        "a + b with broadcasting.",
+        lambda a, x, y: [x + y],
+        _PAIRS,
+        shape=broadcast,
+        grad=_add_grad(1.0),
+        in_place=(0, 1),
+        check=True,
+    ),
+    Row(
+        "sub",
+        "~, ~ -> ~",
+        "a - b with broadcasting.",
+        lambda a, x, y: [x - y],
+        _PAIRS,
+        shape=broadcast,
+        grad=_add_grad(-1.0),
+        in_place=(0, 1),
+        check=True,
+    ),
+    Row(
+        "mul",
+        "~, ~ -> ~",
+        "a * b with broadcasting.",
+        lambda a, x, y: [x * y],
+        _PAIRS,
+        shape=broadcast,
+        grad=_mul_grad,
+        in_place=(0, 1),
+        check=True,
+    ),
+    Row(
+        "div",
+        "~, ~ -> ~",
+        "a / b with broadcasting.",
+        lambda a, x, y: [x / y],
+        _POSITIVE,
+        shape=broadcast,
+        grad=_div_grad,
+        in_place=(0, 1),
+        check=True,
+    ),
+    Row(
+        "affine",
+        "* -> *",
+        "scale * x + shift with constants.",
         lambda a, x: [x * x.dtype.type(a["scale"]) + x.dtype.type(a["shift"])],
         (Example(((3, 7),), {"scale": -1.5, "shift": 0.25}),),
-        attrs={"scale": Attr("f", 1.0), "shift": Attr("f", 0.0)}, in_place=(0,),
-        grad=lambda tape, node, d: [tape.emit("affine", d, scale=node.attrs["scale"])]),
-    Row("sum", "~ -> ~", "Sum over the axes of a bit mask.",
-        lambda a, x: [np.sum(x, axis=axes_of(a["axes"], x.ndim), keepdims=bool(a["keep"]))], _REDUCTIONS,
-        attrs=_REDUCE, shape=_reduced, grad=_reduce_grad(False), cost=_reads_all, check=True),
-    Row("mean", "~ -> ~", "Mean over the axes of a bit mask.",
-        lambda a, x: [np.mean(x, axis=axes_of(a["axes"], x.ndim), keepdims=bool(a["keep"]))], _REDUCTIONS,
-        attrs=_REDUCE, shape=_reduced, grad=_reduce_grad(True), cost=_reads_all, check=True),
+        attrs={"scale": Attr("f", 1.0), "shift": Attr("f", 0.0)},
+        in_place=(0,),
+        grad=lambda tape, node, d: [tape.emit("affine", d, scale=node.attrs["scale"])],
+    ),
+    Row(
+        "sum",
+        "~ -> ~",
+        "Sum over the axes of a bit mask.",
+        lambda a, x: [np.sum(x, axis=axes_of(a["axes"], x.ndim), keepdims=bool(a["keep"]))],
+        _REDUCTIONS,
+        attrs=_REDUCE,
+        shape=_reduced,
+        grad=_reduce_grad(False),
+        cost=_reads_all,
+        check=True,
+    ),
+    Row(
+        "mean",
+        "~ -> ~",
+        "Mean over the axes of a bit mask.",
+        lambda a, x: [np.mean(x, axis=axes_of(a["axes"], x.ndim), keepdims=bool(a["keep"]))],
+        _REDUCTIONS,
+        attrs=_REDUCE,
+        shape=_reduced,
+        grad=_reduce_grad(True),
+        cost=_reads_all,
+        check=True,
+    ),
 )

@@ -15,8 +15,13 @@ from ..ir import Type
 from .arithmetic import mask
 from .row import Attr, Cost, Example, Row
 
-_GEOMETRY = {"stride": Attr("i2", pad=1), "before": Attr("i2", pad=0), "after": Attr("i2", pad=0),
-             "dilation": Attr("i2", pad=1), "groups": Attr("i", 1)}
+_GEOMETRY = {
+    "stride": Attr("i2", pad=1),
+    "before": Attr("i2", pad=0),
+    "after": Attr("i2", pad=0),
+    "dilation": Attr("i2", pad=1),
+    "groups": Attr("i", 1),
+}
 
 
 def _geometry(stride: Any, before: Any, after: Any, dilation: Any, groups: int = 1) -> dict[str, Any]:
@@ -43,11 +48,38 @@ def out_size(size: int, kernel: int, stride: int, before: int, after: int, dilat
     return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def check_window(attrs: Any, x: Type, kernel: Any) -> None:
+    """BadInput unless a window's numbers make sense: counts of dimensions, kernel, stride, dilation from 1, padding from 0."""
+    rank = len(x.shape) - 2
+    for name, least in (("stride", 1), ("dilation", 1), ("before", 0), ("after", 0), ("extra", 0)):
+        if name in attrs and (len(attrs[name]) != rank or min(attrs[name]) < least):
+            raise BadInput(
+                f"a window's {name} is not possible",
+                where=str(x),
+                number=f"{tuple(attrs[name])}, from {least} up",
+            )
+    if len(kernel) != rank or min(kernel) < 1:
+        raise BadInput("a window's kernel is not possible", where=str(x), number=str(tuple(kernel)))
+
+
 def _spatial(attrs: Any, x: Type, kernel: Any) -> tuple[int, ...]:
-    sizes = tuple(out_size(s, k, st, b, a, d) for s, k, st, b, a, d in zip(
-        x.shape[2:], kernel, attrs["stride"], attrs["before"], attrs["after"], attrs["dilation"], strict=True))
+    check_window(attrs, x, kernel)
+    sizes = tuple(
+        out_size(s, k, st, b, a, d)
+        for s, k, st, b, a, d in zip(
+            x.shape[2:],
+            kernel,
+            attrs["stride"],
+            attrs["before"],
+            attrs["after"],
+            attrs["dilation"],
+            strict=True,
+        )
+    )
     if min(sizes) < 1:
-        raise BadInput("a convolution's output is empty", where=str(x), number=f"output {sizes}, kernel {tuple(kernel)}")
+        raise BadInput(
+            "a convolution's output is empty", where=str(x), number=f"output {sizes}, kernel {tuple(kernel)}"
+        )
     return sizes
 
 
@@ -55,7 +87,7 @@ def _conv_shape(attrs: Any, x: Type, w: Type, b: Type | None = None) -> list[Typ
     if len(x.shape) not in (3, 4) or len(w.shape) != len(x.shape):
         raise BadInput("a convolution takes (N, C, W) or (N, C, H, W)", where=f"{x}, weight {w}")
     g = attrs["groups"]
-    if x.shape[1] != w.shape[1] * g or w.shape[0] % g:
+    if g < 1 or x.shape[1] != w.shape[1] * g or w.shape[0] % g:
         raise BadInput("channels do not match the groups", where=f"{x}, weight {w}", number=f"groups {g}")
     return [Type((x.shape[0], w.shape[0], *_spatial(attrs, x, w.shape[2:])))]
 
@@ -66,7 +98,9 @@ def _windows(attrs: Any, x: np.ndarray, kernel: Any, out: Any) -> np.ndarray:
     p = np.pad(x, pad)
     spatial = tuple(s * st for s, st in zip(p.strides[2:], attrs["stride"], strict=True))
     taps = tuple(s * d for s, d in zip(p.strides[2:], attrs["dilation"], strict=True))
-    return np.lib.stride_tricks.as_strided(p, (*x.shape[:2], *out, *kernel), (*p.strides[:2], *spatial, *taps))
+    return np.lib.stride_tricks.as_strided(
+        p, (*x.shape[:2], *out, *kernel), (*p.strides[:2], *spatial, *taps)
+    )
 
 
 def _as_2d(attrs: Any, *arrays: Any) -> tuple[Any, list[Any]]:
@@ -82,8 +116,18 @@ def _conv(attrs: Any, x: Any, w: Any, b: Any = None) -> list[Any]:
     flat = x.ndim == 3
     attrs, (x, w) = _as_2d(attrs, x, w)
     g = attrs["groups"]
-    out = tuple(out_size(*v) for v in zip(x.shape[2:], w.shape[2:], attrs["stride"], attrs["before"], attrs["after"],
-                                          attrs["dilation"], strict=True))
+    out = tuple(
+        out_size(*v)
+        for v in zip(
+            x.shape[2:],
+            w.shape[2:],
+            attrs["stride"],
+            attrs["before"],
+            attrs["after"],
+            attrs["dilation"],
+            strict=True,
+        )
+    )
     cols = _windows(attrs, x, w.shape[2:], out)
     cols = cols.reshape(x.shape[0], g, x.shape[1] // g, *cols.shape[2:])
     wg = w.reshape(g, w.shape[0] // g, *w.shape[1:])
@@ -104,9 +148,10 @@ def _conv_input_grad(attrs: Any, d: Any, w: Any) -> list[Any]:
     x = np.zeros((n, g, w.shape[1], size[0] + bh + ah, size[1] + bw + aw), d.dtype)
     for k in range(w.shape[2]):
         for m in range(w.shape[3]):
-            x[:, :, :, k * eh: k * eh + sh * p: sh, m * ew: m * ew + sw * q: sw] += np.einsum(
-                "ngopq,goc->ngcpq", dg, wg[:, :, :, k, m], optimize=True)
-    x = x.reshape(n, -1, *x.shape[3:])[:, :, bh: bh + size[0], bw: bw + size[1]]
+            x[:, :, :, k * eh : k * eh + sh * p : sh, m * ew : m * ew + sw * q : sw] += np.einsum(
+                "ngopq,goc->ngcpq", dg, wg[:, :, :, k, m], optimize=True
+            )
+    x = x.reshape(n, -1, *x.shape[3:])[:, :, bh : bh + size[0], bw : bw + size[1]]
     return [x[:, :, 0] if flat else x]
 
 
@@ -117,7 +162,9 @@ def _conv_weight_grad(attrs: Any, x: Any, d: Any) -> list[Any]:
     cols = _windows(attrs, x, (1, *kernel) if flat else kernel, d.shape[2:])
     cols = cols.reshape(x.shape[0], g, x.shape[1] // g, *cols.shape[2:])
     dg = d.reshape(d.shape[0], g, d.shape[1] // g, *d.shape[2:])
-    w = np.einsum("ngcpqkl,ngopq->gockl", cols, dg, optimize=True).reshape(d.shape[1], x.shape[1] // g, *cols.shape[5:])
+    w = np.einsum("ngcpqkl,ngopq->gockl", cols, dg, optimize=True).reshape(
+        d.shape[1], x.shape[1] // g, *cols.shape[5:]
+    )
     return [w[:, :, 0] if flat else w]
 
 
@@ -134,14 +181,19 @@ def _grad(tape: Any, node: Any, d: str) -> list[str]:
 
 def _input_grad_shape(attrs: Any, d: Type, w: Type) -> list[Type]:
     x = Type((d.shape[0], w.shape[1] * attrs["groups"], *attrs["size"]))
-    _conv_shape(attrs, x, w)
+    if tuple(d.shape) != tuple(_conv_shape(attrs, x, w)[0].shape):
+        raise BadInput(
+            "a gradient does not have the shape of the convolution's output", where=f"{d}, {x}, {w}"
+        )
     return [x]
 
 
 def _weight_grad_shape(attrs: Any, x: Type, d: Type) -> list[Type]:
     g = attrs["groups"]
-    if x.shape[1] % g or d.shape[1] % g:
+    if g < 1 or x.shape[1] % g or d.shape[1] % g:
         raise BadInput("channels do not match the groups", where=f"{x}, {d}", number=f"groups {g}")
+    if tuple(d.shape[2:]) != _spatial(attrs, x, attrs["kernel"]):
+        raise BadInput("a gradient does not have the shape of the convolution's output", where=f"{x}, {d}")
     return [Type((d.shape[1], x.shape[1] // g, *attrs["kernel"]))]
 
 
@@ -168,16 +220,42 @@ def _out(x: Any, w: Any, g: Any) -> tuple[int, ...]:
 
 
 ROWS = (
-    Row("conv", "NC~, Oc~, O? -> NO~", "Convolution (cross-correlation) with an optional bias.", _conv,
+    Row(
+        "conv",
+        "NC~, Oc~, O? -> NO~",
+        "Convolution (cross-correlation) with an optional bias.",
+        _conv,
         tuple(Example((x, w, (w[0],)), g) for x, w, g in _CASES) + (Example(_CASES[0][:2], _CASES[0][2]),),
-        attrs=_GEOMETRY, shape=_conv_shape, grad=_grad, check=True, roles={1: "weight", 2: "bias"},
-        cost=lambda a, i, o: _macs(a, o[0].size, i[1].shape)),
-    Row("conv_input_grad", "NO~, Oc~ -> NC~", "Gradient of a convolution with respect to its input.", _conv_input_grad,
+        attrs=_GEOMETRY,
+        shape=_conv_shape,
+        grad=_grad,
+        check=True,
+        roles={1: "weight", 2: "bias"},
+        cost=lambda a, i, o: _macs(a, o[0].size, i[1].shape),
+    ),
+    Row(
+        "conv_input_grad",
+        "NO~, Oc~ -> NC~",
+        "Gradient of a convolution with respect to its input.",
+        _conv_input_grad,
         tuple(Example((_out(x, w, g), w), {**g, "size": x[2:]}) for x, w, g in _CASES),
-        attrs={**_GEOMETRY, "size": Attr("i2", pad=1)}, shape=_input_grad_shape, check=True, no_grad=_NO_SECOND,
-        cost=lambda a, i, o: _macs(a, i[0].size, i[1].shape)),
-    Row("conv_weight_grad", "NC~, NO~ -> Oc~", "Gradient of a convolution with respect to its weight.", _conv_weight_grad,
+        attrs={**_GEOMETRY, "size": Attr("i2", pad=1)},
+        shape=_input_grad_shape,
+        check=True,
+        no_grad=_NO_SECOND,
+        cost=lambda a, i, o: _macs(a, i[0].size, i[1].shape),
+    ),
+    Row(
+        "conv_weight_grad",
+        "NC~, NO~ -> Oc~",
+        "Gradient of a convolution with respect to its weight.",
+        _conv_weight_grad,
         tuple(Example((x, _out(x, w, g)), {**g, "kernel": w[2:]}) for x, w, g in _CASES),
-        attrs={**_GEOMETRY, "kernel": Attr("i2", pad=1)}, shape=_weight_grad_shape, check=True, no_grad=_NO_SECOND,
-        take=_take_weight_grad, cost=lambda a, i, o: _macs(a, i[1].size, o[0].shape)),
+        attrs={**_GEOMETRY, "kernel": Attr("i2", pad=1)},
+        shape=_weight_grad_shape,
+        check=True,
+        no_grad=_NO_SECOND,
+        take=_take_weight_grad,
+        cost=lambda a, i, o: _macs(a, i[1].size, o[0].shape),
+    ),
 )

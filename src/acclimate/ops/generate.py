@@ -1,47 +1,38 @@
 """Write the C side of the op table and the docs' table from the rows; `--check` only compares.
 
-    python -m acclimate.ops.generate [--check]
+python -m acclimate.ops.generate [--check]
 """
 
 from __future__ import annotations
 
 import sys
-import zlib
 from pathlib import Path
 
-from . import TABLE
-from .row import Attr, Row, parse
+from . import TABLE, parse, table_hash
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNTIME = ROOT / "src/acclimate/runtime"
 BANNER = "Generated from src/acclimate/ops by `make generate`. Do not edit."
 
 
-def encoded(row: Row) -> dict[str, Attr]:
-    """The attributes that reach the kernel."""
-    return {name: attr for name, attr in row.attrs.items() if attr.kind != "-"}
-
-
-def words(attr: Attr) -> int:
-    return int(attr.kind[1:] or 1)
-
-
-def table_hash() -> int:
-    """CRC-32 of everything of the table that a Program depends on: a Program runs only on the table it was made for."""
-    text = ";".join(f"{r.name}|{r.signature}|{r.updates}|" + ",".join(f"{n}:{a.kind}" for n, a in encoded(r).items())
-                    for r in TABLE.values())
-    return zlib.crc32(text.encode())
-
-
 def header() -> str:
-    lines = [f"/* {BANNER} */", "#ifndef AC_OPS_H", "#define AC_OPS_H", "", '#include "ac_kernel.h"', "",
-             f"#define AC_TABLE_HASH 0x{table_hash():08X}u", "", "typedef enum {"]
+    lines = [
+        f"/* {BANNER} */",
+        "#ifndef AC_OPS_H",
+        "#define AC_OPS_H",
+        "",
+        '#include "ac_kernel.h"',
+        "",
+        f"#define AC_TABLE_HASH 0x{table_hash():08X}u",
+        "",
+        "typedef enum {",
+    ]
     lines += [f"    AC_OP_{name.upper()} = {i}," for i, name in enumerate(TABLE)]
     lines += [f"    AC_OP_COUNT = {len(TABLE)}", "} ac_op;", ""]
     for row in TABLE.values():
-        if encoded(row):
+        if row.encoded():
             lines.append("typedef struct {")
-            for name, attr in encoded(row).items():
+            for name, attr in row.encoded().items():
                 size = f"[{attr.kind[1:]}]" if attr.kind[1:] else ""
                 lines.append(f"    {'float' if attr.kind == 'f' else 'int32_t'} {name}{size};")
             lines += [f"}} ac_attr_{row.name};", ""]
@@ -53,22 +44,45 @@ def header() -> str:
 
 
 def table() -> str:
-    lines = [f"/* {BANNER} */", '#include "ac_ops.h"', "", "extern const ac_row AC_TABLE[AC_OP_COUNT];",
-             "const ac_row AC_TABLE[AC_OP_COUNT] = {"]
+    lines = [
+        f"/* {BANNER} */",
+        '#include "ac_ops.h"',
+        "",
+        "extern const ac_row AC_TABLE[AC_OP_COUNT];",
+        "const ac_row AC_TABLE[AC_OP_COUNT] = {",
+    ]
     for row in TABLE.values():
         ins, outs = parse(row.signature)
-        lines.append("    {" + ", ".join([
-            f'"{row.name}"', f'"{row.signature}"', str(len(ins)), str(len(outs)),
-            str(sum(words(a) for a in encoded(row).values())), str(sum(1 << i for i in row.updates)),
-            "NULL" if row.view else f"AC_KERNEL({row.name})", f"ac_check_{row.name}" if row.check else "NULL"]) + "},")
+        lines.append(
+            "    {"
+            + ", ".join(
+                [
+                    f'"{row.name}"',
+                    f'"{row.signature}"',
+                    str(len(ins)),
+                    str(len(outs)),
+                    str(sum(a.words for a in row.encoded().values())),
+                    str(sum(1 << i for i in row.updates)),
+                    "NULL" if row.view else f"AC_KERNEL({row.name})",
+                    f"ac_check_{row.name}" if row.check else "NULL",
+                ]
+            )
+            + "},"
+        )
     return "\n".join([*lines, "};", ""])
 
 
 def docs() -> str:
-    lines = [f"<!-- {BANNER} -->", "# The op table", "",
-             f"{len(TABLE)} rows. Signatures: one letter a dimension, `~` any further ones, `*` a whole shape, `?` optional,"
-             " `+` repeated, `:i32` the element type (float32 unless said).", "",
-             "| op | signature | what | gradient | in place over |", "|---|---|---|---|---|"]
+    lines = [
+        f"<!-- {BANNER} -->",
+        "# The op table",
+        "",
+        f"{len(TABLE)} rows. Signatures: one letter a dimension, `~` any further ones, `*` a whole shape, `?` optional,"
+        " `+` repeated, `:i32` the element type (float32 unless said).",
+        "",
+        "| op | signature | what | gradient | in place over |",
+        "|---|---|---|---|---|",
+    ]
     for row in TABLE.values():
         over = ", ".join(str(i) for i in row.in_place) or "-"
         grad = "yes" if row.grad else f"no: {row.no_grad}"
@@ -81,7 +95,9 @@ def main() -> int:
     stale = [path for path, text in targets.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in stale:
-            print(f"{path.relative_to(ROOT)} does not match the op rows. Next: make generate", file=sys.stderr)
+            print(
+                f"{path.relative_to(ROOT)} does not match the op rows. Next: make generate", file=sys.stderr
+            )
         return 1 if stale else 0
     for path in stale:
         path.parent.mkdir(parents=True, exist_ok=True)

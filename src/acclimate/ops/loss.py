@@ -48,33 +48,87 @@ def _bce_grad(a: Any, z: Any, y: Any, d: Any) -> list[Any]:
     return [d[0] * _bce_weight(a, y).astype(z.dtype) * (1 / (1 + np.exp(-z)) - y)]
 
 
-_CE = (Example(((5, 10), (5,)), {"smoothing": 0.0}, {1: "below:10"}),
-       Example(((4, 3), (4,), (3,)), {"smoothing": 0.1}, {1: "below:3", 2: "positive"}))
+_CE = (
+    Example(((5, 10), (5,)), {"smoothing": 0.0}, {1: "below:10"}),
+    Example(((4, 3), (4,), (3,)), {"smoothing": 0.1}, {1: "below:3", 2: "positive"}),
+)
 
 ROWS = (
-    Row("cross_entropy", "NK, N:i32, K? -> 1",
+    Row(
+        "cross_entropy",
+        "NK, N:i32, K? -> 1",
         "Mean of -log softmax(z)[y], with label smoothing and class weights (the mean is then weighted, as in torch). "
         "A label outside 0..K-1 stops the run with an error.",
-        _cross_entropy, _CE, attrs={"smoothing": Attr("f", 0.0)}, cost=_exps,
-        grad=lambda tape, node, d: [tape.emit("cross_entropy_grad", *node.inputs[:2], d, *node.inputs[2:], **node.attrs), "", ""]),
-    Row("cross_entropy_grad", "NK, N:i32, 1, K? -> NK", "d * (softmax(z) - target) / N with the same weights.",
-        _cross_entropy_grad, tuple(Example((*e.inputs[:2], (1,), *e.inputs[2:]), e.attrs, {1: e.domain[1], 3: "positive"})
-                                   for e in _CE),
-        attrs={"smoothing": Attr("f", 0.0)}, cost=_exps, in_place=(0,), no_grad=_NO_SECOND),
-    Row("binary_cross_entropy", "*, * -> 1",
+        _cross_entropy,
+        _CE,
+        attrs={"smoothing": Attr("f", 0.0)},
+        cost=_exps,
+        grad=lambda tape, node, d: [
+            tape.emit("cross_entropy_grad", *node.inputs[:2], d, *node.inputs[2:], **node.attrs),
+            "",
+            "",
+        ],
+    ),
+    Row(
+        "cross_entropy_grad",
+        "NK, N:i32, 1, K? -> NK",
+        "d * (softmax(z) - target) / N with the same weights.",
+        _cross_entropy_grad,
+        tuple(
+            Example((*e.inputs[:2], (1,), *e.inputs[2:]), e.attrs, {1: e.domain[1], 3: "positive"})
+            for e in _CE
+        ),
+        attrs={"smoothing": Attr("f", 0.0)},
+        cost=_exps,
+        in_place=(0,),
+        no_grad=_NO_SECOND,
+    ),
+    Row(
+        "binary_cross_entropy",
+        "*, * -> 1",
         "Mean of log(1 + exp(z)) - z y over all elements; with masked=1 elements whose target is negative do not count.",
-        _bce, (Example(((4, 6), (4, 6)), {}, {1: "target"}), Example(((4, 6), (4, 6)), {"masked": 1}, {1: "masked"})),
-        attrs={"masked": Attr("i", 0)}, cost=_exps,
-        grad=lambda tape, node, d: [tape.emit("binary_cross_entropy_grad", *node.inputs, d, **node.attrs), ""]),
-    Row("binary_cross_entropy_grad", "*, *, 1 -> *", "d * (sigmoid(z) - y) / count.",
-        _bce_grad, (Example(((4, 6), (4, 6), (1,)), {}, {1: "target"}),
-                    Example(((4, 6), (4, 6), (1,)), {"masked": 1}, {1: "masked"})),
-        attrs={"masked": Attr("i", 0)}, cost=_exps, in_place=(0,), no_grad=_NO_SECOND),
-    Row("mse", "*, * -> 1", "Mean of (z - y)^2 over all elements.",
-        lambda a, z, y: [np.array([((z - y) ** 2).mean()])], (Example(((4, 6), (4, 6))),),
+        _bce,
+        (
+            Example(((4, 6), (4, 6)), {}, {1: "target"}),
+            Example(((4, 6), (4, 6)), {"masked": 1}, {1: "masked"}),
+        ),
+        attrs={"masked": Attr("i", 0)},
+        cost=_exps,
+        grad=lambda tape, node, d: [
+            tape.emit("binary_cross_entropy_grad", *node.inputs, d, **node.attrs),
+            "",
+        ],
+    ),
+    Row(
+        "binary_cross_entropy_grad",
+        "*, *, 1 -> *",
+        "d * (sigmoid(z) - y) / count.",
+        _bce_grad,
+        (
+            Example(((4, 6), (4, 6), (1,)), {}, {1: "target"}),
+            Example(((4, 6), (4, 6), (1,)), {"masked": 1}, {1: "masked"}),
+        ),
+        attrs={"masked": Attr("i", 0)},
+        cost=_exps,
+        in_place=(0,),
+        no_grad=_NO_SECOND,
+    ),
+    Row(
+        "mse",
+        "*, * -> 1",
+        "Mean of (z - y)^2 over all elements.",
+        lambda a, z, y: [np.array([((z - y) ** 2).mean()])],
+        (Example(((4, 6), (4, 6))),),
         cost=lambda a, i, o: Cost(elementwise=3 * i[0].size),
-        grad=lambda tape, node, d: [tape.emit("mse_grad", *node.inputs, d), ""]),
-    Row("mse_grad", "*, *, 1 -> *", "d * 2 (z - y) / count.",
-        lambda a, z, y, d: [d[0] * 2 * (z - y) / z.size], (Example(((4, 6), (4, 6), (1,))),), in_place=(0,),
-        no_grad=_NO_SECOND),
+        grad=lambda tape, node, d: [tape.emit("mse_grad", *node.inputs, d), ""],
+    ),
+    Row(
+        "mse_grad",
+        "*, *, 1 -> *",
+        "d * 2 (z - y) / count.",
+        lambda a, z, y, d: [d[0] * 2 * (z - y) / z.size],
+        (Example(((4, 6), (4, 6), (1,))),),
+        in_place=(0,),
+        no_grad=_NO_SECOND,
+    ),
 )

@@ -45,7 +45,9 @@ def _batch_norm_grad(tape: Any, node: Any, d: str) -> list[str]:
     return [
         tape.emit("batch_norm_input_grad", d, gamma, var, eps=eps) if tape.wants(x) else "",
         tape.emit("batch_norm_gamma_grad", d, x, mean, var, eps=eps) if tape.wants(gamma) else "",
-        tape.emit("sum", d, axes=mask(_rest_of(tape, d))) if tape.wants(beta) else "", "", "",
+        tape.emit("sum", d, axes=mask(_rest_of(tape, d))) if tape.wants(beta) else "",
+        "",
+        "",
     ]
 
 
@@ -65,7 +67,9 @@ def _fold(tape: Any, node: Any, producer: Any) -> str | None:
     axis = 1 if "tb" in producer.attrs and not producer.attrs["tb"] else 0  # where the output channels lie
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
     new_w = graph.constant(f"{w}.folded", weight * scale.reshape(shape))
-    new_b = graph.constant(f"{w}.folded_bias", (0 if not bias else graph.values[bias].data) * scale + beta - mean * scale)
+    new_b = graph.constant(
+        f"{w}.folded_bias", (0 if not bias else graph.values[bias].data) * scale + beta - mean * scale
+    )
     return tape.emit(producer.op, x, new_w, new_b, **producer.attrs)
 
 
@@ -88,8 +92,15 @@ def _batch_norm_train_grad_ref(a: Any, d: Any, x: Any, gamma: Any, mean: Any, va
 
 def _batch_norm_train_grad(tape: Any, node: Any, d: str, *_: str) -> list[str]:
     x, gamma, beta = node.inputs[:3]
-    dx, d_gamma, d_beta = tape.emit("batch_norm_train_grad", d, x, gamma, *node.outputs[1:], eps=node.attrs["eps"],
-                                    unused=() if tape.wants(x) else (0,))
+    dx, d_gamma, d_beta = tape.emit(
+        "batch_norm_train_grad",
+        d,
+        x,
+        gamma,
+        *node.outputs[1:],
+        eps=node.attrs["eps"],
+        unused=() if tape.wants(x) else (0,),
+    )
     return [dx, d_gamma, d_beta, "", ""]
 
 
@@ -98,7 +109,9 @@ def _track_statistics(tape: Any, node: Any) -> None:
     n = x.size // x.shape[1]
     momentum = node.attrs["momentum"]
     tape.update("ema", node.inputs[3], node.outputs[1], momentum=momentum)
-    tape.update("ema", node.inputs[4], node.outputs[2], momentum=momentum, scale=n / max(n - 1, 1))  # unbiased, as torch
+    tape.update(
+        "ema", node.inputs[4], node.outputs[2], momentum=momentum, scale=n / max(n - 1, 1)
+    )  # unbiased, as torch
 
 
 def _at_prediction(node: Any) -> tuple[str, tuple[int, ...], dict[str, Any]]:
@@ -137,8 +150,11 @@ def _layer_norm_grad(tape: Any, node: Any, d: str, *_: str) -> list[str]:
     x, gamma, beta = (*node.inputs, "", "")[:3]
     wanted = tuple(bool(n) and tape.wants(n) for n in (x, gamma, beta))
     mean, rstd = tape.keep_output(node, 1), tape.keep_output(node, 2)
-    return list(tape.emit("layer_norm_grad", d, x, mean, rstd, gamma,
-                          unused=tuple(i for i, w in enumerate(wanted) if not w)))
+    return list(
+        tape.emit(
+            "layer_norm_grad", d, x, mean, rstd, gamma, unused=tuple(i for i, w in enumerate(wanted) if not w)
+        )
+    )
 
 
 def _per_element(n: int) -> Any:
@@ -150,34 +166,101 @@ _CH = tuple((x, *[(x[1],)] * 4) for x in _X)
 _LN = ((2, 5, 16), (7, 33))
 
 ROWS = (
-    Row("batch_norm", "NC~, C, C, C, C -> NC~", "gamma * (x - mean) / sqrt(var + eps) + beta with given statistics.",
-        _batch_norm, tuple(Example(s, {}, {4: "positive"}) for s in _CH), attrs=_EPS, shape=lambda a, x, *_: [x], check=True,
-        grad=_batch_norm_grad, in_place=(0,), cost=_per_element(2), roles=_ROLES, fold=_fold),
-    Row("batch_norm_input_grad", "NC~, C, C -> NC~", "d * gamma / sqrt(var + eps).",
+    Row(
+        "batch_norm",
+        "NC~, C, C, C, C -> NC~",
+        "gamma * (x - mean) / sqrt(var + eps) + beta with given statistics.",
+        _batch_norm,
+        tuple(Example(s, {}, {4: "positive"}) for s in _CH),
+        attrs=_EPS,
+        shape=lambda a, x, *_: [x],
+        check=True,
+        grad=_batch_norm_grad,
+        in_place=(0,),
+        cost=_per_element(2),
+        roles=_ROLES,
+        fold=_fold,
+    ),
+    Row(
+        "batch_norm_input_grad",
+        "NC~, C, C -> NC~",
+        "d * gamma / sqrt(var + eps).",
         lambda a, d, gamma, var: [d * _c(gamma / np.sqrt(var + a["eps"]), d)],
-        tuple(Example(s[:3], {}, {2: "positive"}) for s in _CH), attrs=_EPS, shape=lambda a, d, *_: [d], in_place=(0,), check=True,
-        no_grad=_NO_SECOND),
-    Row("batch_norm_gamma_grad", "NC~, NC~, C, C -> C", "sum(d * (x - mean) / sqrt(var + eps)) a channel.",
+        tuple(Example(s[:3], {}, {2: "positive"}) for s in _CH),
+        attrs=_EPS,
+        shape=lambda a, d, *_: [d],
+        in_place=(0,),
+        check=True,
+        no_grad=_NO_SECOND,
+    ),
+    Row(
+        "batch_norm_gamma_grad",
+        "NC~, NC~, C, C -> C",
+        "sum(d * (x - mean) / sqrt(var + eps)) a channel.",
         lambda a, d, x, mean, var: [(d * (x - _c(mean, x)) / np.sqrt(_c(var, x) + a["eps"])).sum(_rest(x))],
-        tuple(Example((s[0], *s[:3]), {}, {3: "positive"}) for s in _CH), attrs=_EPS, no_grad=_NO_SECOND, check=True,
-        cost=_per_element(3), shape=lambda a, d, x, mean, *_: _alike(d, x, [mean])),
-    Row("batch_norm_train", "NC~, C, C, C, C -> NC~, C, C",
+        tuple(Example((s[0], *s[:3]), {}, {3: "positive"}) for s in _CH),
+        attrs=_EPS,
+        no_grad=_NO_SECOND,
+        check=True,
+        cost=_per_element(3),
+        shape=lambda a, d, x, mean, *_: _alike(d, x, [mean]),
+    ),
+    Row(
+        "batch_norm_train",
+        "NC~, C, C, C, C -> NC~, C, C",
         "Batch norm with the statistics of this batch; further outputs are their mean and (biased) variance. "
         "The running statistics are inputs 3 and 4, for prediction.",
-        _batch_norm_train, tuple(Example(s, {}, {4: "positive"}) for s in _CH),
-        attrs={**_EPS, "momentum": Attr("f", 0.1)}, shape=lambda a, x, g, *_: [x, g, g], check=True,
-        grad=_batch_norm_train_grad, cost=_per_element(5), in_place=(0,), predict=_at_prediction,
-        roles=_ROLES, effects=_track_statistics),
-    Row("batch_norm_train_grad", "NC~, NC~, C, C, C -> NC~?, C, C", "All three gradients of batch norm on batch statistics.",
-        _batch_norm_train_grad_ref, tuple(Example((s[0], *s[:4]), {}, {4: "positive"}) for s in _CH), attrs=_EPS, check=True,
-        shape=lambda a, d, x, g, *_: _alike(d, x, [x, g, g]), no_grad=_NO_SECOND, cost=_per_element(7), in_place=(0,)),
-    Row("layer_norm", "~D, D?, D? -> ~D, ~?, ~?",
+        _batch_norm_train,
+        tuple(Example(s, {}, {4: "positive"}) for s in _CH),
+        attrs={**_EPS, "momentum": Attr("f", 0.1)},
+        shape=lambda a, x, g, *_: [x, g, g],
+        check=True,
+        grad=_batch_norm_train_grad,
+        cost=_per_element(5),
+        in_place=(0,),
+        predict=_at_prediction,
+        roles=_ROLES,
+        effects=_track_statistics,
+    ),
+    Row(
+        "batch_norm_train_grad",
+        "NC~, NC~, C, C, C -> NC~?, C, C",
+        "All three gradients of batch norm on batch statistics.",
+        _batch_norm_train_grad_ref,
+        tuple(Example((s[0], *s[:4]), {}, {4: "positive"}) for s in _CH),
+        attrs=_EPS,
+        check=True,
+        shape=lambda a, d, x, g, *_: _alike(d, x, [x, g, g]),
+        no_grad=_NO_SECOND,
+        cost=_per_element(7),
+        in_place=(0,),
+    ),
+    Row(
+        "layer_norm",
+        "~D, D?, D? -> ~D, ~?, ~?",
         "Normalise the last dimension; further outputs are its mean and 1 / sqrt(var + eps).",
-        _layer_norm, tuple(Example((s, (s[-1],), (s[-1],))) for s in _LN) + (Example((_LN[0],)),), attrs=_EPS, check=True,
-        shape=_layer_norm_shape, grad=_layer_norm_grad, cost=_per_element(6), in_place=(0,), roles=_ROLES),
-    Row("layer_norm_grad", "~D, ~D, ~, ~, D? -> ~D?, D?, D?", "Gradients of layer norm: input, gamma, beta.",
-        _layer_norm_grad_ref, tuple(Example((s, s, s[:-1], s[:-1], (s[-1],)), {}, {3: "positive"}) for s in _LN)
-        + (Example((_LN[0], _LN[0], _LN[0][:-1], _LN[0][:-1]), {}, {3: "positive"}),), attrs=_EPS, check=True,
-        shape=_layer_norm_grad_shape, no_grad=_NO_SECOND, cost=_per_element(9),
-        in_place=(0,)),
+        _layer_norm,
+        tuple(Example((s, (s[-1],), (s[-1],))) for s in _LN) + (Example((_LN[0],)),),
+        attrs=_EPS,
+        check=True,
+        shape=_layer_norm_shape,
+        grad=_layer_norm_grad,
+        cost=_per_element(6),
+        in_place=(0,),
+        roles=_ROLES,
+    ),
+    Row(
+        "layer_norm_grad",
+        "~D, ~D, ~, ~, D? -> ~D?, D?, D?",
+        "Gradients of layer norm: input, gamma, beta.",
+        _layer_norm_grad_ref,
+        tuple(Example((s, s, s[:-1], s[:-1], (s[-1],)), {}, {3: "positive"}) for s in _LN)
+        + (Example((_LN[0], _LN[0], _LN[0][:-1], _LN[0][:-1]), {}, {3: "positive"}),),
+        attrs=_EPS,
+        check=True,
+        shape=_layer_norm_grad_shape,
+        no_grad=_NO_SECOND,
+        cost=_per_element(9),
+        in_place=(0,),
+    ),
 )

@@ -34,11 +34,17 @@ def _dropout(a: Any, x: Any, step: Any) -> list[Any]:
 
 
 ROWS = (
-    Row("dropout", "*, 1:i32 -> *",
+    Row(
+        "dropout",
+        "*, 1:i32 -> *",
         "Zero each element with probability p and scale the rest by 1 / (1 - p). The mask follows from the step "
         "counter and the salt, so the gradient is the same op again and nothing is saved.",
-        _dropout, (Example(((3, 50), (1,)), {"p": 0.3, "salt": 7}, {1: "step"}),),
-        attrs={"p": Attr("f"), "salt": Attr("i", 0)}, in_place=(0,),
+        _dropout,
+        (Example(((3, 50), (1,)), {"p": 0.3, "salt": 7}, {1: "step"}),),
+        attrs={"p": Attr("f"), "salt": Attr("i", 0)},
+        in_place=(0,),
         grad=lambda tape, node, d: [tape.emit("dropout", d, node.inputs[1], **node.attrs), ""],
-        effects=lambda tape, node: tape.count(node.inputs[1]), predict=lambda node: ("", (0,), {})),
+        effects=lambda tape, node: tape.count(node.inputs[1]),
+        predict=lambda node: ("", (0,), {}),
+    ),
 )

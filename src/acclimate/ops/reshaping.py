@@ -17,7 +17,9 @@ _NO_SECOND = "second derivatives are not needed"
 
 def _reshape_shape(attrs: Any, x: Type) -> list[Type]:
     if math.prod(attrs["shape"]) != x.size or len(attrs["shape"]) > MAX_RANK:
-        raise BadInput("a reshape must keep the number of elements", where=str(x), number=f"to {tuple(attrs['shape'])}")
+        raise BadInput(
+            "a reshape must keep the number of elements", where=str(x), number=f"to {tuple(attrs['shape'])}"
+        )
     return [Type(tuple(attrs["shape"]), x.dtype)]
 
 
@@ -33,17 +35,29 @@ def _transpose_grad(tape: Any, node: Any, d: str) -> list[str]:
 
 def _expand_shape(attrs: Any, x: Type) -> list[Type]:
     padded = (1,) * (len(attrs["shape"]) - len(x.shape)) + tuple(x.shape)
-    if len(padded) != len(attrs["shape"]) or any(p not in (1, s) for p, s in zip(padded, attrs["shape"], strict=True)):
-        raise BadInput("a shape does not broadcast to another", where=str(x), number=f"to {tuple(attrs['shape'])}")
+    if len(padded) != len(attrs["shape"]) or any(
+        p not in (1, s) for p, s in zip(padded, attrs["shape"], strict=True)
+    ):
+        raise BadInput(
+            "a shape does not broadcast to another", where=str(x), number=f"to {tuple(attrs['shape'])}"
+        )
     return [Type(tuple(attrs["shape"]))]
 
 
 def _concat_shape(attrs: Any, *xs: Type) -> list[Type]:
     axis, first = attrs["axis"], xs[0].shape
     if not 0 <= axis < len(first) or any(
-            len(x.shape) != len(first) or x.shape[:axis] != first[:axis] or x.shape[axis + 1:] != first[axis + 1:] for x in xs):
-        raise BadInput("tensors to concatenate differ outside the axis", where=", ".join(map(str, xs)), number=f"axis {axis}")
-    return [Type((*first[:axis], sum(x.shape[axis] for x in xs), *first[axis + 1:]))]
+        len(x.shape) != len(first)
+        or x.shape[:axis] != first[:axis]
+        or x.shape[axis + 1 :] != first[axis + 1 :]
+        for x in xs
+    ):
+        raise BadInput(
+            "tensors to concatenate differ outside the axis",
+            where=", ".join(map(str, xs)),
+            number=f"axis {axis}",
+        )
+    return [Type((*first[:axis], sum(x.shape[axis] for x in xs), *first[axis + 1 :]))]
 
 
 def _concat_grad(tape: Any, node: Any, d: str) -> list[str]:
@@ -51,13 +65,17 @@ def _concat_grad(tape: Any, node: Any, d: str) -> list[str]:
     for name in node.inputs:
         shape = tape.graph.shape(name)
         begin = tuple(start if i == axis else 0 for i in range(len(shape)))
-        out.append(tape.emit("slice", d, start=begin, step=(1,) * len(shape), size=shape) if tape.wants(name) else "")
+        out.append(
+            tape.emit("slice", d, start=begin, step=(1,) * len(shape), size=shape) if tape.wants(name) else ""
+        )
         start += shape[axis]
     return out
 
 
 def _part(attrs: Any, size: Any) -> tuple[slice, ...]:
-    return tuple(slice(b, b + (n - 1) * s + 1, s) for b, s, n in zip(attrs["start"], attrs["step"], size, strict=True))
+    return tuple(
+        slice(b, b + (n - 1) * s + 1, s) for b, s, n in zip(attrs["start"], attrs["step"], size, strict=True)
+    )
 
 
 def _slice_shape(attrs: Any, x: Type) -> list[Type]:
@@ -67,7 +85,9 @@ def _slice_shape(attrs: Any, x: Type) -> list[Type]:
 
 def _check_part(attrs: Any, size: Any, whole: Any) -> None:
     parts = zip(attrs["start"], attrs["step"], size, whole, strict=True)
-    if len(size) != len(whole) or any(b < 0 or s < 1 or n < 1 or b + (n - 1) * s >= w for b, s, n, w in parts):
+    if len(size) != len(whole) or any(
+        b < 0 or s < 1 or n < 1 or b + (n - 1) * s >= w for b, s, n, w in parts
+    ):
         raise BadInput("a slice is out of range", where=str(tuple(whole)), number=f"{dict(attrs)}")
 
 
@@ -95,7 +115,9 @@ def _slice_add_shape(attrs: Any, acc: Type, d: Type) -> list[Type]:
 
 def _pad_shape(attrs: Any, x: Type) -> list[Type]:
     if min(*attrs["before"], *attrs["after"]) < 0:
-        raise BadInput("negative padding is a slice", where=str(x), number=f"{attrs['before']} {attrs['after']}")
+        raise BadInput(
+            "negative padding is a slice", where=str(x), number=f"{attrs['before']} {attrs['after']}"
+        )
     sizes = zip(x.shape, attrs["before"], attrs["after"], strict=True)
     return [Type(tuple(s + b + a if b + a else s for s, b, a in sizes))]
 
@@ -109,54 +131,144 @@ def _take_shape(attrs: Any, x: Type, index: Type) -> list[Type]:
     axis = attrs["axis"]
     if not 0 <= axis < len(x.shape):
         raise BadInput("an axis is out of range", where=str(x), number=str(axis))
-    return [Type((*x.shape[:axis], index.shape[0], *x.shape[axis + 1:]))]
+    return [Type((*x.shape[:axis], index.shape[0], *x.shape[axis + 1 :]))]
 
 
 _PART = {"start": Attr("i6", pad=0), "step": Attr("i6", pad=1)}
 
 ROWS = (
-    Row("reshape", "~ -> ~", "The same elements under another shape; costs nothing.",
-        lambda a, x: [x.reshape(a["shape"])], (Example(((3, 4, 5),), {"shape": (12, 5)}),), attrs={"shape": Attr("-")},
-        shape=_reshape_shape, view=True,
-        grad=lambda tape, node, d: [tape.reshape(d, tape.graph.shape(node.inputs[0]))]),
-    Row("transpose", "~ -> ~", "Permute the dimensions.", lambda a, x: [np.transpose(x, a["perm"])],
-        (Example(((3, 4, 5),), {"perm": (2, 0, 1)}), Example(((6, 7),), {"perm": (1, 0)}),
-         Example(((2, 3, 4, 5),), {"perm": (0, 2, 1, 3)}), Example(((1, 4, 2, 3, 5),), {"perm": (3, 1, 2, 0, 4)})),
-        attrs={"perm": Attr("i6", pad=0)}, shape=_transpose_shape, grad=_transpose_grad, check=True,
-        moves=True),
-    Row("expand", "~ -> ~", "Repeat along dimensions of size one (numpy broadcast).",
+    Row(
+        "reshape",
+        "~ -> ~",
+        "The same elements under another shape; costs nothing.",
+        lambda a, x: [x.reshape(a["shape"])],
+        (Example(((3, 4, 5),), {"shape": (12, 5)}),),
+        attrs={"shape": Attr("-")},
+        shape=_reshape_shape,
+        view=True,
+        grad=lambda tape, node, d: [tape.reshape(d, tape.graph.shape(node.inputs[0]))],
+    ),
+    Row(
+        "transpose",
+        "~ -> ~",
+        "Permute the dimensions.",
+        lambda a, x: [np.transpose(x, a["perm"])],
+        (
+            Example(((3, 4, 5),), {"perm": (2, 0, 1)}),
+            Example(((6, 7),), {"perm": (1, 0)}),
+            Example(((2, 3, 4, 5),), {"perm": (0, 2, 1, 3)}),
+            Example(((1, 4, 2, 3, 5),), {"perm": (3, 1, 2, 0, 4)}),
+        ),
+        attrs={"perm": Attr("i6", pad=0)},
+        shape=_transpose_shape,
+        grad=_transpose_grad,
+        check=True,
+        moves=True,
+    ),
+    Row(
+        "expand",
+        "~ -> ~",
+        "Repeat along dimensions of size one (numpy broadcast).",
         lambda a, x: [np.broadcast_to(x, a["shape"])],
-        (Example(((3, 1, 4),), {"shape": (2, 3, 5, 4)}), Example(((1,),), {"shape": (3, 4)})), attrs={"shape": Attr("-")},
-        shape=_expand_shape, check=True,
-        grad=lambda tape, node, d: [reduce_to(tape, d, tape.graph.shape(node.inputs[0]))]),
-    Row("concat", "~+ -> ~", "Join tensors along an axis.", lambda a, *xs: [np.concatenate(xs, a["axis"])],
-        (Example(((2, 3, 4), (2, 5, 4)), {"axis": 1}), Example(((3, 2), (3, 1), (3, 4)), {"axis": 1}),
-         Example(((2, 3), (4, 3)), {"axis": 0})),
-        attrs={"axis": Attr("i")}, shape=_concat_shape, grad=_concat_grad, check=True),
-    Row("slice", "~ -> ~", "A regular part: `size` elements from `start` with `step` along each dimension.",
+        (Example(((3, 1, 4),), {"shape": (2, 3, 5, 4)}), Example(((1,),), {"shape": (3, 4)})),
+        attrs={"shape": Attr("-")},
+        shape=_expand_shape,
+        check=True,
+        grad=lambda tape, node, d: [reduce_to(tape, d, tape.graph.shape(node.inputs[0]))],
+    ),
+    Row(
+        "concat",
+        "~+ -> ~",
+        "Join tensors along an axis.",
+        lambda a, *xs: [np.concatenate(xs, a["axis"])],
+        (
+            Example(((2, 3, 4), (2, 5, 4)), {"axis": 1}),
+            Example(((3, 2), (3, 1), (3, 4)), {"axis": 1}),
+            Example(((2, 3), (4, 3)), {"axis": 0}),
+        ),
+        attrs={"axis": Attr("i")},
+        shape=_concat_shape,
+        grad=_concat_grad,
+        check=True,
+    ),
+    Row(
+        "slice",
+        "~ -> ~",
+        "A regular part: `size` elements from `start` with `step` along each dimension.",
         lambda a, x: [x[_part(a, a["size"])]],
-        (Example(((4, 5, 6),), {"start": (1, 0, 2), "step": (1, 1, 1), "size": (2, 5, 3)}),
-         Example(((9, 7),), {"start": (0, 1), "step": (2, 3), "size": (5, 2)})),
-        attrs={**_PART, "size": Attr("-")}, shape=_slice_shape, check=True,
-        grad=lambda tape, node, d: [tape.emit("slice_grad", d, start=node.attrs["start"], step=node.attrs["step"],
-                                              shape=tape.graph.shape(node.inputs[0]))]),
-    Row("slice_grad", "~ -> ~", "Zeros with d in the place of a slice.", _slice_grad,
-        (Example(((2, 5, 3),), {"start": (1, 0, 2), "step": (1, 1, 1), "shape": (4, 5, 6)}),
-         Example(((5, 2),), {"start": (0, 1), "step": (2, 3), "shape": (9, 7)})),
-        attrs={**_PART, "shape": Attr("-")}, shape=_slice_grad_shape, check=True, no_grad=_NO_SECOND, accumulate="slice_add"),
-    Row("slice_add", "~, ~ -> ~", "acc with d added in the place of a slice.", _slice_add,
-        (Example(((4, 5, 6), (2, 5, 3)), {"start": (1, 0, 2), "step": (1, 1, 1)}),
-         Example(((9, 7), (5, 2)), {"start": (0, 1), "step": (2, 3)})),
-        attrs=_PART, shape=_slice_add_shape, check=True, in_place=(0,), no_grad=_NO_SECOND),
-    Row("pad", "~ -> ~", "Surround with a constant.",
+        (
+            Example(((4, 5, 6),), {"start": (1, 0, 2), "step": (1, 1, 1), "size": (2, 5, 3)}),
+            Example(((9, 7),), {"start": (0, 1), "step": (2, 3), "size": (5, 2)}),
+        ),
+        attrs={**_PART, "size": Attr("-")},
+        shape=_slice_shape,
+        check=True,
+        grad=lambda tape, node, d: [
+            tape.emit(
+                "slice_grad",
+                d,
+                start=node.attrs["start"],
+                step=node.attrs["step"],
+                shape=tape.graph.shape(node.inputs[0]),
+            )
+        ],
+    ),
+    Row(
+        "slice_grad",
+        "~ -> ~",
+        "Zeros with d in the place of a slice.",
+        _slice_grad,
+        (
+            Example(((2, 5, 3),), {"start": (1, 0, 2), "step": (1, 1, 1), "shape": (4, 5, 6)}),
+            Example(((5, 2),), {"start": (0, 1), "step": (2, 3), "shape": (9, 7)}),
+        ),
+        attrs={**_PART, "shape": Attr("-")},
+        shape=_slice_grad_shape,
+        check=True,
+        no_grad=_NO_SECOND,
+        accumulate="slice_add",
+    ),
+    Row(
+        "slice_add",
+        "~, ~ -> ~",
+        "acc with d added in the place of a slice.",
+        _slice_add,
+        (
+            Example(((4, 5, 6), (2, 5, 3)), {"start": (1, 0, 2), "step": (1, 1, 1)}),
+            Example(((9, 7), (5, 2)), {"start": (0, 1), "step": (2, 3)}),
+        ),
+        attrs=_PART,
+        shape=_slice_add_shape,
+        check=True,
+        in_place=(0,),
+        no_grad=_NO_SECOND,
+    ),
+    Row(
+        "pad",
+        "~ -> ~",
+        "Surround with a constant.",
         lambda a, x: [np.pad(x, list(zip(a["before"], a["after"], strict=True)), constant_values=a["value"])],
-        (Example(((2, 3, 4),), {"before": (0, 1, 2), "after": (0, 2, 0), "value": 0.5}),
-         Example(((3, 4),), {"before": (0, 6), "after": (0, 6)})),
-        attrs={"before": Attr("i6", pad=0), "after": Attr("-"), "value": Attr("f", 0.0)}, shape=_pad_shape, grad=_pad_grad,
-        check=True),
-    Row("take", "~, P:i32 -> ~", "The elements at fixed indices along an axis.",
+        (
+            Example(((2, 3, 4),), {"before": (0, 1, 2), "after": (0, 2, 0), "value": 0.5}),
+            Example(((3, 4),), {"before": (0, 6), "after": (0, 6)}),
+        ),
+        attrs={"before": Attr("i6", pad=0), "after": Attr("-"), "value": Attr("f", 0.0)},
+        shape=_pad_shape,
+        grad=_pad_grad,
+        check=True,
+    ),
+    Row(
+        "take",
+        "~, P:i32 -> ~",
+        "The elements at fixed indices along an axis.",
         lambda a, x, index: [np.take(x, index, a["axis"])],
-        (Example(((3, 6, 4), (2,)), {"axis": 1}, {1: "below:6"}), Example(((5, 3), (4,)), {"axis": 0}, {1: "below:5"})),
-        attrs={"axis": Attr("i", 0)}, shape=_take_shape, check=True,
-        no_grad="it picks the channels of an update set, inside the backward part"),
+        (
+            Example(((3, 6, 4), (2,)), {"axis": 1}, {1: "below:6"}),
+            Example(((5, 3), (4,)), {"axis": 0}, {1: "below:5"}),
+        ),
+        attrs={"axis": Attr("i", 0)},
+        shape=_take_shape,
+        check=True,
+        no_grad="it picks the channels of an update set, inside the backward part",
+    ),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from ..errors import BadInput
@@ -38,6 +38,11 @@ class Attr:
     default: Any = None
     pad: int = 0
 
+    @property
+    def words(self) -> int:
+        """Number of 32-bit words that the kernel is given."""
+        return int(self.kind[1:] or 1)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -45,7 +50,9 @@ class Example:
 
     inputs: tuple[tuple[int, ...] | None, ...]
     attrs: Mapping[str, Any] = field(default_factory=dict)
-    domain: Mapping[int, str] = field(default_factory=dict)  # "positive", "below:K" (integers), "bits", "step"
+    domain: Mapping[int, str] = field(
+        default_factory=dict
+    )  # "positive", "below:K" (integers), "bits", "step"
 
 
 @dataclass(frozen=True)
@@ -58,16 +65,24 @@ class Row:
     ref: Callable[..., Sequence[Any]]  # (attrs, *arrays or None) -> arrays; also in float64
     examples: tuple[Example, ...]
     attrs: Mapping[str, Attr] = field(default_factory=dict)
-    shape: Callable[..., Sequence[Type]] | None = None  # (attrs, *types) -> types, where the signature leaves it open
-    grad: Callable[..., Sequence[str]] | None = None  # (tape, node, *d_outputs) -> gradient names, "" for none
+    shape: Callable[..., Sequence[Type]] | None = (
+        None  # (attrs, *types) -> types, where the signature leaves it open
+    )
+    grad: Callable[..., Sequence[str]] | None = (
+        None  # (tape, node, *d_outputs) -> gradient names, "" for none
+    )
     no_grad: str = ""  # why there is no gradient; shown to the user
-    cost: Callable[..., Cost] | None = None  # (attrs, in_types, out_types); default: one elementwise op an output
+    cost: Callable[..., Cost] | None = (
+        None  # (attrs, in_types, out_types); default: one elementwise op an output
+    )
     in_place: tuple[int, ...] = ()  # inputs whose bytes the first output may take over
     updates: tuple[int, ...] = ()  # persistent inputs that the node writes
     view: bool = False  # the output is the input's bytes under another shape
     moves: bool = False  # the output holds the input's elements in another order
     check: bool = False  # the C loader calls ac_check_<name> besides the signature
-    roles: Mapping[int, str] = field(default_factory=dict)  # what a parameter is as input i: "weight", "bias", "scale"
+    roles: Mapping[int, str] = field(
+        default_factory=dict
+    )  # what a parameter is as input i: "weight", "bias", "scale"
     effects: Callable[..., None] | None = None  # (tape, node): what a training step writes besides gradients
     compact: tuple[int, str, tuple[str, ...]] | None = None
     # (input i, op, attrs): `op` does the same from the one-bit second output of the op that made input i
@@ -79,11 +94,17 @@ class Row:
     take: Callable[..., tuple[str, ...] | None] | None = None
     # (tape, node, axis, index) -> inputs that make this op compute only `index` along output `axis`
 
+    def encoded(self) -> dict[str, Attr]:
+        """The attributes that reach the kernel, in the order of its struct."""
+        return {name: attr for name, attr in self.attrs.items() if attr.kind != "-"}
+
     def fill(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
         """Attributes with defaults in place, in the row's order; unknown or missing ones are an error."""
         unknown = set(attrs) - set(self.attrs)
         if unknown:
-            raise BadInput(f"op {self.name} has no attribute {sorted(unknown)[0]}", action=f"one of {list(self.attrs)}")
+            raise BadInput(
+                f"op {self.name} has no attribute {sorted(unknown)[0]}", action=f"one of {list(self.attrs)}"
+            )
         out = {}
         for name, attr in self.attrs.items():
             if name in attrs:
@@ -105,7 +126,7 @@ class Pattern:
     repeated: bool
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(signature: str) -> tuple[tuple[Pattern, ...], tuple[Pattern, ...]]:
     def side(text: str) -> tuple[Pattern, ...]:
         out = []
@@ -131,7 +152,9 @@ def _match(pattern: Pattern, type_: Type, bound: dict[str, Any]) -> str:
     head, tilde, tail = pattern.dims.partition("~")
     if len(shape) < len(head) + len(tail) or (not tilde and len(shape) != len(head)):
         return f"has {len(shape)} dimensions, must match {pattern.dims or 'a scalar'}"
-    dims = list(zip(head, shape, strict=False)) + list(zip(tail, shape[len(shape) - len(tail):], strict=True))
+    dims = list(zip(head, shape, strict=False)) + list(
+        zip(tail, shape[len(shape) - len(tail) :], strict=True)
+    )
     for letter, size in dims:
         want = 1 if letter == "1" else bound.setdefault(letter, size)
         if want != size:
@@ -142,7 +165,7 @@ def _match(pattern: Pattern, type_: Type, bound: dict[str, Any]) -> str:
 def infer(row: Row, attrs: Mapping[str, Any], types: Sequence[Type | None], where: str = "") -> list[Type]:
     """Output types of an op on inputs of the given types; raises BadInput with the reason where they do not fit."""
     inputs, outputs = parse(row.signature)
-    if inputs and inputs[-1].repeated:
+    if inputs and inputs[-1].repeated and types:
         inputs = inputs + (inputs[-1],) * (len(types) - len(inputs))
     place = f"{row.name}({', '.join('-' if t is None else str(t) for t in types)}) {where}".strip()
     if len(types) > len(inputs) or len(types) > MAX_ARGS - len(outputs):
@@ -155,11 +178,17 @@ def infer(row: Row, attrs: Mapping[str, Any], types: Sequence[Type | None], wher
                 raise BadInput(f"input {i} is missing", where=place)
             continue
         if len(type_.shape) > MAX_RANK:
-            raise BadInput(f"input {i} has too many dimensions", where=place, number=f"{len(type_.shape)}, at most {MAX_RANK}")
+            raise BadInput(
+                f"input {i} has too many dimensions",
+                where=place,
+                number=f"{len(type_.shape)}, at most {MAX_RANK}",
+            )
         reason = _match(pattern, type_, bound)
         if reason:
             raise BadInput(f"input {i} {reason}", where=place)
     if row.shape is not None:
         return list(row.shape(attrs, *types))
-    return [Type(bound["*"] if p.dims == "*" else tuple(1 if c == "1" else bound[c] for c in p.dims), p.dtype)
-            for p in outputs]
+    return [
+        Type(bound["*"] if p.dims == "*" else tuple(1 if c == "1" else bound[c] for c in p.dims), p.dtype)
+        for p in outputs
+    ]

@@ -17,7 +17,9 @@ from ..program import ARENA, CONST, STATE_ENTRY, Binding, Program, decode
 try:
     from . import _core
 except ImportError as error:  # a source tree that was not built
-    raise ImportError(f"the C runtime is not built ({error}). Next: pip install . (or make inplace, in a source tree)") from error
+    raise ImportError(
+        f"the C runtime is not built ({error}). Next: pip install . (or make inplace, in a source tree)"
+    ) from error
 
 #: Where the C files are; firmware export copies them.
 SOURCE = Path(__file__).parent
@@ -39,8 +41,11 @@ def load(raw: bytes) -> Program:
 def _handle(raw: bytes, isa: str) -> object:
     status, text, handle = _core.load(raw, isa)
     if status:
-        raise BadInput(f"this Program cannot be run: {text}", number=f"{len(raw)} bytes, status {status}",
-                       action="make the Program again from its model")
+        raise BadInput(
+            f"this Program cannot be run: {text}",
+            number=f"{len(raw)} bytes, status {status}",
+            action="make the Program again from its model",
+        )
     return handle
 
 
@@ -74,7 +79,7 @@ class Session:
             raise WrongUse("a constant of the Program has no place in memory", where=b.name)
         block = self.arena if b.area == ARENA else self.state
         dtype = np.dtype(DTYPES[b.type.dtype])
-        return block[b.offset: b.offset + b.type.size * dtype.itemsize].view(dtype).reshape(b.type.shape)
+        return block[b.offset : b.offset + b.type.size * dtype.itemsize].view(dtype).reshape(b.type.shape)
 
     def feed(self, entry: str, inputs: Mapping[str, np.ndarray | float]) -> None:
         """Copy inputs to their places."""
@@ -85,13 +90,20 @@ class Session:
         """Feed, run all ops, and return copies of the outputs."""
         self.feed(entry, inputs)
         self.run_range(entry)
-        return {b.name: self.view(entry, b.name).copy() for b in self.program.entries[entry].values() if b.is_output}
+        return {
+            b.name: self.view(entry, b.name).copy()
+            for b in self.program.entries[entry].values()
+            if b.is_output
+        }
 
     def run_range(self, entry: str, first: int = 0, end: int = -1) -> None:
         """Run ops first..end-1 of an entry on what is in memory."""
         status = _core.run(self._handle, entry, self.state, self.arena, first, end)
         if status == LABEL_ERROR:
-            raise BadInput(f"the step was refused: {_core.status_text(status)}", action="map the labels to the model's classes")
+            raise BadInput(
+                f"the step was refused: {_core.status_text(status)}",
+                action="map the labels to the model's classes",
+            )
         if status:
             raise AcclimateError(f"a run failed: {_core.status_text(status)}")
 

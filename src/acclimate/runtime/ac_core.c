@@ -71,10 +71,8 @@ static ac_status check_tensor(const ac_program *p, const ac_tensor *t) {
 
 /* Dimensions bound so far by the letters of a signature. */
 typedef struct {
-    int32_t letter[128];    /* 0: not bound */
+    int32_t letter[128];  /* 0: not bound */
     const ac_tensor *whole; /* the shape of '*' */
-    const int32_t *rest;    /* the dimensions of '~' where they must be the same for each: in a row without a check */
-    int rest_rank, same_rest;
 } ac_binds;
 
 static int same_shape(const ac_tensor *a, const ac_tensor *b) {
@@ -116,20 +114,13 @@ static int match(ac_binds *b, const char *s, const char *end, const ac_tensor *t
         if (!bind(b, dims[i], t->dim[i])) return 0;
     for (int i = 0; i < tail; i++)
         if (!bind(b, tilde[1 + i], t->dim[t->rank - tail + i])) return 0;
-    if (!tilde || !b->same_rest) return 1;
-    int rank = t->rank - head - tail;
-    if (b->rest == NULL) {
-        b->rest = t->dim + head;
-        b->rest_rank = rank;
-    }
-    return rank == b->rest_rank && memcmp(b->rest, t->dim + head, (size_t)rank * sizeof *b->rest) == 0;
+    return 1;
 }
 
 /* Walk a signature beside the arguments of a call. A '+' pattern repeats for all remaining inputs. */
-static ac_status check_signature(const char *s, int same_rest, const ac_call *call) {
+static ac_status check_signature(const char *s, const ac_call *call) {
     ac_binds b;
     memset(&b, 0, sizeof b);
-    b.same_rest = same_rest;
     uint32_t arg = 0, inputs = 1;
     while (*s) {
         while (*s == ' ' || *s == ',') s++;
@@ -202,7 +193,7 @@ static ac_status check_op(const ac_program *p, uint32_t op, ac_call *call) {
         for (uint32_t k = 0; (output || updated) && k < n; k++)
             if (call->tensor[k] && entangled(t, call->tensor[k])) return AC_E_OP;
     }
-    ac_status status = check_signature(row->signature, row->check == NULL, call);
+    ac_status status = check_signature(row->signature, call);
     return status != AC_OK || row->check == NULL ? status : row->check(call);
 }
 

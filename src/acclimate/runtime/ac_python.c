@@ -128,8 +128,8 @@ static PyObject *py_run(PyObject *self, PyObject *args) {
     if (memory_of(l, state, arena, &s, &a, &m) != 0) return NULL;
     ac_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = ac_run_range(&l->program, &m, &entry, first < 0 ? 0 : (uint32_t)first,
-                          end < 0 || (unsigned long)end > entry.n_ops ? entry.n_ops : (uint32_t)end);
+    const uint32_t last = end < 0 || (unsigned long)end > entry.n_ops ? entry.n_ops : (uint32_t)end;
+    status = ac_run_range(&l->program, &m, &entry, first < 0 ? 0 : first > (long)last ? last : (uint32_t)first, last);
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&s);
     PyBuffer_Release(&a);

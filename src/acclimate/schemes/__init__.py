@@ -70,7 +70,9 @@ class Full:
         return "full"
 
     def choose(self, graph: Graph) -> UpdateSet:
-        return _update_set(self.label, ((n, "everything learns") for layer in layers(graph) for n in layer.parameters))
+        return _update_set(
+            self.label, ((n, "everything learns") for layer in layers(graph) for n in layer.parameters)
+        )
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,21 @@ class Last:
         all_layers = layers(graph)
         weighted = [i for i, layer in enumerate(all_layers) if "weight" in layer.parameters.values()]
         if self.k < 1 or self.k > len(weighted):
-            raise WrongUse(f"scheme {self.label} asks for more layers than there are", number=f"{len(weighted)} layers",
-                           action=f"last-1 to last-{len(weighted)}")
+            raise WrongUse(
+                f"scheme {self.label} asks for more layers than there are",
+                number=f"{len(weighted)} layers",
+                action=f"last-1 to last-{len(weighted)}",
+            )
         first = weighted[-self.k]
-        return _update_set(self.label, ((n, f"among the last {self.k} layers") for layer in all_layers[first:] for n in layer.parameters))
+        reason = "in the last layer" if self.k == 1 else f"among the last {self.k} layers"
+        return _update_set(
+            self.label,
+            (
+                (n, f"among the last {self.k} layers")
+                for layer in all_layers[first:]
+                for n in layer.parameters
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -102,8 +115,15 @@ class Bias:
         return "bias"
 
     def choose(self, graph: Graph) -> UpdateSet:
-        return _update_set(self.label, ((n, "a bias needs no saved activation") for layer in layers(graph)
-                                        for n, role in layer.parameters.items() if role == "bias"))
+        return _update_set(
+            self.label,
+            (
+                (n, "a bias needs no saved activation")
+                for layer in layers(graph)
+                for n, role in layer.parameters.items()
+                if role == "bias"
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -115,8 +135,15 @@ class Norm:
         return "norm"
 
     def choose(self, graph: Graph) -> UpdateSet:
-        return _update_set(self.label, ((n, "of a norm layer") for layer in layers(graph)
-                                        if "scale" in layer.parameters.values() for n in layer.parameters))
+        return _update_set(
+            self.label,
+            (
+                (n, "of a norm layer")
+                for layer in layers(graph)
+                if "scale" in layer.parameters.values()
+                for n in layer.parameters
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +178,10 @@ class Patterns:
         out = [(n, f"matches {p}") for n in graph.parameters() for p in self.patterns if fnmatchcase(n, p)]
         unused = [p for p in self.patterns if not any(r.endswith(f" {p}") for _, r in out)]
         if unused:
-            raise WrongUse(f"no parameter matches {unused[0]}", action=f"names look like {', '.join(list(graph.parameters())[:4])}")
+            raise WrongUse(
+                f"no parameter matches {unused[0]}",
+                action=f"names look like {', '.join(list(graph.parameters())[:4])}",
+            )
         return _update_set(self.label, out)
 
 
@@ -176,8 +206,11 @@ class Explicit:
         for name, what in self.tensors.items():
             name = graph.aliases.get(name, name)
             if name not in graph.parameters():
-                raise WrongUse("the scheme names a tensor that the model does not have", where=name,
-                               action=f"names look like {', '.join(list(graph.parameters())[:4])}")
+                raise WrongUse(
+                    "the scheme names a tensor that the model does not have",
+                    where=name,
+                    action=f"names look like {', '.join(list(graph.parameters())[:4])}",
+                )
             out[name], reasons[name] = self._channels(graph, name, what)
         return UpdateSet(out, self.label, reasons)
 
@@ -225,25 +258,27 @@ def resolve(scheme: Any) -> Any:
         for prefix, (_, make) in PREFIXES.items():
             if scheme.startswith(prefix) and len(scheme) > len(prefix):
                 try:
-                    return make(scheme[len(prefix):])
+                    return make(scheme[len(prefix) :])
                 except ValueError:
                     break
     if hasattr(scheme, "choose") and hasattr(scheme, "label"):
         return scheme  # a user's own
-    raise WrongUse(f"no scheme is called {scheme!r}", action="one of " + ", ".join(
-        ["auto", *TABLE_OF_SCHEMES, *(text for text, _ in PREFIXES.values())]))
+    raise WrongUse(
+        f"no scheme is called {scheme!r}",
+        action="one of " + ", ".join(["auto", *TABLE_OF_SCHEMES, *(text for text, _ in PREFIXES.values())]),
+    )
 
 
 def candidates(graph: Graph) -> list[Scheme]:
-    """The schemes that a comparison on this model tries, cheapest idea first."""
+    """The schemes that a comparison on this model tries, cheapest idea first; each set of tensors once."""
     depth = sum("weight" in layer.parameters.values() for layer in layers(graph))
-    found: list[Scheme] = [Last(k) for k in (1, 2, 3) if k < depth]
     roles = {r for layer in layers(graph) for r in layer.parameters.values()}
-    if "bias" in roles:
-        found.append(Bias())
-    if "scale" in roles:
-        found.append(Norm())
-    names = [n for n, parameters in blocks(graph).items() if len(blocks(graph)) > 1]
-    if 1 < len(names) <= 6:
-        found += [Blocks((n,)) for n in names]
-    return [*found, Full()]
+    names = list(blocks(graph))
+    tried: list[Scheme] = [Last(k) for k in (1, 2, 3) if k <= depth]
+    tried += [Bias()] * ("bias" in roles) + [Norm()] * ("scale" in roles)
+    tried += [Blocks((n,)) for n in names] if 1 < len(names) <= 6 else []
+    full = Full()
+    found = {frozenset(full.choose(graph).tensors): full}  # the plain name, where another scheme comes to the same
+    for scheme in tried:
+        found.setdefault(frozenset(scheme.choose(graph).tensors), scheme)
+    return [s for s in found.values() if s is not full] + [full]

@@ -1,0 +1,512 @@
+"""What the compiler's shape rules refuse, the loader refuses too: small changes to every example of every op.
+
+Each case is a Program of one op, written by hand with changed shapes, element types or attributes. All are replayed
+under the sanitizers, which also run whatever is accepted.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from cases import CASES, arrays, types_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from acclimate import runtime
+from acclimate.errors import BadInput
+from acclimate.ir import Type
+from acclimate.ops import TABLE, infer, parse, table_hash
+from acclimate.ops.convolution import out_size
+from acclimate.ops.row import Row
+from acclimate.program import ABSENT, ARENA, CONST, DTYPE_CODES, FORMAT, MAGIC, STATE, encode_attrs
+
+OK, E_TENSOR, E_OP, E_SHAPE = 0, 7, 8, 9  # of ac_status
+FAR = 10**6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on tensors of the given types. `free`: no claim on whether it is taken, only that it does no harm."""
+
+    row: Row
+    ins: tuple[Type | None, ...]
+    outs: tuple[Type | None, ...]
+    attrs: dict
+    constants: dict[int, np.ndarray]
+    word: tuple[int, int] | None = None  # an attribute word replaced as it stands in the file
+    free: bool = False
+    note: str = ""
+
+    def program(self) -> bytes:
+        """The bytes, with every tensor in a place of its own."""
+        room, tensors, constants = {STATE: 0, ARENA: 0}, [], b""
+        for i, t in enumerate((*self.ins, *self.outs)):
+            if t is None:
+                continue
+            area = (
+                CONST
+                if i in self.constants
+                else STATE
+                if i in self.row.updates and i < len(self.ins)
+                else ARENA
+            )
+            size = int(np.prod([max(d, 0) for d in t.shape], dtype=object)) & 0xFFFFFFFF
+            bytes_ = replace(t, shape=(size,)).size_bytes if size < 1 << 24 else 0
+            if area == CONST:
+                offset, constants = len(constants), constants + self.constants[i].astype("<i4").tobytes()
+            else:
+                offset, room[area] = room[area], room[area] + bytes_
+            dims = (*t.shape, *(1,) * 6)[:6]
+            tensors.append(
+                struct.pack("<4BIII6i", DTYPE_CODES[t.dtype], len(t.shape), area, 0, offset, size, 0, *dims)
+            )
+        there = iter(range(len(tensors)))
+        args = [ABSENT if t is None else next(there) for t in (*self.ins, *self.outs)]
+        args += [ABSENT] * (len(args) % 2)
+        attrs = bytearray(encode_attrs(self.row.name, self.attrs))
+        if self.word is not None:
+            struct.pack_into("<I", attrs, 4 * self.word[0], self.word[1] & 0xFFFFFFFF)
+        op = (
+            struct.pack(
+                f"<HBB{len(args)}H", list(TABLE).index(self.row.name), len(self.ins), len(self.outs), *args
+            )
+            + attrs
+        )
+        body = b"".join([*tensors, op, struct.pack("<6I", 0, 0, len(op) // 4, 1, 0, 0), b"run\0", constants])
+        tail = struct.pack(
+            "<12I",
+            table_hash(),
+            len(tensors),
+            len(op) // 4,
+            1,
+            0,
+            4,
+            len(constants),
+            0,
+            room[STATE],
+            room[ARENA],
+            0,
+            0,
+        )
+        crc = zlib.crc32(body, zlib.crc32(tail))
+        return struct.pack("<4I", MAGIC, FORMAT, 64 + len(body), crc) + tail + body
+
+    def expected(self) -> list[Type] | None:
+        """Types of the outputs by the compiler's rule; None where it refuses."""
+        if any(t is not None and (len(t.shape) > 6 or min(t.shape, default=1) < 1) for t in self.ins):
+            return None
+        try:
+            return infer(self.row, self.attrs, list(self.ins))
+        except BadInput:
+            return None
+
+
+def base_cases() -> Iterator[Case]:
+    for row, example in CASES:
+        if row.view:
+            continue
+        inputs = arrays(row, example)
+        ins, outs = parse(row.signature)
+        types = tuple(types_of(inputs))
+        if not ins[-1].repeated:
+            types += (None,) * (len(ins) - len(types))
+        index = {i for i, d in example.domain.items() if d.startswith("index:")} | (
+            {1} if row.name == "take" else set()
+        )
+        attrs = row.fill(example.attrs)
+        yield Case(row, types, tuple(infer(row, attrs, list(types))), attrs, {i: inputs[i] for i in index})
+
+
+def with_shape(t: Type, shape) -> Type:
+    return replace(t, shape=tuple(int(d) for d in shape))
+
+
+def changed_types(t: Type | None) -> Iterator[tuple[Type | None, str]]:
+    """Each dimension one more and one less, other ranks, other element types, and nothing."""
+    if t is None:
+        return
+    yield None, "absent"
+    for d, size in enumerate(t.shape):
+        for by in (-1, 1):
+            yield with_shape(t, (*t.shape[:d], size + by, *t.shape[d + 1 :])), f"dimension {d} {by:+d}"
+    yield with_shape(t, (1, *t.shape)), "an axis in front"
+    yield with_shape(t, (*t.shape, 1)), "an axis behind"
+    if t.shape:
+        yield with_shape(t, t.shape[1:]), "without the first axis"
+        yield with_shape(t, t.shape[:-1]), "without the last axis"
+        if len(t.shape) > 1:
+            yield with_shape(t, (*t.shape[:-2], t.shape[-1], t.shape[-2])), "last axes swapped"
+    for dtype in DTYPE_CODES:
+        if dtype != t.dtype:
+            yield replace(t, dtype=dtype), f"as {dtype}"
+
+
+def open_attrs(case: Case) -> dict:
+    """Attributes that the kernel reads off the output's shape (kind "-"), as this output says them."""
+    out = case.outs[0] if case.outs else None
+    found = {}
+    for name, attr in case.row.attrs.items():
+        if attr.kind == "-" and out is not None:
+            spatial = name == "size" and "kernel" in case.row.attrs
+            found[name] = tuple(out.shape[2:]) if spatial else tuple(out.shape)
+            if name == "after" and case.ins[0] is not None:
+                before = case.attrs["before"]
+                found[name] = tuple(
+                    o - i - b for o, i, b in zip(out.shape, case.ins[0].shape, before, strict=False)
+                )
+    return {**case.attrs, **found}
+
+
+def verdict(case: Case) -> bool | None:
+    """Whether the loader must take a case; None where either will do."""
+    if case.free:
+        return None
+    trial = replace(case, attrs=open_attrs(case))
+    patterns = parse(case.row.signature)[1]
+    for t, p in zip(case.outs, patterns, strict=True):
+        if t is None and not p.optional:
+            return False
+        if t is not None and (len(t.shape) > 6 or min(t.shape, default=1) < 1):
+            return False
+    try:
+        want = trial.expected()
+    except (ValueError, IndexError, TypeError, ZeroDivisionError):
+        return None  # another number of dimensions than attributes: the frontends never ask for it
+    if want is None or any(
+        o is not None and (tuple(o.shape), o.dtype) != (tuple(w.shape), w.dtype)
+        for o, w in zip(case.outs, want, strict=True)
+    ):
+        return False
+    return True if makes_sense(trial) else None
+
+
+#: Gradients whose rule does not ask whether the forward op would give what they get: (op, its inputs, its outputs).
+FORWARD = {
+    "conv_input_grad": ("conv", lambda c: [c.outs[0], c.ins[1]], lambda c: c.ins[:1]),
+    "conv_weight_grad": ("conv", lambda c: [c.ins[0], c.outs[0]], lambda c: c.ins[1:]),
+    "max_pool_grad": ("max_pool", lambda c: c.outs, lambda c: c.ins),
+    "avg_pool_grad": ("avg_pool", lambda c: c.outs, lambda c: c.ins),
+}
+
+
+def makes_sense(case: Case) -> bool:
+    """The loader may be stricter than the compiler's rules where no frontend goes: that is not held against it."""
+    for name, low in {
+        "stride": 1,
+        "dilation": 1,
+        "kernel": 1,
+        "groups": 1,
+        "before": 0,
+        "after": 0,
+        "extra": 0,
+    }.items():
+        if name in case.attrs and not low <= np.min(case.attrs[name]) <= np.max(case.attrs[name]) < 2**16:
+            return False
+    for i, index in case.constants.items():
+        if i < len(case.ins) and not (
+            0 <= index.min() and index.max() < case.ins[0].shape[case.attrs["axis"]]
+        ):
+            return False
+    if case.row.name in FORWARD:
+        op, ins, outs = FORWARD[case.row.name]
+        row = TABLE[op]
+        try:
+            made = infer(row, {k: case.attrs[k] for k in row.attrs}, ins(case))
+        except (BadInput, ValueError, IndexError, TypeError):
+            return False
+        return [(tuple(t.shape), t.dtype) for t in made] == [(tuple(t.shape), t.dtype) for t in outs(case)]
+    return True
+
+
+def attr_words(row: Row) -> Iterator[tuple[str, int, int, bool]]:
+    """(attribute, its first word, words, whether it is a float)."""
+    at = 0
+    for name, attr in row.encoded().items():
+        yield name, at, attr.words, attr.kind == "f"
+        at += attr.words
+
+
+def variants(base: Case) -> Iterator[Case]:
+    """The base, and all of its small changes."""
+    yield base
+    for i, t in enumerate(base.ins):
+        for new, note in changed_types(t):
+            if i in base.constants and (new is None or new.shape != t.shape or new.dtype != "i32"):
+                content = np.arange(max(1, int(np.prod(new.shape))) if new else 0, dtype=np.int32)
+                constants = {**base.constants, i: content}
+            else:
+                constants = base.constants
+            case = replace(
+                base,
+                ins=(*base.ins[:i], new, *base.ins[i + 1 :]),
+                constants=constants,
+                note=f"input {i} {note}",
+            )
+            yield case
+            try:
+                want = replace(case, attrs=open_attrs(case)).expected()
+            except (ValueError, IndexError, TypeError, ZeroDivisionError):
+                want = None
+            if want is not None:
+                yield replace(
+                    case,
+                    outs=tuple(w if o is not None else None for w, o in zip(want, base.outs, strict=True)),
+                )
+    for k, t in enumerate(base.outs):
+        for new, note in changed_types(t):
+            yield replace(base, outs=(*base.outs[:k], new, *base.outs[k + 1 :]), note=f"output {k} {note}")
+    for name, first, count, is_float in attr_words(base.row):
+        for w in range(count):
+            value = base.attrs[name]
+            given = len(value) if isinstance(value, tuple) else 1
+            for new in (
+                (0x7FC00000, 0x7F800000, 0xFF800000, 0) if is_float else (-1, 0, FAR, 2**31 - 1, -(2**31))
+            ):
+                note = f"{name}[{w}] = {new}"
+                if is_float or w < count - given:  # a word that no attribute of the compiler reaches
+                    yield replace(base, word=(first + w, new), free=True, note=note)
+                    continue
+                at = w - (count - given)
+                attr = (*value[:at], new, *value[at + 1 :]) if isinstance(value, tuple) else new
+                yield replace(base, attrs={**base.attrs, name: attr}, note=note)
+
+
+def record(raw: bytes) -> bytes:
+    return struct.pack("<I", len(raw)) + raw + bytes(-len(raw) % 4)
+
+
+@pytest.fixture(scope="module")
+def judged(harness, tmp_path_factory) -> list[tuple[Case, bool | None, int]]:
+    """Every case with what the compiler's rules say of it and what the loader said."""
+    cases = [(case, verdict(case)) for base in base_cases() for case in variants(base)]
+    corpus = tmp_path_factory.mktemp("agreement") / "cases.bin"
+    corpus.write_bytes(b"".join(record(case.program()) for case, _ in cases))
+    statuses = harness.replay(corpus)
+    assert len(statuses) == len(cases)
+    return [(case, claim, status) for (case, claim), status in zip(cases, statuses, strict=True)]
+
+
+def told(cases: list[tuple[Case, bool | None, int]]) -> str:
+    lines = [
+        f"  {c.note or 'as it is'}: {', '.join(map(str, c.ins))} -> {', '.join(map(str, c.outs))} {c.attrs}, status {s}"
+        for c, _, s in cases[:12]
+    ]
+    return "\n".join([f"{len(cases)} cases", *lines])
+
+
+OPS = [name for name, row in TABLE.items() if not row.view]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_the_compiler_refuses_the_loader_refuses(judged, op):
+    claims = [j for j in judged if j[0].row.name == op and j[1] is False]
+    assert len(claims) >= 5
+    wrong = [j for j in claims if j[2] == OK]
+    assert not wrong, told(wrong)
+    assert {s for _, _, s in claims} <= {E_TENSOR, E_OP, E_SHAPE}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_the_compiler_writes_the_loader_takes(judged, op):
+    """Among the changed cases too: shapes that the rule allows are not refused."""
+    claims = [j for j in judged if j[0].row.name == op and j[1] is True]
+    assert claims and not claims[0][0].note
+    wrong = [j for j in claims if j[2] != OK]
+    assert not wrong, told(wrong)
+
+
+def test_how_much_was_asked(judged):
+    count = Counter(claim for _, claim, _ in judged)
+    print(
+        f"\n{len(judged)} cases: {count[False]} to be refused, {count[True]} to be taken, {count[None]} free"
+    )
+    assert count[False] > 5000 and count[True] > 300
+
+
+def test_views_are_never_ops():
+    for row, example in CASES:
+        if row.view:
+            types = tuple(types_of(arrays(row, example)))
+            attrs = row.fill(example.attrs)
+            case = Case(row, types, tuple(infer(row, attrs, list(types))), attrs, {})
+            assert runtime._core.load(case.program(), "auto")[0] == E_OP
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_a_signature_leaves_open_has_a_check(op):
+    """`~` says nothing of the dimensions it stands for: where it stands twice, a C function must compare them."""
+    row = TABLE[op]
+    assert row.check or row.signature.count("~") < 2
+
+
+def test_indices_are_checked_at_load():
+    """Channels to take or to update are constants within range."""
+    for base in base_cases():
+        for i, good in base.constants.items():
+            axis = base.attrs["axis"]
+            size = base.ins[0].shape[axis]
+            for bad in (-1, size, 2**31 - 1, -(2**31)):
+                for at in range(good.size):
+                    content = good.copy()
+                    content[at] = bad
+                    assert (
+                        runtime._core.load(replace(base, constants={i: content}).program(), "auto")[0] != OK
+                    )
+            moved = replace(base, constants={})  # in memory, where it could change after the check
+            assert runtime._core.load(moved.program(), "auto")[0] != OK
+            assert runtime._core.load(base.program(), "auto")[0] == OK
+
+
+def overlapping(base: Case) -> Iterator[tuple[bytes, bool]]:
+    """Programs where what the op writes lies over another argument, and whether that may be: it is the very same."""
+    there = [i for i, t in enumerate((*base.ins, *base.outs)) if t is not None]
+    raw = base.program()
+    for k in there:
+        if k < len(base.ins) and k not in base.row.updates:
+            continue
+        for j in there:
+            at_k, at_j = (64 + 40 * there.index(i) for i in (k, j))
+            if j == k or raw[at_k + 2] != raw[at_j + 2]:
+                continue
+            new = bytearray(raw)
+            offset, size = struct.unpack_from("<II", raw, at_j + 4)
+            types = (*base.ins, *base.outs)[k], (*base.ins, *base.outs)[j]
+            for by in (0, -4, 4, types[1].size_bytes - 4):
+                if offset + by < 0 or (by and by >= types[1].size_bytes):
+                    continue
+                struct.pack_into("<I", new, at_k + 4, offset + by)
+                for word in (12, 13):  # room for it
+                    struct.pack_into(
+                        "<I", new, 4 * word, struct.unpack_from("<I", raw, 4 * word)[0] + 4 * 4096
+                    )
+                struct.pack_into("<I", new, 12, zlib.crc32(new[16:]))
+                same = by == 0 and types[0].dtype == types[1].dtype and types[0].size == types[1].size
+                yield bytes(new), same
+
+
+def test_what_is_written_overlaps_nothing_else(harness, tmp_path):
+    """Labels or positions that were checked must not change under the kernel, nor an input half-way through a sum."""
+    cases = [pair for base in base_cases() for pair in overlapping(base)]
+    corpus = tmp_path / "overlaps.bin"
+    corpus.write_bytes(b"".join(record(raw) for raw, _ in cases))
+    statuses = harness.replay(corpus)
+    assert [s == OK for s in statuses] == [same for _, same in cases]
+    assert set(statuses) == {OK, E_OP} and statuses.count(E_OP) > 300 and statuses.count(OK) > 50
+
+
+@pytest.mark.parametrize("count", [0, 24, 255])
+def test_numbers_of_arguments(count):
+    concat = next(c for c in base_cases() if c.row.name == "concat")
+    ins = concat.ins[:1] * count
+    shape = list(concat.ins[0].shape)
+    shape[concat.attrs["axis"]] *= max(count, 1)
+    case = replace(concat, ins=ins, outs=(with_shape(concat.outs[0], shape),))
+    assert runtime._core.load(case.program(), "auto")[0] == E_OP
+    fits = replace(
+        case, ins=concat.ins[:1] * 23, outs=(with_shape(concat.outs[0], (*shape[:1], 23 * 3, *shape[2:])),)
+    )
+    assert runtime._core.load(fits.program(), "auto")[0] == OK
+
+
+# -- far-off geometry: numbers for which 32-bit arithmetic would wrap -----------------------------------------------
+
+FAR_NUMBERS = st.sampled_from(
+    [0, 1, 2, 3, 7, 2**15, 2**16 - 1, 2**16, 2**29, 2**30 - 1, 2**30, 2**31 - 2, 2**31 - 1]
+)
+SMALL = st.integers(1, 5)
+
+
+@st.composite
+def far_geometry(draw) -> Case | None:
+    """A convolution or pooling of small tensors with small and huge numbers mixed."""
+    row = TABLE[
+        draw(
+            st.sampled_from(
+                [
+                    "conv",
+                    "conv_input_grad",
+                    "conv_weight_grad",
+                    "max_pool",
+                    "max_pool_grad",
+                    "avg_pool",
+                    "avg_pool_grad",
+                ]
+            )
+        )
+    ]
+    rank = draw(st.sampled_from([1, 2]))
+
+    def pair(numbers):
+        return tuple(draw(numbers) for _ in range(rank))
+
+    size, channels = pair(st.integers(1, 9)), draw(st.integers(1, 3))
+    conv = row.name.startswith("conv")
+    kernel = pair(SMALL if conv or draw(st.booleans()) else FAR_NUMBERS.filter(bool))
+    mixed = SMALL | FAR_NUMBERS
+    stride, before, after = pair(mixed.filter(bool)), pair(mixed), pair(mixed)
+    dilation = pair(mixed.filter(bool)) if "dilation" in row.attrs else (1,) * rank
+    extra = pair(mixed) if "extra" in row.attrs else (0,) * rank
+    out = tuple(
+        out_size(s, k, st_, b, a + e, d)
+        for s, k, st_, b, a, e, d in zip(size, kernel, stride, before, after, extra, dilation, strict=True)
+    )
+    if min(out) < 1 or max(out) > 40:
+        return None
+    attrs = {
+        "kernel": kernel,
+        "stride": stride,
+        "before": before,
+        "after": after,
+        "dilation": dilation,
+        "extra": extra,
+        "size": size,
+        "groups": 1,
+        "include_pad": draw(st.integers(0, 1)),
+    }
+    attrs = {k: v for k, v in attrs.items() if k in row.attrs}
+    x, d, w = (
+        Type((1, channels, *size)),
+        Type((1, 2 if conv else channels, *out)),
+        Type((2, channels, *kernel)),
+    )
+    index = Type(d.shape, "u8" if np.prod(kernel, dtype=object) < 256 else "u16")
+    types = {
+        "conv": ((x, w, None), (d,)),
+        "conv_input_grad": ((d, w), (x,)),
+        "conv_weight_grad": ((x, d), (w,)),
+        "max_pool": ((x,), (d, index)),
+        "max_pool_grad": ((d, index), (x,)),
+        "avg_pool": ((x,), (d,)),
+        "avg_pool_grad": ((d,), (x,)),
+    }[row.name]
+    return Case(row, *types, attrs, {})
+
+
+@pytest.fixture(scope="module")
+def far_cases() -> list[Case]:
+    found: list[Case] = []
+
+    @settings(max_examples=800, deadline=None, database=None, derandomize=True)
+    @given(far_geometry())
+    def collect(case):
+        if case is not None:
+            found.append(case)
+
+    collect()
+    return found
+
+
+def test_far_geometry(harness, far_cases, tmp_path):
+    """Refused or harmless, and no sum that wraps: the sanitizers watch."""
+    corpus = tmp_path / "far.bin"
+    corpus.write_bytes(b"".join(record(case.program()) for case in far_cases))
+    statuses = harness.replay(corpus)
+    taken = Counter(c.row.name for c, s in zip(far_cases, statuses, strict=True) if s == OK)
+    print(f"\n{len(far_cases)} cases, taken: {dict(taken)}")
+    assert len(far_cases) > 150 and len(taken) == 7
