@@ -22,6 +22,9 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 ifneq ($(wildcard ../shared/data),)
 export ACCLIMATE_DATA ?= $(abspath ../shared/data)
 endif
+ifneq ($(wildcard ../shared/peers),)
+export ACCLIMATE_PEERS ?= $(abspath ../shared/peers)
+endif
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH :=

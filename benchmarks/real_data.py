@@ -42,7 +42,7 @@ def pretrain(net: nn.Module, x: np.ndarray, y: np.ndarray, loss: str, epochs: in
     )
 
 
-def adapt(model, x, y, x_test, y_test, loss="cross_entropy", epochs=10, lr=0.01, schemes=SCHEMES, seed=0):
+def adapt(model, x, y, x_test, y_test, loss="cross_entropy", epochs=10, lr=0.003, schemes=SCHEMES, seed=0, batch=8):
     """One row a scheme. The test part is never learned from."""
     rows = []
     for scheme in schemes:
@@ -51,7 +51,7 @@ def adapt(model, x, y, x_test, y_test, loss="cross_entropy", epochs=10, lr=0.01,
             model,
             scheme=scheme,
             loss=loss,
-            batch_size=8,
+            batch_size=batch,
             data=(x, y) if scheme == "auto" else None,
             optimizer=acclimate.SGD(lr=lr, momentum=0.9),
             seed=seed,
@@ -105,7 +105,8 @@ def cifar10(data: Path, quick: bool):
         x[-m:],
         y[-m:],
         epochs=2 if quick else 5,
-        lr=1e-3,
+        lr=5e-4,
+        batch=32,
         schemes=("last", "norm", "block:layer1", "full") if not quick else ("last", "norm"),
     )
 
@@ -178,7 +179,7 @@ def windows(data: Path, quick: bool):
                 x[test],
                 y[test],
                 loss="binary_cross_entropy",
-                lr=0.05,
+                lr=0.02,
                 schemes=("last", "bias", "full", "auto"),
             )
         )

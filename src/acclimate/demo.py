@@ -15,6 +15,7 @@ import numpy as np
 
 from . import __version__, data, zoo
 from .adapt import (
+    HISTORY,
     RATE_FACTORS,
     Tell,
     carved,
@@ -32,6 +33,7 @@ from .ir import Graph
 from .learner import Learner
 from .objective import SGD, Adam
 from .planner import Plan, compile_plan
+from .report import thin
 
 ADAPT_SAMPLES = 300  # labelled samples that the device gets after a drift
 ADAPT_EPOCHS = 10
@@ -92,6 +94,7 @@ def _row(plan: Plan, labelled: Dataset, held_out: Dataset, seed: int, chosen: st
     kept, _ = learn_at_best_rate(plan, RATES, fit, validation, ADAPT_EPOCHS, seed)
     seconds = time.perf_counter() - began
     after = kept.learner.evaluate(held_out.x, held_out.y)
+    history, every = thin(kept.learner.loss_history, HISTORY)
     return {
         **plan.row(),
         "scheme": "auto" if chosen else plan.update_set.scheme,
@@ -101,6 +104,8 @@ def _row(plan: Plan, labelled: Dataset, held_out: Dataset, seed: int, chosen: st
         "loss_after": after["loss"],
         "lr": kept.lr,
         "steps": len(kept.learner.loss_history),
+        "loss_history": history,
+        "loss_every": every,
         "seconds": seconds,
         "measured_arena_bytes": kept.learner.measured_peak_bytes(fit.x, fit.y),
     }

@@ -619,6 +619,11 @@ def _demo(data: Row) -> Report:
                     Scatter(
                         f"Accuracy against arena, {title}", points, auto["accuracy_before"], auto["chosen"]
                     ),
+                    Curve(
+                        f"Loss by training step, {title}, {auto['chosen']}",
+                        tuple(float("nan") if v is None else v for v in auto["loss_history"]),
+                        auto["loss_every"],
+                    ),
                     Table(
                         title.capitalize(), columns, shown, next(i for i, r in enumerate(rows) if r["chosen"])
                     ),

@@ -524,7 +524,7 @@ LAYERS = {
     ),
     "write": (lambda: Fn(lambda x: _write(x)), IMAGE),
     "double": (lambda: Fn(lambda x: x.double().mean(1).float()), VECTOR),
-    "in_place": (lambda: Fn(lambda x: F.relu_((x + 1).mul_(2)).add_(1)), VECTOR),
+    "in_place": (lambda: Fn(lambda x: F.relu_((x + 1).mul_(2)) + 1), VECTOR),
     "no_grad": (lambda: Fn(lambda x, f: _frozen(x, f), nn.Linear(12, 5)), VECTOR),
     # attention
     "sdpa": (lambda: Fn(lambda x: F.scaled_dot_product_attention(x, x, x)), IMAGE),

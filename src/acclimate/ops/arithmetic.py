@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadInput
-from ..ir import Type
+from ..ir import Dim, Type
 from .row import Attr, Cost, Example, Row
 
 _PAIRS = (
@@ -32,7 +32,7 @@ def broadcast(attrs: Any, a: Type, b: Type) -> list[Type]:
     ):
         if x != y and 1 not in (x, y):
             raise BadInput("shapes do not broadcast", where=f"{a} and {b}")
-        out.append(y if x == 1 else x)
+        out.append(y if x == 1 and not (y == 1 and isinstance(x, Dim)) else x)
     return [Type(tuple(out))]
 
 
