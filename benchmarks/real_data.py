@@ -42,7 +42,9 @@ def pretrain(net: nn.Module, x: np.ndarray, y: np.ndarray, loss: str, epochs: in
     )
 
 
-def adapt(model, x, y, x_test, y_test, loss="cross_entropy", epochs=10, lr=0.003, schemes=SCHEMES, seed=0, batch=8):
+def adapt(
+    model, x, y, x_test, y_test, loss="cross_entropy", epochs=10, lr=0.003, schemes=SCHEMES, seed=0, batch=8
+):
     """One row a scheme. The test part is never learned from."""
     rows = []
     for scheme in schemes:

@@ -47,7 +47,7 @@ def plan(
     threads: 1 or None. data: (x, y), on which "auto" holds a short race between the schemes that fit; without it the
     one that lets most weights learn is taken. callback: told of each contender, a row of figures.
 
-    Raises CannotFit, with the cheapest `fixes`, where nothing asked for fits; WrongUse for arguments that make no sense.
+    Raises CannotFit, with the cheapest `fixes`, where nothing asked for fits; WrongUse for impossible arguments.
     """
     if isinstance(model, (str, Path)):
         from .frontend import load
@@ -70,8 +70,8 @@ def plan(
     if data is None:
         best = max(fitting, key=lambda p: (p.update_set.size(model), -p.macs_per_step))
         why = (
-            f"auto: {best.update_set.scheme} lets most weights learn of the {len(fitting)} of {len(plans)} schemes that fit "
-            f"{kib(best.ram_limit_bytes)}; no data was given to measure by"
+            f"auto: {best.update_set.scheme} lets most weights learn of the {len(fitting)} of {len(plans)} schemes "
+            f"that fit {kib(best.ram_limit_bytes)}; no data was given to measure by"
         )
         return replace(best, explanation=why, tried=tuple(p.row() for p in plans))
     return _race(plans, data, seed, callback)
@@ -115,8 +115,8 @@ def _race(
     winner = _winner(results, 1 / len(x_val), [p.energy_uj for p in plans])
     best, top = plans[winner], max(score for score, _ in results.values())
     why = (
-        f"auto: {best.update_set.scheme} scored {results[winner][0]:.3f} on {len(x_val)} held-out samples after a race of "
-        f"{epochs} epochs on {len(take)} (before: {rows[winner]['race_before']:.3f}; best of the {len(results)} that "
+        f"auto: {best.update_set.scheme} scored {results[winner][0]:.3f} on {len(x_val)} held-out samples after "
+        f"a race of {epochs} epochs on {len(take)} (before: {rows[winner]['race_before']:.3f}; best of the {len(results)} that "
         f"fit: {top:.3f}); scores one sample apart are decided by loss, equal losses by energy"
     )
     return replace(best, explanation=why, tried=tuple(rows))

@@ -24,7 +24,9 @@ from .ir import DTYPES, Graph, Type
 
 MAGIC = int.from_bytes(b"ACUP", "little")
 FORMAT = 1
-HEADER = struct.Struct("<6I")  # magic, format, total bytes, crc32 of what follows it, model hash, number of records
+HEADER = struct.Struct(
+    "<6I"
+)  # magic, format, total bytes, crc32 of what follows it, model hash, number of records
 RECORD = struct.Struct("<HBBII")  # length of name, dtype, axis (255: whole tensor), channels, elements
 DTYPE_LIST = ("f32", "i32")
 MAX_ELEMENTS = 2**31 - 1
@@ -46,7 +48,10 @@ class Record:
             return self.data.reshape(array.shape)
         out = array.copy()
         out[(slice(None),) * self.channels.axis + (np.array(self.channels.index),)] = self.data.reshape(
-            *array.shape[: self.channels.axis], len(self.channels.index), *array.shape[self.channels.axis + 1:])
+            *array.shape[: self.channels.axis],
+            len(self.channels.index),
+            *array.shape[self.channels.axis + 1 :],
+        )
         return out
 
 
@@ -66,9 +71,18 @@ def encode(records: list[Record], model: int) -> bytes:
     for r in records:
         name = r.name.encode()
         index = np.array([] if r.channels is None else r.channels.index, "<u4")
-        body += RECORD.pack(len(name), DTYPE_LIST.index(r.dtype), 255 if r.channels is None else r.channels.axis,
-                            index.size, r.data.size)
-        body += name + index.tobytes() + np.ascontiguousarray(r.data, np.dtype(DTYPES[r.dtype]).newbyteorder("<")).tobytes()
+        body += RECORD.pack(
+            len(name),
+            DTYPE_LIST.index(r.dtype),
+            255 if r.channels is None else r.channels.axis,
+            index.size,
+            r.data.size,
+        )
+        body += (
+            name
+            + index.tobytes()
+            + np.ascontiguousarray(r.data, np.dtype(DTYPES[r.dtype]).newbyteorder("<")).tobytes()
+        )
     rest = struct.pack("<2I", model, len(records)) + body
     return struct.pack("<4I", MAGIC, FORMAT, 16 + len(rest), zlib.crc32(rest)) + rest
 
@@ -77,8 +91,12 @@ def decode(raw: bytes, where: str = "") -> tuple[int, list[Record]]:
     """(model hash, records) from bytes of any origin; BadInput says what is wrong with them."""
 
     def bad(what: str, number: str = "") -> BadInput:
-        return BadInput(f"this is not a usable delta: {what}", where=where, number=number,
-                        action="save it again; an older copy may still be whole")
+        return BadInput(
+            f"this is not a usable delta: {what}",
+            where=where,
+            number=number,
+            action="save it again; an older copy may still be whole",
+        )
 
     if len(raw) < HEADER.size:
         raise bad("it is cut off", f"{len(raw)} bytes")
@@ -98,16 +116,23 @@ def decode(raw: bytes, where: str = "") -> tuple[int, list[Record]]:
         name_len, dtype, axis, n_channels, n = RECORD.unpack_from(raw, at)
         at += RECORD.size
         size = name_len + 4 * n_channels + 4 * n
-        if dtype >= len(DTYPE_LIST) or n > MAX_ELEMENTS or at + size > total or (axis == 255) != (n_channels == 0):
+        if (
+            dtype >= len(DTYPE_LIST)
+            or n > MAX_ELEMENTS
+            or at + size > total
+            or (axis == 255) != (n_channels == 0)
+        ):
             raise bad("a record is not valid", f"at byte {at}")
         try:
-            name = raw[at: at + name_len].decode()
+            name = raw[at : at + name_len].decode()
         except UnicodeDecodeError:
             raise bad("a name is not text", f"at byte {at}") from None
         at += name_len
         index = tuple(int(i) for i in np.frombuffer(raw, "<u4", n_channels, at))
         at += 4 * n_channels
-        data = np.frombuffer(raw, np.dtype(DTYPES[DTYPE_LIST[dtype]]).newbyteorder("<"), n, at).astype(DTYPES[DTYPE_LIST[dtype]])
+        data = np.frombuffer(raw, np.dtype(DTYPES[DTYPE_LIST[dtype]]).newbyteorder("<"), n, at).astype(
+            DTYPES[DTYPE_LIST[dtype]]
+        )
         at += 4 * n
         records.append(Record(name, data, Channels(axis, index) if n_channels else None, DTYPE_LIST[dtype]))
     if at != total:
@@ -121,37 +146,65 @@ def check(records: list[Record], types: Mapping[str, Type], where: str = "") -> 
     for r in records:
         type_, place = types.get(r.name), f"{where} {r.name}".strip()
         if type_ is None:
-            raise BadInput("the delta names a tensor that this plan does not learn", where=place,
-                           number=f"this one has {len(types)}", action=_OTHER_PLAN)
+            raise BadInput(
+                "the delta names a tensor that this plan does not learn",
+                where=place,
+                number=f"this one has {len(types)}",
+                action=_OTHER_PLAN,
+            )
         if r.name in seen:
-            raise BadInput("the delta holds a tensor twice", where=place, number=f"{len(records)} records",
-                           action="save it again")
+            raise BadInput(
+                "the delta holds a tensor twice",
+                where=place,
+                number=f"{len(records)} records",
+                action="save it again",
+            )
         seen.add(r.name)
         if r.dtype != type_.dtype:
-            raise BadInput("the delta has another element type", where=place, number=f"{r.dtype}, {type_.dtype} needed",
-                           action=_OTHER_PLAN)
+            raise BadInput(
+                "the delta has another element type",
+                where=place,
+                number=f"{r.dtype}, {type_.dtype} needed",
+                action=_OTHER_PLAN,
+            )
         shape = tuple(type_.shape)
         want = int(np.prod(shape))
         if r.channels is not None:
-            ok = r.channels.axis < len(shape) and max(r.channels.index) < shape[r.channels.axis] and len(
-                set(r.channels.index)) == len(r.channels.index)
+            ok = (
+                r.channels.axis < len(shape)
+                and max(r.channels.index) < shape[r.channels.axis]
+                and len(set(r.channels.index)) == len(r.channels.index)
+            )
             if not ok:
-                raise BadInput("the delta's channels do not exist, or are given twice", where=place, number=f"shape {shape}",
-                               action=_OTHER_PLAN)
+                raise BadInput(
+                    "the delta's channels do not exist, or are given twice",
+                    where=place,
+                    number=f"shape {shape}",
+                    action=_OTHER_PLAN,
+                )
             want = want // shape[r.channels.axis] * len(r.channels.index)
         if r.data.size != want:
-            raise BadInput("the delta has another shape", where=place, number=f"{r.data.size} values, {want} needed",
-                           action=_OTHER_PLAN)
+            raise BadInput(
+                "the delta has another shape",
+                where=place,
+                number=f"{r.data.size} values, {want} needed",
+                action=_OTHER_PLAN,
+            )
         if not np.isfinite(r.data).all():
-            raise BadInput("the delta holds NaN or infinity", where=place,
-                           number=f"{int((~np.isfinite(r.data)).sum())} of {r.data.size} values",
-                           action="learning diverged: go back to an older state, and lower the learning rate")
+            raise BadInput(
+                "the delta holds NaN or infinity",
+                where=place,
+                number=f"{int((~np.isfinite(r.data)).sum())} of {r.data.size} values",
+                action="learning diverged: go back to an older state, and lower the learning rate",
+            )
 
 
 def write(path: str | Path, raw: bytes) -> None:
     """Write a file so that a crash leaves the old content or the new, never a mixture."""
     path = Path(path)
-    temporary = path.with_name(f".acclimate.{os.getpid()}.{threading.get_ident()}.part")  # of this writer alone
+    temporary = path.with_name(
+        f".acclimate.{os.getpid()}.{threading.get_ident()}.part"
+    )  # of this writer alone
     try:
         with open(temporary, "wb") as f:
             f.write(raw)
@@ -163,10 +216,16 @@ def write(path: str | Path, raw: bytes) -> None:
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
-        raise BadInput("the delta could not be written", where=str(path), number=str(error),
-                       action="check the folder and the free space; the old file is as it was") from error
+        raise BadInput(
+            "the delta could not be written",
+            where=str(path),
+            number=str(error),
+            action="check the folder and the free space; the old file is as it was",
+        ) from error
     if hasattr(os, "O_DIRECTORY"):
-        with contextlib.suppress(OSError):  # some file systems cannot; the old file or the new is there either way
+        with contextlib.suppress(
+            OSError
+        ):  # some file systems cannot; the old file or the new is there either way
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(folder)
@@ -178,5 +237,9 @@ def read(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise BadInput("the delta could not be read", where=str(path), number=error.strerror or str(error),
-                       action="check the path") from error
+        raise BadInput(
+            "the delta could not be read",
+            where=str(path),
+            number=error.strerror or str(error),
+            action="check the path",
+        ) from error

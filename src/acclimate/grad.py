@@ -149,7 +149,7 @@ class Tape:
         return name
 
     def take(self, name: str, channels: Channels) -> tuple[str, str]:
-        """(the channels of a gradient, their index), computed from the start on those channels only where the row can."""
+        """(the channels of a gradient, their index); where the row can, only those channels are computed."""
         index = self.graph.constant(f"{name}.channels", np.array(channels.index), "i32")
         node = self.producer(name)
         if node is not None and TABLE[node.op].take is not None:

@@ -293,7 +293,7 @@ def place(buffers: list[Buffer], bound: int, tries: int = 150) -> int:
 
 
 def arrange(graph: Graph) -> Layout:
-    """The layout of a graph: of a few orders, and of overwriting wherever possible or only where needed, the smallest."""
+    """The smallest layout of a few orders, with overwriting wherever possible or only where needed."""
     needs = _dependencies(graph)
     best: Layout | None = None
     seen = set()

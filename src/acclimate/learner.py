@@ -37,12 +37,16 @@ class Learner:
         self.lr: float = plan.optimizer.lr
         self.loss_history: list[float] = []
         self._main = Session(plan.program)
-        self._sessions: dict[tuple[str, int], Session] = {(kind, plan.batch_size): self._main for kind in ("train", "predict")}
+        self._sessions: dict[tuple[str, int], Session] = {
+            (kind, plan.batch_size): self._main for kind in ("train", "predict")
+        }
         self._pending = 0  # micro-batches accumulated since the last update
         self._saved = self._kept()  # what rollback returns to
 
     # -- learning ------------------------------------------------------------------------------------------------
-    def partial_fit(self, x: np.ndarray, y: np.ndarray, lr: float | None = None, callback: Callback | None = None) -> Learner:
+    def partial_fit(
+        self, x: np.ndarray, y: np.ndarray, lr: float | None = None, callback: Callback | None = None
+    ) -> Learner:
         """One pass over x in its order, in batches of plan.batch_size; a step for each. Returns self.
 
         lr: learning rate of this call, else the optimiser's. callback: called after each step with a dict of
@@ -53,16 +57,26 @@ class Learner:
         batch = self.plan.batch_size
         steps = -(-len(x) // batch)
         for i in range(steps):
-            xb, yb = x[i * batch: (i + 1) * batch], y[i * batch: (i + 1) * batch]
+            xb, yb = x[i * batch : (i + 1) * batch], y[i * batch : (i + 1) * batch]
             loss = self._step(xb, yb, rate)
             self.loss_history.append(loss)
             if callback is not None:
-                callback({"step": i + 1, "steps": steps, "loss": loss, "samples": min((i + 1) * batch, len(x))})
+                callback(
+                    {"step": i + 1, "steps": steps, "loss": loss, "samples": min((i + 1) * batch, len(x))}
+                )
         return self
 
-    def fit(self, x: np.ndarray, y: np.ndarray, epochs: int = 1, lr: float | None = None, shuffle: bool = True, seed: int = 0,
-            callback: Callback | None = None) -> Learner:
-        """`epochs` passes over x, each in a new order from `seed`. Returns self; goes on from what was learned before."""
+    def fit(
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        epochs: int = 1,
+        lr: float | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        callback: Callback | None = None,
+    ) -> Learner:
+        """`epochs` passes over x, each in a new order from `seed`; goes on from what was learned. Returns self."""
         if not isinstance(epochs, (int, np.integer)) or epochs < 0:
             raise WrongUse("epochs must be a whole number from zero", number=repr(epochs), action="epochs=1")
         x = self._samples(x)  # refuse bad data before the first epoch, not in the last
@@ -72,8 +86,10 @@ class Learner:
             order = random.permutation(len(x)) if shuffle else np.arange(len(x))
             tell = None
             if callback is not None:
+
                 def tell(event: dict[str, Any], epoch: int = epoch) -> None:
                     callback({**event, "epoch": epoch + 1, "epochs": epochs})
+
             self.partial_fit(x[order], y[order], lr, tell)
         return self
 
@@ -114,8 +130,10 @@ class Learner:
         x = self._samples(x)
         sample_bytes = self.plan.layouts["predict"].arena_bytes // self.plan.batch_size + 1
         step = max(self.plan.batch_size, min(PREDICT_BATCH, PREDICT_BYTES // sample_bytes))
-        parts = [self._session("predict", len(x[i: i + step])).run("predict", x=x[i: i + step])["output"]
-                 for i in range(0, len(x), step)]
+        parts = [
+            self._session("predict", len(x[i : i + step])).run("predict", x=x[i : i + step])["output"]
+            for i in range(0, len(x), step)
+        ]
         return np.concatenate(parts)
 
     def predict(self, x: np.ndarray) -> np.ndarray:
@@ -151,14 +169,19 @@ class Learner:
     def parameters(self) -> dict[str, np.ndarray]:
         """Every parameter of the model by the user's own name, as it is now; copies."""
         names = set(self._main.state_names())
-        return {name: (self._main.view(STATE_ENTRY, name).copy() if name in names else np.array(value.data))
-                for name, value in self.plan.model.parameters().items()}
+        return {
+            name: (self._main.view(STATE_ENTRY, name).copy() if name in names else np.array(value.data))
+            for name, value in self.plan.model.parameters().items()
+        }
 
     def statistics(self) -> dict[str, np.ndarray]:
         """Running statistics of batch norm and the like, as they are now."""
         names = set(self._main.state_names())
-        return {v.name: (self._main.view(STATE_ENTRY, v.name).copy() if v.name in names else np.array(v.data))
-                for v in self.plan.model.values.values() if v.kind == "state"}
+        return {
+            v.name: (self._main.view(STATE_ENTRY, v.name).copy() if v.name in names else np.array(v.data))
+            for v in self.plan.model.values.values()
+            if v.kind == "state"
+        }
 
     def measured_peak_bytes(self, x: np.ndarray, y: np.ndarray) -> int:
         """Bytes of the arena that a training step on the first batch of x really touches; what was learned stays."""
@@ -181,7 +204,9 @@ class Learner:
         optimizer: also keep moments and counters, so that learning goes on exactly where it stopped.
         """
         records = self._records(optimizer)
-        delta.check(records, self._types(), "what was learned")  # what restore would refuse must not replace a good file
+        delta.check(
+            records, self._types(), "what was learned"
+        )  # what restore would refuse must not replace a good file
         raw = delta.encode(records, delta.model_hash(self.plan.model))
         delta.write(path, raw)
         self._saved = self._kept()
@@ -191,9 +216,12 @@ class Learner:
         """Take over what `save` wrote. On any error everything stays as it was."""
         model, records = delta.decode(delta.read(path), str(path))
         if model != delta.model_hash(self.plan.model):
-            raise BadInput("the delta was learned from another model", where=str(path),
-                           number=f"model {model:08x}, this one {delta.model_hash(self.plan.model):08x}",
-                           action="load the model that it was saved with")
+            raise BadInput(
+                "the delta was learned from another model",
+                where=str(path),
+                number=f"model {model:08x}, this one {delta.model_hash(self.plan.model):08x}",
+                action="load the model that it was saved with",
+            )
         delta.check(records, self._types(), str(path))
         fresh, pending = Session(self.plan.program), 0  # back to the model, then the changes
         for r in records:
@@ -203,8 +231,12 @@ class Learner:
             view = fresh.view(STATE_ENTRY, r.name)
             view[...] = r.apply(view.copy())
         if not 0 <= pending < self.plan.optimizer.accumulate:
-            raise BadInput("the delta holds another number of micro-batches than this plan accumulates", where=str(path),
-                           number=f"{pending} of {self.plan.optimizer.accumulate}", action="restore it with the plan it was saved with")
+            raise BadInput(
+                "the delta holds another number of micro-batches than this plan accumulates",
+                where=str(path),
+                number=f"{pending} of {self.plan.optimizer.accumulate}",
+                action="restore it with the plan it was saved with",
+            )
         self._main.state[:], self._pending = fresh.state, pending
         self._saved = self._kept()
         return self
@@ -240,8 +272,14 @@ class Learner:
         return records
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"plan": self.plan, "lr": self.lr, "loss_history": self.loss_history, "state": self._main.state.copy(),
-                "saved": self._saved, "pending": self._pending}
+        return {
+            "plan": self.plan,
+            "lr": self.lr,
+            "loss_history": self.loss_history,
+            "state": self._main.state.copy(),
+            "saved": self._saved,
+            "pending": self._pending,
+        }
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         self.__init__(kept["plan"])  # type: ignore[misc]
@@ -254,7 +292,11 @@ class Learner:
         """The session for a batch size; all share one block of persistent memory."""
         key = (kind, batch)
         if key not in self._sessions:
-            program = self.plan.predict_program(batch) if kind == "predict" else self.plan.with_batch_size(batch).program
+            program = (
+                self.plan.predict_program(batch)
+                if kind == "predict"
+                else self.plan.with_batch_size(batch).program
+            )
             self._sessions[key] = Session(program, self._main.state)
         return self._sessions[key]
 
@@ -264,36 +306,64 @@ class Learner:
         except (TypeError, ValueError):
             rate = -1.0
         if not 0 <= rate <= float(np.finfo(np.float32).max):  # NaN is refused too
-            raise WrongUse("the learning rate must be a finite number from zero", where="lr",
-                           number=repr(self.lr if lr is None else lr), action=f"lr={self.plan.optimizer.lr}")
+            raise WrongUse(
+                "the learning rate must be a finite number from zero",
+                where="lr",
+                number=repr(self.lr if lr is None else lr),
+                action=f"lr={self.plan.optimizer.lr}",
+            )
         return rate
 
     def _samples(self, x: np.ndarray) -> np.ndarray:
         x = _array(x, "x")
         want = self.plan.model.shape(self.plan.model.inputs["x"])[1:]
         if x.ndim == 0 or len(x) == 0:
-            raise BadInput("there are no samples", where="x", number=f"shape {x.shape}", action="pass an array (n, ...) with n > 0")
+            raise BadInput(
+                "there are no samples",
+                where="x",
+                number=f"shape {x.shape}",
+                action="pass an array (n, ...) with n > 0",
+            )
         if x.dtype.kind not in "fiub":
-            raise BadInput("x must hold numbers", where="x", number=f"dtype {x.dtype}", action="x.astype(np.float32)")
+            raise BadInput(
+                "x must hold numbers", where="x", number=f"dtype {x.dtype}", action="x.astype(np.float32)"
+            )
         if x.shape[1:] != tuple(want):
             hint = "add the batch axis: x[None]" if x.shape == tuple(want) else "reshape or transpose x"
-            raise BadInput("x does not have the shape that the model takes", where="x",
-                           number=f"{x.shape}, must be (n, {', '.join(str(int(w)) for w in want)})", action=hint)
+            raise BadInput(
+                "x does not have the shape that the model takes",
+                where="x",
+                number=f"{x.shape}, must be (n, {', '.join(str(int(w)) for w in want)})",
+                action=hint,
+            )
         with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused as such
             x = x.astype(np.float32, copy=False)
         if not np.isfinite(x).all():
             rows = np.unique(np.argwhere(~np.isfinite(x))[:, 0])
-            raise BadInput("x holds NaN or infinity", where=f"row {rows[0]} and {len(rows) - 1} more",
-                           number=f"{int((~np.isfinite(x)).sum())} values", action="drop or repair those samples")
+            raise BadInput(
+                "x holds NaN or infinity",
+                where=f"row {rows[0]} and {len(rows) - 1} more",
+                number=f"{int((~np.isfinite(x)).sum())} values",
+                action="drop or repair those samples",
+            )
         return x
 
     def _targets(self, y: np.ndarray, count: int) -> np.ndarray:
         y = _array(y, "y")
         if y.ndim == 0 or len(y) != count:
-            raise BadInput("x and y differ in length", where="y", number=f"{count} samples, y has shape {y.shape}",
-                           action="give one label or target a sample")
+            raise BadInput(
+                "x and y differ in length",
+                where="y",
+                number=f"{count} samples, y has shape {y.shape}",
+                action="give one label or target a sample",
+            )
         if y.dtype.kind not in "fiub":
-            raise BadInput("y must hold numbers", where="y", number=f"dtype {y.dtype}", action="map class names to 0..classes-1")
+            raise BadInput(
+                "y must hold numbers",
+                where="y",
+                number=f"dtype {y.dtype}",
+                action="map class names to 0..classes-1",
+            )
         with np.errstate(over="ignore"):
             return self.plan.loss.check(y, self.plan.model.type(self.plan.model.outputs["output"]))
 
@@ -302,4 +372,6 @@ def _array(value: Any, what: str) -> np.ndarray:
     try:
         return np.asarray(value)
     except Exception as error:  # of any object that a user may pass: numpy raises what it likes
-        raise BadInput(f"{what} is not an array", where=what, number=str(error), action="pass a numpy array") from error
+        raise BadInput(
+            f"{what} is not an array", where=what, number=str(error), action="pass a numpy array"
+        ) from error

@@ -64,7 +64,11 @@ def pack_bits(array: np.ndarray) -> np.ndarray:
 
 
 def _raw(data: np.ndarray, type_: Type) -> bytes:
-    raw = pack_bits(data).tobytes() if type_.dtype == "bit" else np.ascontiguousarray(data, DTYPES[type_.dtype]).tobytes()
+    raw = (
+        pack_bits(data).tobytes()
+        if type_.dtype == "bit"
+        else np.ascontiguousarray(data, DTYPES[type_.dtype]).tobytes()
+    )
     return raw + bytes(type_.size_bytes - len(raw))
 
 
@@ -81,7 +85,9 @@ def encode_attrs(op: str, attrs: Mapping[str, Any]) -> bytes:
         else:
             count = int(attr.kind[1:])
             if len(value) > count:
-                raise BadInput(f"attribute {name} of {op} is too long", number=f"{len(value)}, at most {count}")
+                raise BadInput(
+                    f"attribute {name} of {op} is too long", number=f"{len(value)}, at most {count}"
+                )
             out += struct.pack(f"<{count}i", *(attr.pad,) * (count - len(value)), *(int(v) for v in value))
     return out
 
@@ -118,8 +124,20 @@ class _Writer:
             if len(shape) > MAX_RANK or len(self.tensors) >= ABSENT:
                 raise BadInput("a tensor cannot be written to a Program", where=name, number=f"{shape}")
             self.tensor_index[key] = len(self.tensors)
-            self.tensors.append(struct.pack("<4BIII6i", DTYPE_CODES[type_.dtype], len(shape), area, 0, offset, type_.size, 0,
-                                            *shape, *(1,) * (MAX_RANK - len(shape))))
+            self.tensors.append(
+                struct.pack(
+                    "<4BIII6i",
+                    DTYPE_CODES[type_.dtype],
+                    len(shape),
+                    area,
+                    0,
+                    offset,
+                    type_.size,
+                    0,
+                    *shape,
+                    *(1,) * (MAX_RANK - len(shape)),
+                )
+            )
         return self.tensor_index[key]
 
     def _place(self, graph: Graph, name: str, layout: Layout) -> tuple[int, int]:
@@ -163,8 +181,9 @@ class _Writer:
         inputs = (*node.inputs, *("",) * (n_in - len(node.inputs)))
         args = [self.tensor(graph, n, layout) if n else ABSENT for n in (*inputs, *node.outputs)]
         args += [ABSENT] * (len(args) % 2)
-        return struct.pack(f"<HBB{len(args)}H", list(TABLE).index(node.op), n_in, len(outs), *args) + encode_attrs(
-            node.op, node.attrs)
+        return struct.pack(
+            f"<HBB{len(args)}H", list(TABLE).index(node.op), n_in, len(outs), *args
+        ) + encode_attrs(node.op, node.attrs)
 
     def state_entry(self, at: int) -> tuple[int, ...]:
         first_binding = len(self.bindings)
@@ -173,7 +192,7 @@ class _Writer:
                 if value.kind in PERSISTENT:
                     assert value.data is not None
                     raw = _raw(value.data, value.type)
-                    self.initial[self.offsets[value.name]: self.offsets[value.name] + len(raw)] = raw
+                    self.initial[self.offsets[value.name] : self.offsets[value.name] + len(raw)] = raw
                     binding = (self.name(value.name), self.tensor(layout.graph, value.name, layout), 0)
                     if binding not in self.bindings[first_binding:]:
                         self.bindings.append(binding)
@@ -193,13 +212,39 @@ def build(layouts: Mapping[str, Layout], state: tuple[Mapping[str, int], int] | 
     names = bytes(writer.names) + bytes(-len(writer.names) % 4)
     initial = bytes(writer.initial).rstrip(b"\0")
     initial += bytes(-len(initial) % 4)
-    body = b"".join([*writer.tensors, bytes(stream), *(struct.pack("<6I", *e) for e in entries),
-                     *(struct.pack("<3I", *b) for b in writer.bindings), names, bytes(writer.constants), initial])
+    body = b"".join(
+        [
+            *writer.tensors,
+            bytes(stream),
+            *(struct.pack("<6I", *e) for e in entries),
+            *(struct.pack("<3I", *b) for b in writer.bindings),
+            names,
+            bytes(writer.constants),
+            initial,
+        ]
+    )
     total = 4 * HEADER_WORDS + len(body)
     if total >= 2**31 or arena >= 2**31 or writer.state_bytes >= 2**31:
-        raise BadInput("the Program is too large", number=f"{total} bytes, arena {arena}", action="use a smaller batch_size")
-    tail = struct.pack("<12I", table_hash(), len(writer.tensors), len(stream) // 4, len(entries), len(writer.bindings),
-                       len(names), len(writer.constants), len(initial), writer.state_bytes, arena, 0, 0)
+        raise BadInput(
+            "the Program is too large",
+            number=f"{total} bytes, arena {arena}",
+            action="use a smaller batch_size",
+        )
+    tail = struct.pack(
+        "<12I",
+        table_hash(),
+        len(writer.tensors),
+        len(stream) // 4,
+        len(entries),
+        len(writer.bindings),
+        len(names),
+        len(writer.constants),
+        len(initial),
+        writer.state_bytes,
+        arena,
+        0,
+        0,
+    )
     crc = zlib.crc32(body, zlib.crc32(tail))
     return decode(struct.pack("<4I", MAGIC, FORMAT, total, crc) + tail + body)
 
@@ -216,16 +261,19 @@ def _read_entries(raw: bytes) -> tuple[list[tuple], int, int, int]:
     bindings_at = at + 24 * n_entries
     names_at = bindings_at + 12 * n_bindings
     entries = [struct.unpack_from("<6I", raw, at + 24 * i) for i in range(n_entries)]
-    names = raw[names_at: names_at + name_bytes]
+    names = raw[names_at : names_at + name_bytes]
     return [(_string(names, e[0]), *e[1:]) for e in entries], bindings_at, names_at, name_bytes
 
 
 def _string(names: bytes, at: int) -> str:
     try:
-        return names[at: names.index(b"\0", at)].decode()
+        return names[at : names.index(b"\0", at)].decode()
     except UnicodeDecodeError:
-        raise BadInput("a name in the Program is not text", number=f"at byte {at} of the names",
-                       action="make the Program again from its model") from None
+        raise BadInput(
+            "a name in the Program is not text",
+            number=f"at byte {at} of the names",
+            action="make the Program again from its model",
+        ) from None
 
 
 def decode(raw: bytes) -> Program:
@@ -233,21 +281,29 @@ def decode(raw: bytes) -> Program:
     header = struct.unpack_from(f"<{HEADER_WORDS}I", raw)
     codes = {code: name for name, code in DTYPE_CODES.items()}
     entries, bindings_at, names_at, name_bytes = _read_entries(raw)
-    names = raw[names_at: names_at + name_bytes]
+    names = raw[names_at : names_at + name_bytes]
     out: dict[str, dict[str, Binding]] = {}
 
     def once(name: str, known: Mapping[str, Any]) -> None:
         if name in known:  # the C runtime finds the first; a dict would hold the last
-            raise BadInput("a name stands twice in the Program", where=name, number=f"among {len(known)}",
-                           action="make the Program again from its model")
+            raise BadInput(
+                "a name stands twice in the Program",
+                where=name,
+                number=f"among {len(known)}",
+                action="make the Program again from its model",
+            )
 
     for name, _, _, _, first, end in entries:
         once(name, out)
         out[name] = {}
         for i in range(first, end):
             name_at, tensor, is_output = struct.unpack_from("<3I", raw, bindings_at + 12 * i)
-            dtype, rank, area, _, offset, _, _, *dims = struct.unpack_from("<4BIII6i", raw, 4 * HEADER_WORDS + 40 * tensor)
+            dtype, rank, area, _, offset, _, _, *dims = struct.unpack_from(
+                "<4BIII6i", raw, 4 * HEADER_WORDS + 40 * tensor
+            )
             text = _string(names, name_at)
             once(text, out[name])
-            out[name][text] = Binding(text, Type(tuple(dims[:rank]), codes[dtype]), area, offset, bool(is_output))
+            out[name][text] = Binding(
+                text, Type(tuple(dims[:rank]), codes[dtype]), area, offset, bool(is_output)
+            )
     return Program(bytes(raw), out, header[12], header[13])

@@ -26,6 +26,8 @@ from ..ops.row import MAX_ARGS
 BASE_BATCH = 1_000_003
 #: Stands for infinity in constants (masks), so that nothing downstream meets inf - inf.
 LARGE = 1e30
+#: A tile is a concatenation: so many copies along an axis at most.
+MOST_COPIES = 1024
 
 
 #: Rewrites that both front ends name.
@@ -634,6 +636,8 @@ def repeat(b: Builder, x: Any, times: Sequence[int]) -> Any:
         shape = list(b.shape(x))
         if shape[axis] == 1 and n != 1:
             x = expand(b, x, [n if i == axis else s for i, s in enumerate(shape)])
+        elif n > MOST_COPIES:
+            raise Untaken(f"it repeats {n} times, and at most {MOST_COPIES} are taken")
         elif n != 1:
             x = concat(b, [x] * int(n), axis)
     return x

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BadInput, Unsupported, missing_extra
+from ..errors import AcclimateError, BadInput, Unsupported, missing_extra
 from ..ir import Dim, Graph
 from . import common as c
-from .common import LOST, Builder, Ref, Untaken
+from .common import LOST, Builder, Ref, Retry, Untaken
 
 OLDEST_OPSET = 7
+MOST_ELEMENTS = 1 << 26  # of a constant that a file does not hold, but asks to be made
 _ORIGINAL = "pkg.torch.onnx.original_node_name"
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
@@ -34,7 +35,20 @@ def load_onnx(path: str | PathLike[str]) -> Graph:
     that cannot be taken.
     """
     file = c.check_file(path, ".onnx")
-    model = _Model(_read(file), file.name)
+    proto = _read(file)
+    try:
+        model = _Model(proto, file.name)
+    except AcclimateError:
+        raise
+    except (
+        Exception
+    ) as error:  # tensors that are not what the file says of them: onnx and numpy raise what they like
+        raise BadInput(
+            "this ONNX file is damaged",
+            where=str(file),
+            number=c.first_line(error),
+            action="export the model again",
+        ) from error
     try:
         return c.attempts(lambda b: _Walk(b, model).run(), model.baked)
     except Unsupported:
@@ -292,7 +306,10 @@ class _Model:
                 and not _has_graph(node)
             ):
                 values = {n: self.constants.get(n, self.tensors.get(n)) for n in node.inputs if n}
-                self.constants.update(zip(node.outputs, _evaluated(node, values), strict=False))
+                try:
+                    self.constants.update(zip(node.outputs, _evaluated(node, values), strict=False))
+                except Exception:  # whatever it is: the walk meets it again, and lists it with all the others
+                    rest.append(node)
             else:
                 rest.append(node)
         self.nodes = rest
@@ -380,11 +397,31 @@ def _constant(node: _Node) -> np.ndarray:
     )
 
 
+def _made(op: str, values: list[np.ndarray]) -> float:
+    """How many elements an operator makes of a few numbers that say how many."""
+    if op == "Range" and len(values) == 3:
+        start, limit, delta = (float(v.reshape(-1)[0]) for v in values)
+        return abs((limit - start) / delta) if delta else 0
+    if op in ("Expand", "Tile") and len(values) == 2:
+        return float(np.prod(np.abs(values[1].astype(np.float64)))) * (values[0].size if op == "Tile" else 1)
+    if op == "Pad" and len(values) > 1:
+        return float(np.prod(np.abs(values[1].astype(np.float64)) + 1)) * values[0].size
+    return 0
+
+
+def _bounded(elements: float) -> None:
+    if elements > MOST_ELEMENTS:
+        raise Untaken(
+            f"it makes a constant of {elements:.0f} elements, and at most {MOST_ELEMENTS} are taken"
+        )
+
+
 def _evaluated(node: _Node, values: dict[str, Any]) -> list[Any]:
     """The outputs of a node on constants, by ONNX's own reference."""
     from onnx import TypeProto, helper
     from onnx.reference import ReferenceEvaluator
 
+    _bounded(_made(node.op, [np.asarray(v) for v in values.values()]))
     graph = helper.make_graph(
         [node.proto],
         "constant",
@@ -483,7 +520,9 @@ class _Walk:
             return result if isinstance(result, (tuple, list)) else [result]
         except Untaken as error:
             self._fail(node, error)
-        except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        except (AcclimateError, Retry):
+            raise
+        except Exception as error:  # of onnx's reference and numpy, which raise what they like
             self._fail(node, Untaken(f"its arguments are not understood ({c.first_line(error)})"))
         return lost
 
@@ -554,7 +593,9 @@ def _filled(b: Builder, n: _Node) -> Any:
 
     value = numpy_helper.to_array(n.attrs["value"]).reshape(-1)[0] if "value" in n.attrs else np.float32(0)
     shape = [v if isinstance(v, Dim) else int(v) for v in n.x]
-    small = np.full([1 if isinstance(s, Dim) else s for s in shape], value)
+    sizes = [1 if isinstance(s, Dim) else s for s in shape]
+    _bounded(math.prod(sizes))
+    small = np.full(sizes, value)
     return c.expand(b, small, shape) if any(isinstance(s, Dim) for s in shape) else small
 
 

@@ -49,7 +49,7 @@ def out_size(size: int, kernel: int, stride: int, before: int, after: int, dilat
 
 
 def check_window(attrs: Any, x: Type, kernel: Any) -> None:
-    """BadInput unless a window's numbers make sense: counts of dimensions, kernel, stride, dilation from 1, padding from 0."""
+    """BadInput unless a window is possible: kernel, stride, dilation from 1, padding from 0, a number a dimension."""
     rank = len(x.shape) - 2
     for name, least in (("stride", 1), ("dilation", 1), ("before", 0), ("after", 0), ("extra", 0)):
         if name in attrs and (len(attrs[name]) != rank or min(attrs[name]) < least):

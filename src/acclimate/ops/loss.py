@@ -86,7 +86,7 @@ ROWS = (
     Row(
         "binary_cross_entropy",
         "*, * -> 1",
-        "Mean of log(1 + exp(z)) - z y over all elements; with masked=1 elements whose target is negative do not count.",
+        "Mean of log(1 + exp(z)) - z y over all elements; with masked=1 negative targets do not count.",
         _bce,
         (
             Example(((4, 6), (4, 6)), {}, {1: "target"}),

@@ -2,7 +2,8 @@
 
 A signature names the dimensions of each tensor: `"NK, OK, O? -> NO"`. One letter binds one dimension, equal
 letters must be equal; `~` is any further dimensions; `*` is a whole shape, the same for every `*`; `1` is one;
-`:i32` gives the element type (f32 unless said; `:u8/u16` either); `?` marks an optional tensor; `+` repeats the last input.
+`:i32` gives the element type (f32 unless said; `:u8/u16` either); `?` marks an optional tensor; `+` repeats the last
+input.
 """
 
 from __future__ import annotations

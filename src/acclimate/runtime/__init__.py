@@ -78,13 +78,22 @@ class Session:
         if b.area == CONST:
             raise WrongUse("a constant of the Program has no place in memory", where=b.name)
         block = self.arena if b.area == ARENA else self.state
+        if b.type.dtype == "bit":  # words of 32, as they lie in memory
+            return block[b.offset : b.offset + b.type.size_bytes].view(np.uint32)
         dtype = np.dtype(DTYPES[b.type.dtype])
         return block[b.offset : b.offset + b.type.size * dtype.itemsize].view(dtype).reshape(b.type.shape)
 
     def feed(self, entry: str, inputs: Mapping[str, np.ndarray | float]) -> None:
-        """Copy inputs to their places."""
+        """Copy inputs to their places. A number may stand for an input of one element; else shapes must be equal."""
         for name, value in inputs.items():
-            self.view(entry, name)[...] = value
+            view = self.view(entry, name)
+            if np.shape(value) != view.shape and not (np.ndim(value) == 0 and view.size == 1):
+                raise BadInput(
+                    "an input does not have the shape of its place",
+                    where=f"{entry}, {name}",
+                    number=f"{np.shape(value)}, must be {view.shape}",
+                )
+            view[...] = value
 
     def run(self, entry: str, **inputs: np.ndarray | float) -> dict[str, np.ndarray]:
         """Feed, run all ops, and return copies of the outputs."""
@@ -108,7 +117,7 @@ class Session:
             raise AcclimateError(f"a run failed: {_core.status_text(status)}")
 
     def touched_bytes(self, entry: str, **inputs: np.ndarray | float) -> int:
-        """Highest byte of the arena that a run really writes, plus one; measured by painting. State is put back after."""
+        """Highest byte of the arena that a run really writes, plus one, by painting it. State is put back after."""
         before, high = self.state.copy(), 0
         for paint in PAINT:  # twice, so that a byte that happens to equal the paint is seen
             self.arena[:] = paint

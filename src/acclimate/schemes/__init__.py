@@ -98,11 +98,7 @@ class Last:
         reason = "in the last layer" if self.k == 1 else f"among the last {self.k} layers"
         return _update_set(
             self.label,
-            (
-                (n, f"among the last {self.k} layers")
-                for layer in all_layers[first:]
-                for n in layer.parameters
-            ),
+            ((n, reason) for layer in all_layers[first:] for n in layer.parameters),
         )
 
 
@@ -278,7 +274,9 @@ def candidates(graph: Graph) -> list[Scheme]:
     tried += [Bias()] * ("bias" in roles) + [Norm()] * ("scale" in roles)
     tried += [Blocks((n,)) for n in names] if 1 < len(names) <= 6 else []
     full = Full()
-    found = {frozenset(full.choose(graph).tensors): full}  # the plain name, where another scheme comes to the same
+    found = {
+        frozenset(full.choose(graph).tensors): full
+    }  # the plain name, where another scheme comes to the same
     for scheme in tried:
         found.setdefault(frozenset(scheme.choose(graph).tensors), scheme)
     return [s for s in found.values() if s is not full] + [full]
