@@ -115,9 +115,10 @@ def _race(
     winner = _winner(results, 1 / len(x_val), [p.energy_uj for p in plans])
     best, top = plans[winner], max(score for score, _ in results.values())
     why = (
-        f"auto: {best.update_set.scheme} scored {results[winner][0]:.3f} on {len(x_val)} held-out samples after "
-        f"a race of {epochs} epochs on {len(take)} (before: {rows[winner]['race_before']:.3f}; best of the {len(results)} that "
-        f"fit: {top:.3f}); scores one sample apart are decided by loss, equal losses by energy"
+        f"auto: {best.update_set.scheme} scored {results[winner][0]:.3f} on {len(x_val)} held-out samples "
+        f"after a race of {epochs} epochs on {len(take)} (before: {rows[winner]['race_before']:.3f}; best of "
+        f"the {len(results)} that fit: {top:.3f}); scores one sample apart are decided by loss, equal losses "
+        f"by energy"
     )
     return replace(best, explanation=why, tried=tuple(rows))
 
