@@ -255,3 +255,83 @@ def test_masked_binary_cross_entropy():
         out[keep], torch.as_tensor(y).double()[keep]
     ).backward()
     assert_close(learner.gradients(x, y), {k: p.grad.numpy() for k, p in exact.named_parameters()})
+
+
+def test_a_part_and_the_whole():
+    """A gradient that fills a part of a value is still whole where something else needs it too."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (torch.nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x):
+            h = self.a(x)
+            y = h + self.b(x)
+            return self.c(y[:, -1] + h.mean(1)) + (h + h)[:, 0]
+
+    torch.manual_seed(0)
+    net = Net()
+    x, y = np.random.default_rng(0).normal(size=(4, 3, 6)).astype(np.float32), np.arange(4)
+    learner = acclimate.Learner(
+        acclimate.plan(acclimate.from_torch(net, torch.zeros(1, 3, 6)), scheme="full")
+    )
+    exact = copy.deepcopy(net).double()
+    torch.nn.functional.cross_entropy(exact(torch.as_tensor(x).double()), torch.as_tensor(y)).backward()
+    assert_close(learner.gradients(x, y), {k: p.grad.numpy() for k, p in exact.named_parameters()})
+
+
+@pytest.mark.parametrize("scheme", ["full", "last"])
+def test_frozen_norm_after_stacked_matrices(scheme):
+    """The norm's channels are not the columns of a stacked matrix product: nothing may fold there."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.bn = torch.nn.Parameter(torch.randn(4, 4)), torch.nn.BatchNorm1d(4)
+            self.head = torch.nn.Linear(16, 3)
+            self.bn.running_var.uniform_(0.5, 2)
+
+        def forward(self, x):
+            y = self.bn(torch.bmm(x, self.w.expand(x.shape[0], 4, 4)))
+            return self.head(y.flatten(1))
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    x = np.random.default_rng(0).normal(size=(3, 4, 4)).astype(np.float32)
+    plan = acclimate.plan(acclimate.from_torch(net, torch.zeros(2, 4, 4)), scheme=scheme, batch_size=3)
+    want = net(torch.as_tensor(x)).detach().numpy()
+    np.testing.assert_allclose(acclimate.Learner(plan).decision_function(x), want, atol=1e-5)
+
+
+def test_many_threads_predict_with_one_learner():
+    from concurrent.futures import ThreadPoolExecutor
+
+    _, learner = learner_for("classic", 4)
+    xs = [batch("classic", 3, seed=i)[0] for i in range(8)]
+    want = [learner.decision_function(x) for x in xs]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(learner.decision_function, xs * 50))
+    assert all(np.array_equal(g, want[i % 8]) for i, g in enumerate(got))
+
+
+def test_one_sample_has_no_batch_statistics():
+    """torch refuses it too; the running statistics and the weights stay as they were."""
+    net = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)).train()
+    learner = acclimate.Learner(
+        acclimate.plan(acclimate.from_torch(net, torch.zeros(2, 5)), scheme="full", batch_size=4)
+    )
+    before = learner.parameters()
+    with pytest.raises(acclimate.WrongUse, match="more than one value"):
+        learner.partial_fit(np.ones((5, 5)), np.zeros(5, int))
+    assert all(np.array_equal(v, before[k]) for k, v in learner.parameters().items())
+
+
+@pytest.mark.parametrize("bad", [
+    lambda: acclimate.SGD(lr=float("nan")), lambda: acclimate.SGD(momentum=2.0), lambda: acclimate.SGD(accumulate=1.5),
+    lambda: acclimate.Adam(clip_norm=0.0), lambda: acclimate.CrossEntropy(smoothing=2),
+    lambda: acclimate.CrossEntropy(class_weights=(1.0, float("nan"))),
+])  # fmt: skip
+def test_numbers_out_of_range(bad):
+    with pytest.raises(acclimate.WrongUse):
+        bad()

@@ -97,6 +97,10 @@ class Tape:
         self._producers.update({n: node for n in node.outputs if n})
         return out
 
+    def adopt(self, node: Node) -> None:
+        """Know a node that was put into the graph by other means."""
+        self._producers.update({n: node for n in node.outputs if n})
+
     def wants(self, name: str) -> bool:
         return name in self._wanted
 
@@ -197,16 +201,16 @@ def differentiate(graph: Graph, loss: str, wanted: list[str]) -> dict[str, str]:
         for name, d in zip(node.inputs, row.grad(tape, node, *given), strict=False):
             if name and d and tape.wants(name):
                 d = renamed.get(d, d)
-                total = _accumulate(tape, grads[name], d) if name in grads else d
+                total = _accumulate(tape, grads[name], d, d not in given) if name in grads else d
                 grads[name] = total if total in given else tape.rename(total, f"d_{name}")
                 renamed[total] = grads[name]
     return {name: grads.get(name, "") for name in wanted}
 
 
-def _accumulate(tape: Tape, total: str, d: str) -> str:
-    """Sum of two gradients of one value: where the second only fills a part, it is added to that part in place."""
+def _accumulate(tape: Tape, total: str, d: str, own: bool) -> str:
+    """Sum of two gradients of one value; where the second was made just now (`own`) and fills a part, in that part."""
     node = tape.producer(d)
-    if node is not None and TABLE[node.op].accumulate and tape.graph.nodes[-1] is node:
+    if own and node is not None and TABLE[node.op].accumulate and tape.graph.nodes[-1] is node:
         tape.graph.nodes.pop()
         op = TABLE[node.op].accumulate
         return tape.emit(op, total, *node.inputs, **{k: node.attrs[k] for k in TABLE[op].attrs})
@@ -277,6 +281,12 @@ def step_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Opti
         if grads[name]:
             grad, index = (grads[name], "") if channels is None else tape.take(grads[name], channels)
             parts[name] = (grad, index, 0 if channels is None else channels.axis)
+    if not parts:
+        raise WrongUse(
+            "the loss depends on no tensor of the update set",
+            where=", ".join(update_set.names()[:4]),
+            action="choose tensors that the output is computed from",
+        )
     for node in forward:
         effects: Callable[..., None] | None = TABLE[node.op].effects
         if effects is not None:

@@ -301,6 +301,7 @@ def arrange(graph: Graph) -> Layout:
         if tuple(order) in seen:
             continue
         seen.add(tuple(order))
+        assert len(order) == len(graph.nodes), "an order lost a node"
         nodes = [graph.nodes[i] for i in order]
         buffers = buffers_of(graph, nodes)
         live = _live(buffers, len(nodes))

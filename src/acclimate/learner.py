@@ -20,7 +20,14 @@ from .runtime import Session
 PREDICT_BATCH = 256  # samples predicted at once, at most,
 PREDICT_BYTES = 32 << 20  # and so many that their arena stays below this
 PENDING = "optimizer.pending"  # record of a delta: micro-batches accumulated when it was saved
+KEPT_SESSIONS = 4  # batch sizes, besides the plan's, whose arenas are kept
 Callback = Callable[[dict[str, Any]], None]
+
+
+def _only_differ(now: np.ndarray, start: np.ndarray, channels: Channels) -> bool:
+    """Whether two tensors are equal outside of some channels."""
+    outside = np.delete(np.arange(now.shape[channels.axis]), channels.index)
+    return np.array_equal(np.take(now, outside, channels.axis), np.take(start, outside, channels.axis))
 
 
 class Learner:
@@ -56,6 +63,8 @@ class Learner:
         y, rate = self._targets(y, len(x)), self._rate(lr)
         batch = self.plan.batch_size
         steps = -(-len(x) // batch)
+        if len(x) % batch:
+            self._session("train", len(x) % batch)  # a rest that cannot be learned is refused before the first step
         for i in range(steps):
             xb, yb = x[i * batch : (i + 1) * batch], y[i * batch : (i + 1) * batch]
             loss = self._step(xb, yb, rate)
@@ -130,10 +139,11 @@ class Learner:
         x = self._samples(x)
         sample_bytes = self.plan.layouts["predict"].arena_bytes // self.plan.batch_size + 1
         step = max(self.plan.batch_size, min(PREDICT_BATCH, PREDICT_BYTES // sample_bytes))
-        parts = [
-            self._session("predict", len(x[i : i + step])).run("predict", x=x[i : i + step])["output"]
-            for i in range(0, len(x), step)
-        ]
+        parts = []
+        for i in range(0, len(x), step):
+            with self._main.lock:
+                session = self._session("predict", len(x[i : i + step]))
+                parts.append(session.run("predict", x=x[i : i + step])["output"])
         return np.concatenate(parts)
 
     def predict(self, x: np.ndarray) -> np.ndarray:
@@ -264,6 +274,8 @@ class Learner:
             if now.tobytes() == start.tobytes() or not (optimizer or name in kinds):
                 continue
             channels: Channels | None = self.plan.update_set.tensors.get(name)
+            if channels is not None and not _only_differ(now, start, channels):
+                channels = None  # restored from another scheme: more than this plan's channels has changed
             data = now if channels is None else np.take(now, channels.index, channels.axis)
             dtype = self._main.program.entries[STATE_ENTRY][name].type.dtype
             records.append(delta.Record(name, data.copy(), channels, dtype))
@@ -275,7 +287,7 @@ class Learner:
         return {
             "plan": self.plan,
             "lr": self.lr,
-            "loss_history": self.loss_history,
+            "loss_history": list(self.loss_history),
             "state": self._main.state.copy(),
             "saved": self._saved,
             "pending": self._pending,
@@ -295,9 +307,12 @@ class Learner:
             program = (
                 self.plan.predict_program(batch)
                 if kind == "predict"
-                else self.plan.with_batch_size(batch).program
+                else self.plan.train_program(batch)
             )
-            self._sessions[key] = Session(program, self._main.state)
+            extra = [k for k, s in self._sessions.items() if s is not self._main]
+            if len(extra) >= KEPT_SESSIONS:
+                del self._sessions[extra[0]]
+            self._sessions[key] = Session(program, self._main.state, lock=self._main.lock)
         return self._sessions[key]
 
     def _rate(self, lr: float | None) -> float:

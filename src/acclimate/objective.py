@@ -32,6 +32,14 @@ class CrossEntropy:
     smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        weights = self.class_weights or ()
+        if not 0 <= self.smoothing <= 1 or not all(np.isfinite(w) and w > 0 for w in weights):
+            raise WrongUse(
+                "smoothing lies in 0..1 and class weights are finite numbers above zero",
+                number=f"smoothing {self.smoothing}, weights {self.class_weights}",
+            )
+
     def target(self, output: Type) -> Type:
         """Type of y for a model output of the given type."""
         _classes_of(output)
@@ -40,7 +48,7 @@ class CrossEntropy:
     def build(self, tape: Any, output: str, target: str) -> str:
         extra = ()
         if self.class_weights is not None:
-            if len(self.class_weights) != tape.graph.shape(output)[1] or min(self.class_weights) < 0:
+            if len(self.class_weights) != tape.graph.shape(output)[1]:
                 raise WrongUse(
                     "class_weights needs one weight >= 0 a class",
                     number=f"{len(self.class_weights)} given, {tape.graph.shape(output)[1]} classes",
@@ -145,7 +153,7 @@ class MSE:
         return _same_shape(np.asarray(y), output, "mean squared error")
 
     def correct(self, output: np.ndarray, y: np.ndarray) -> float:
-        """Coefficient of determination, as scikit-learn's regressors score."""
+        """Coefficient of determination, over all outputs together."""
         total = float(((y - y.mean(0)) ** 2).sum())
         return 1 - float(((output - y) ** 2).sum()) / total if total else 0.0
 
@@ -244,11 +252,14 @@ def AdamW(lr: float = 0.001, weight_decay: float = 0.01, **rest: Any) -> Adam:
 
 
 def _check_optimizer(o: Any) -> None:
-    if o.lr < 0 or o.weight_decay < 0 or o.accumulate < 1 or (o.clip_norm is not None and o.clip_norm <= 0):
+    numbers = [o.lr, o.weight_decay, getattr(o, "momentum", 0.0), 1.0 if o.clip_norm is None else o.clip_norm]
+    fine = all(isinstance(n, (int, float, np.number)) and np.isfinite(n) and n >= 0 for n in numbers)
+    whole = isinstance(o.accumulate, int) and o.accumulate >= 1
+    if not (fine and whole and numbers[2] < 1 and numbers[3] > 0):
         raise WrongUse(
             "an optimiser's number is out of range",
             where=str(o),
-            action="lr, weight_decay >= 0; accumulate >= 1; clip_norm > 0",
+            action="finite lr, weight_decay >= 0; momentum in [0, 1); accumulate a whole number >= 1; clip_norm > 0",
         )
 
 

@@ -38,9 +38,7 @@ def fold_constants(graph: Graph) -> Graph:
     """Compute at compile time what depends on constants alone."""
     new = graph.copy()
     new.nodes = []
-    names: dict[str, str] = {}
     for node in graph.nodes:
-        node = _rename(node, names)
         known = (
             all(not n or new.values[n].kind == "constant" for n in node.inputs)
             and node.inputs
@@ -74,18 +72,20 @@ def fold_frozen(graph: Graph) -> Graph:
         fold = TABLE[node.op].fold
         producer = tape.producer(node.inputs[0]) if fold and node.inputs else None
         if fold and producer is not None and producer in new.nodes:
-            single = len(uses[producer.outputs[0]]) == 1 and producer.outputs[0] not in outputs
+            kept = producer.outputs[0] in {names.get(n, n) for n in outputs}
+            single = len(uses[producer.outputs[0]]) == 1 and not kept
             params = [n for n in (*node.inputs[1:], *producer.inputs[1:]) if n]
             if single and all(new.values[n].kind == "constant" for n in params):
                 out = fold(tape, node, producer)
                 if out is not None:
                     new.nodes.remove(producer)
                     new.nodes[-1] = replace(new.nodes[-1], where=node.where or producer.where)
+                    tape.adopt(new.nodes[-1])
                     names[node.outputs[0]] = out
                     uses[out] = uses[node.outputs[0]]
                     continue
         new.nodes.append(node)
-        tape._producers.update({n: node for n in node.outputs if n})
+        tape.adopt(node)
     new.outputs = {role: names.get(n, n) for role, n in graph.outputs.items()}
     return new
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from . import device as devices
 from . import schemes
 from .device import Device
@@ -18,7 +20,7 @@ from .errors import CannotFit, WrongUse
 from .grad import UpdateSet, gradient_graph, predict_graph, step_graphs
 from .ir import Graph
 from .layout import Layout, arrange, persistent_layout
-from .objective import LOSSES, OPTIMIZERS, Loss, Optimizer, resolve
+from .objective import LOSSES, OPTIMIZERS, SGD, Loss, Optimizer, resolve
 from .ops import TABLE, cost, with_batch
 from .passes import prepare
 from .passes import run as run_passes
@@ -63,6 +65,10 @@ class Plan:
         """What the runtime runs."""
         return build(self.layouts, self.state_layout)
 
+    def train_program(self, batch_size: int) -> Program:
+        """All entries for another batch size, on the same block of persistent values."""
+        return build(self.with_batch_size(batch_size).layouts, self.state_layout)
+
     def predict_program(self, batch_size: int) -> Program:
         """Only the entry "predict", for another batch size, on the same block of persistent values."""
         return build(_arranged({"predict": predict_graph(self._prepared(batch_size))}), self.state_layout)
@@ -77,7 +83,7 @@ class Plan:
         return prepare(with_batch(self.model, batch_size), set(self.update_set.tensors))
 
     def with_batch_size(self, batch_size: int) -> Plan:
-        """The same plan for another batch size, without its limits; it shares the layout of the persistent values."""
+        """The same plan for another batch size, without its limits."""
         return replace(self, batch_size=batch_size, memory_bytes=None)
 
     @property
@@ -263,7 +269,8 @@ def compile_plan(
     model: a Graph. device: a name of acclimate.devices() or a Device. memory_bytes: a limit on peak RAM below the
     device's own. The other arguments are those of acclimate.plan.
     """
-    if not isinstance(batch_size, int) or not 1 <= batch_size <= MAX_BATCH:
+    whole = isinstance(batch_size, (int, np.integer)) and not isinstance(batch_size, bool)
+    if not whole or not 1 <= batch_size <= MAX_BATCH:
         raise WrongUse("batch_size must be a whole number", number=f"{batch_size}, from 1 to {MAX_BATCH}")
     if memory_bytes is not None and memory_bytes <= 0:
         raise WrongUse("memory_bytes must be positive", number=str(memory_bytes))
@@ -280,7 +287,7 @@ def compile_plan(
         resolve(loss, LOSSES, "loss"),
         resolve(optimizer, OPTIMIZERS, "optimizer"),
         target,
-        batch_size,
+        int(batch_size),
         memory_bytes,
         1,
     )
@@ -325,7 +332,7 @@ def fixes(plan: Plan, limit: int = 3) -> list[dict[str, Any]]:
     if plan.batch_size > 1:
         options.append(("--batch 1", {"batch_size": 1}))
     if getattr(plan.optimizer, "momentum", 0) or hasattr(plan.optimizer, "betas"):
-        options.append(("--optimizer sgd", {"optimizer": type(OPTIMIZERS["sgd"])(lr=plan.optimizer.lr)}))
+        options.append(("--optimizer sgd", {"optimizer": SGD(lr=plan.optimizer.lr)}))
     for scheme in schemes.candidates(plan.model):
         options.append((f"--scheme {scheme.label}", {"update_set": scheme.choose(plan.model)}))
         if plan.batch_size > 1:
@@ -342,7 +349,7 @@ def fixes(plan: Plan, limit: int = 3) -> list[dict[str, Any]]:
             saved = plan.peak_bytes - other.peak_bytes
             found.append(
                 {
-                    "text": f"{text} ({saved / 1024:+.1f} KiB less RAM)".replace("+", ""),
+                    "text": f"{text} ({saved / 1024:.1f} KiB less RAM)",
                     "option": text,
                     "peak_bytes": other.peak_bytes,
                     "flash_bytes": other.flash_bytes,

@@ -308,7 +308,12 @@ class _Walk:
         name = _name(node.target)
         self.b.where, self.b.stem = _where(node), _stem(node)
         if name == "getitem":
-            return args[0][args[1]] if args[0] is not LOST else LOST
+            if args[0] is LOST:
+                return LOST
+            if isinstance(args[0], tuple) and args[1] >= len(args[0]):
+                self._fail(name, Untaken("the statistics of a batch norm that is used twice"))
+                return LOST
+            return args[0][args[1]]
         leaves = list(_leaves((args, tuple(kwargs.values()))))
         taken = name in _TABLE or not hasattr(node.target, "_schema")
         if any(leaf is LOST for leaf in leaves):

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import BadInput
+from ..ir import Type
 from .row import Attr, Cost, Example, Row
 
 _SHAPES = (Example(((2, 3, 5, 5),)), Example(((4, 37),)))
@@ -104,6 +106,7 @@ def _smooth(
     attrs: dict[str, Attr] | None = None,
     values: dict[str, Any] | None = None,
     domain: str = "normal",
+    shape: Callable[..., Any] | None = None,
 ) -> tuple[Row, Row]:
     attrs, values = attrs or {}, values or {}
 
@@ -123,6 +126,7 @@ def _smooth(
             one,
             attrs=attrs,
             grad=grad,
+            shape=shape,
             cost=_transcendental,
             in_place=(0,),
         ),
@@ -155,6 +159,12 @@ def _gelu_slope(x: Any, a: Any) -> Any:
         t = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
         return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
     return 0.5 * (1 + _erf(x / math.sqrt(2))) + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _elu_shape(a: Any, x: Type) -> list[Type]:
+    if a["alpha"] < 0:
+        raise BadInput("elu takes an alpha from zero: below, its output does not tell its slope", where=str(x))
+    return [x]
 
 
 def _hard_swish_slope(x: Any, a: Any) -> Any:
@@ -200,6 +210,7 @@ SMOOTH = (
         lambda y, a: np.where(y > 0, 1, y + a["alpha"]),
         "y",
         {"alpha": Attr("f", 1.0)},
+        shape=_elu_shape,
     ),
     *_smooth("softplus", "log(1 + exp(x)).", lambda x, a: np.logaddexp(x, 0), lambda x, a: _sigmoid(x), "x"),
     *_smooth("exp", "Exponential.", lambda x, a: np.exp(x), lambda y, a: y, "y"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BadInput
+from ..errors import BadInput, WrongUse
 from ..ir import Type
 from .arithmetic import mask
 from .row import Attr, Cost, Example, Row
@@ -64,6 +64,9 @@ def _fold(tape: Any, node: Any, producer: Any) -> str | None:
     scale = gamma / np.sqrt(var + np.float32(node.attrs["eps"]))
     x, w, bias = (*producer.inputs, "")[:3]
     weight = graph.values[w].data
+    assert weight is not None
+    if "tb" in producer.attrs and weight.ndim != 2:
+        return None  # the columns of stacked matrices are not the norm's channels
     axis = 1 if "tb" in producer.attrs and not producer.attrs["tb"] else 0  # where the output channels lie
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
     new_w = graph.constant(f"{w}.folded", weight * scale.reshape(shape))
@@ -107,6 +110,12 @@ def _batch_norm_train_grad(tape: Any, node: Any, d: str, *_: str) -> list[str]:
 def _track_statistics(tape: Any, node: Any) -> None:
     x = tape.graph.type(node.inputs[0])
     n = x.size // x.shape[1]
+    if n < 2:
+        raise WrongUse(
+            "batch norm on batch statistics needs more than one value a channel",
+            where=f"{x} {node.where}".strip(),
+            action="batches (the rest of a data set too) of two samples or more, or module.eval()",
+        )
     momentum = node.attrs["momentum"]
     tape.update("ema", node.inputs[3], node.outputs[1], momentum=momentum)
     tape.update(

@@ -5,8 +5,10 @@ The C files beside this one are the runtime that boards run too; `acclimate.h` i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,9 +58,10 @@ class Session:
     >>> session.run("step", x=x, y=y, lr=0.01)["loss"]                               # doctest: +SKIP
     """
 
-    def __init__(self, program: Program, state: np.ndarray | None = None, isa: str = "auto") -> None:
-        """`state`: a block shared with other sessions of the same layout; a fresh one where it is not given."""
+    def __init__(self, program: Program, state: np.ndarray | None = None, isa: str = "auto", lock: Any = None) -> None:
+        """`state`: a block shared with other sessions of the same layout, and `lock` with it; fresh where not given."""
         self.program = program
+        self.lock = lock or threading.RLock()  # one run at a time: all work in the same memory
         self._handle = _handle(program.bytes, isa)
         self.arena = np.zeros(max(program.arena_bytes, 4) // 4, np.uint32).view(np.uint8)
         if state is None:
@@ -97,13 +100,11 @@ class Session:
 
     def run(self, entry: str, **inputs: np.ndarray | float) -> dict[str, np.ndarray]:
         """Feed, run all ops, and return copies of the outputs."""
-        self.feed(entry, inputs)
-        self.run_range(entry)
-        return {
-            b.name: self.view(entry, b.name).copy()
-            for b in self.program.entries[entry].values()
-            if b.is_output
-        }
+        with self.lock:
+            self.feed(entry, inputs)
+            self.run_range(entry)
+            bindings = self.program.entries[entry].values()
+            return {b.name: self.view(entry, b.name).copy() for b in bindings if b.is_output}
 
     def run_range(self, entry: str, first: int = 0, end: int = -1) -> None:
         """Run ops first..end-1 of an entry on what is in memory."""

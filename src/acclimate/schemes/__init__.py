@@ -226,6 +226,12 @@ class Explicit:
             norms = np.square(data).sum(tuple(i for i in range(len(shape)) if i != axis))
             index = np.sort(np.argsort(-norms, kind="stable")[:count])
             return Channels(axis, tuple(int(i) for i in index)), f"{count} of {shape[axis]} channels, by norm"
+        if not isinstance(what, (list, tuple, range, np.ndarray)) or not all(
+            isinstance(i, (int, np.integer)) for i in what
+        ):
+            raise WrongUse(
+                "channels are None, Channels, a share in (0, 1], or a list of indices", where=name, number=repr(what)
+            )
         return Channels(axis, tuple(int(i) for i in what)), f"{len(what)} of {shape[axis]} channels, named"
 
 
