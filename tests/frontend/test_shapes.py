@@ -5,6 +5,7 @@ import pytest
 
 from acclimate import errors, ops
 from acclimate.frontend import common as c
+from acclimate.frontend import lowering as f
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,12 @@ def test_attention_with_tokens_first(baked):
 
     def build(b, x):
         w = b.parameter("w", weight)
-        x = c.linear(b, c.transpose(b, x, [1, 0, 2]), w)
+        x = f.linear(b, c.transpose(b, x, [1, 0, 2]), w)
         heads_first = c.transpose(b, c.reshape(b, x, [length, baked * heads, dim // heads]), [1, 0, 2])
         q = c.reshape(b, heads_first, [baked, heads, length, dim // heads])
-        y = c.attention(b, q, q, q, None, False, 0.0, None)
+        y = f.attention(b, q, q, q, None, False, 0.0, None)
         y = c.reshape(b, c.transpose(b, y, [2, 0, 1, 3]), [length * baked, dim])
-        y = c.reshape(b, c.linear(b, y, w), [length, baked, dim])
+        y = c.reshape(b, f.linear(b, y, w), [length, baked, dim])
         return c.transpose(b, y, [1, 0, 2])
 
     graph = walk(build, baked, (baked, length, dim))
@@ -89,7 +90,7 @@ def test_a_constant_that_was_repeated_for_the_baked_batch():
 
     def build(b, x):
         p = b.parameter("token", token)
-        return c.binary(
+        return f.binary(
             b, "add", c.concat(b, [c.expand(b, p, [2, 1, 4]), x], 1), np.ones((2, 4, 4), np.float32)
         )
 

@@ -1,0 +1,600 @@
+"""The table of ONNX operators that are taken.
+
+Each is taken by one small function of `TABLE`, `(b, n)`: `n.x` is the first input, `n.get(i)` any other,
+`n.attr(name, default)` an attribute. Tensors of sizes that hold the batch are numpy object arrays of `Size`s; their
+arithmetic is in `SIZES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..ir import Dim
+from . import common as c
+from . import lowering as f
+from .common import LOST, Builder, Ref, Untaken
+from .onnx_model import Node, bounded, evaluated
+
+# -- arithmetic on sizes ---------------------------------------------------------------------------------------------
+
+
+def _objects(values: Any) -> np.ndarray:
+    """An object array, whose elements keep their type."""
+    out = np.empty(np.shape(values), object)
+    out[...] = values
+    return out
+
+
+def settled(result: Any) -> np.ndarray:
+    """A result of arithmetic on sizes: plain integers where no batch is left in it."""
+    result = _objects(result)  # numpy unpacks rank 0
+    return result if any(isinstance(v, Dim) for v in result.flat) else np.array(result.tolist())
+
+
+def _size_slice(n: Node) -> Any:
+    starts, ends = n.ints("starts", 1), n.ints("ends", 2)
+    axes, steps = n.ints("axes", 3) or range(len(starts)), n.ints("steps", 4) or [1] * len(starts)
+    x = n.x
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        x = x[(slice(None),) * (axis % x.ndim) + (slice(start, end, step),)]
+    return x
+
+
+def _size_divide(n: Node) -> Any:
+    return np.frompyfunc(lambda p, q: p // q, 2, 1)(n.x, n.get(1))
+
+
+SIZES: dict[str, Callable[[Node], Any]] = {
+    "Add": lambda n: n.x + n.get(1),
+    "Sub": lambda n: n.x - n.get(1),
+    "Mul": lambda n: n.x * n.get(1),
+    "Div": _size_divide,
+    "Gather": lambda n: _objects(np.take(n.x, np.asarray(n.get(1)).astype(int), n.attr("axis", 0))),
+    "Concat": lambda n: np.concatenate([_objects(t) for t in n.things], n.attr("axis")),
+    "Unsqueeze": lambda n: np.expand_dims(n.x, tuple(n.ints("axes", 1))),
+    "Squeeze": lambda n: np.squeeze(n.x, tuple(n.ints("axes", 1) or ()) or None),
+    "Reshape": lambda n: n.x.reshape([int(v) for v in n.get(1)]),
+    "Slice": _size_slice,
+    "Cast": lambda n: n.x,
+    "Identity": lambda n: n.x,
+    "Equal": lambda n: np.asarray(n.x == n.get(1), bool),
+    "Where": lambda n: _objects(np.where(np.asarray(n.x, bool), _objects(n.get(1)), _objects(n.get(2)))),
+    "ReduceProd": lambda n: _objects(math.prod(n.x.reshape(-1).tolist())).reshape(
+        [1] if n.attr("keepdims", 1) else []
+    ),
+}
+
+
+def _shape(b: Builder, n: Node) -> Any:
+    return settled(b.shape(n.x)[n.attr("start", 0) : n.attr("end", None)])
+
+
+def _size(b: Builder, n: Node) -> Any:
+    return settled(math.prod(b.shape(n.x)))
+
+
+def _filled(b: Builder, n: Node) -> Any:
+    from onnx import numpy_helper
+
+    value = numpy_helper.to_array(n.attrs["value"]).reshape(-1)[0] if "value" in n.attrs else np.float32(0)
+    shape = [v if isinstance(v, Dim) else int(v) for v in n.x]
+    sizes = [1 if isinstance(s, Dim) else s for s in shape]
+    bounded(math.prod(sizes))
+    small = np.full(sizes, value)
+    return c.expand(b, small, shape) if any(isinstance(s, Dim) for s in shape) else small
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+def _geometry(
+    b: Builder, n: Node, kernel: Sequence[int]
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """stride, padding before, padding after, dilation."""
+    rank = len(kernel)
+    stride, dilation = n.attr("strides", [1] * rank), n.attr("dilations", [1] * rank)
+    pads, auto = n.attr("pads", [0] * 2 * rank), n.attr("auto_pad", "NOTSET")
+    if auto.startswith("SAME"):
+        total = [
+            max((-(-s // t) - 1) * t + d * (k - 1) + 1 - s, 0)
+            for s, t, d, k in zip(b.shape(n.x)[2:], stride, dilation, kernel, strict=True)
+        ]
+        small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+        return stride, *((small, large) if auto == "SAME_UPPER" else (large, small)), dilation
+    if min(pads) < 0:
+        raise Untaken(f"negative padding {pads}")
+    return stride, pads[:rank], pads[rank:], dilation
+
+
+def _conv(b: Builder, n: Node) -> Any:
+    stride, before, after, dilation = _geometry(b, n, b.shape(n.get(1))[2:])
+    return f.convolution(
+        b,
+        n.x,
+        n.get(1),
+        n.get(2),
+        stride=stride,
+        before=before,
+        after=after,
+        dilation=dilation,
+        groups=n.attr("group", 1),
+    )
+
+
+def _gemm(b: Builder, n: Node) -> Any:
+    x, w, bias, alpha, beta = n.x, n.get(1), n.get(2), n.attr("alpha", 1.0), n.attr("beta", 1.0)
+    x = c.swap(b, x, 0, 1) if n.attr("transA", 0) else x
+    if bias is None or (alpha == beta == 1 and len(b.shape(bias)) == 1 and b.shape(bias)[0] != 1):
+        return f.affine(b, f.linear(b, x, w, bias, tb=n.attr("transB", 0)), alpha)
+    y = f.affine(b, f.linear(b, x, w, None, tb=n.attr("transB", 0)), alpha)
+    return f.binary(b, "add", y, f.affine(b, bias, beta))
+
+
+def _batch_norm(b: Builder, n: Node) -> Any:
+    training = bool(n.attr("training_mode", 0))
+    y = f.batch_norm(
+        b,
+        n.x,
+        n.get(1),
+        n.get(2),
+        n.get(3),
+        n.get(4),
+        training,
+        1 - n.attr("momentum", 0.9),
+        n.attr("epsilon", 1e-5),
+    )
+    return [y, *[LOST] * 4][: max(1, len(n.outputs))]
+
+
+def _layer_norm(b: Builder, n: Node) -> Any:
+    shape = b.shape(n.x)
+    return f.normalize(
+        b, n.x, shape[n.attr("axis", -1) % len(shape) :], n.get(1), n.get(2), n.attr("epsilon", 1e-5)
+    )
+
+
+def _rms_norm(b: Builder, n: Node) -> Any:
+    rank = len(b.shape(n.x))
+    power = f.reduce(b, "mean", f.unary(b, "square", n.x), range(n.attr("axis", -1) % rank, rank), True)
+    y = f.binary(b, "mul", n.x, f.power(b, f.affine(b, power, 1.0, n.attr("epsilon", 1e-5)), -0.5))
+    return f.binary(b, "mul", y, n.get(1))
+
+
+def _group_norm(b: Builder, n: Node) -> Any:
+    groups, channels = n.attr("num_groups"), b.length(n.x, 1)
+    gamma, beta = n.get(1), n.get(2)
+    if n.opset < 21:  # one scale a group
+        gamma, beta = (
+            c.view(b, c.expand(b, c.view(b, v, [groups, 1]), [groups, channels // groups]), [channels])
+            for v in (gamma, beta)
+        )
+    return f.group_norm(b, n.x, groups, gamma, beta, n.attr("epsilon", 1e-5))
+
+
+def _pool(op: str) -> Callable[..., Any]:
+    def rule(b: Builder, n: Node) -> Any:
+        kernel = n.attr("kernel_shape")
+        stride, before, after, dilation = _geometry(b, n, kernel)
+        more = (
+            {"dilation": dilation}
+            if op == "max_pool"
+            else {"include_pad": bool(n.attr("count_include_pad", 0))}
+        )
+        if op == "avg_pool" and set(dilation) != {1}:
+            raise Untaken("dilated average pooling")
+        return [f.pool(b, op, n.x, kernel, stride, before, after, bool(n.attr("ceil_mode", 0)), **more), LOST]
+
+    return rule
+
+
+def _global(largest: bool) -> Callable[..., Any]:
+    def rule(b: Builder, n: Node) -> Any:
+        axes = range(2, len(b.shape(n.x)))
+        return f.largest(b, n.x, axes, True) if largest else f.reduce(b, "mean", n.x, axes, True)
+
+    return rule
+
+
+def _dropout(b: Builder, n: Node) -> Any:
+    training = f.number(n.get(2)) if n.get(2) is not None else 0
+    ratio = n.attr("ratio", 0.5) if n.get(1) is None else f.number(n.get(1)) or 0.0
+    return [f.dropout(b, n.x, ratio) if training else n.x, LOST]
+
+
+def _number(n: Node, i: int, name: str) -> float | None:
+    """A bound that newer opsets give as input i."""
+    return n.attr(name) if n.get(i) is None else f.number(n.get(i))
+
+
+def _clip(b: Builder, n: Node) -> Any:
+    return f.clamp(b, n.x, _number(n, 1, "min"), _number(n, 2, "max"))
+
+
+def _softmax(log: bool) -> Callable[..., Any]:
+    def rule(b: Builder, n: Node) -> Any:
+        shape = b.shape(n.x)
+        axis = n.attr("axis", 1 if n.opset < 13 else -1) % len(shape)
+        if n.opset < 13 and axis < len(shape) - 1:  # once, all axes from this one on
+            return c.view(b, f.softmax(b, c.flatten(b, n.x, axis, -1), -1, log), shape)
+        return f.softmax(b, n.x, axis, log)
+
+    return rule
+
+
+def _reduce(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(b: Builder, n: Node) -> Any:
+        axes = n.ints("axes", 1)
+        if not axes and n.attr("noop_with_empty_axes", 0):
+            return n.x
+        return fn(b, n.x, axes, bool(n.attr("keepdims", 1)))
+
+    return rule
+
+
+def _sum_of(op: str) -> Callable[..., Any]:
+    return lambda b, x, axes, keep: f.reduce(b, "sum", f.unary(b, op, x), axes, keep)
+
+
+def _log_sum_exp(b: Builder, x: Any, axes: Any, keep: bool) -> Any:
+    axes = axes or range(len(b.shape(x)))
+    if len(axes) != 1:
+        raise Untaken("ReduceLogSumExp over several axes")
+    y = c.slice_axis(b, f.binary(b, "sub", x, f.softmax(b, x, axes[0], log=True)), axes[0], 0, 1)
+    return y if keep else c.squeeze(b, y, axes)
+
+
+def _binary(op: str) -> Callable[..., Any]:
+    return lambda b, n: f.binary(b, op, n.x, n.get(1))
+
+
+def _variadic(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(b: Builder, n: Node) -> Any:
+        y = n.x
+        for other in n.things[1:]:
+            y = fn(b, y, other)
+        return y
+
+    return rule
+
+
+def _hard_sigmoid(b: Builder, n: Node) -> Any:
+    alpha, beta = n.attr("alpha", 0.2), n.attr("beta", 0.5)
+    if abs(alpha - 1 / 6) < 1e-6 and beta == 0.5:
+        return f.unary(b, "hard_sigmoid", n.x)
+    return f.clamp(b, f.affine(b, n.x, alpha, beta), 0.0, 1.0)
+
+
+def _leaky_relu(b: Builder, n: Node) -> Any:
+    if n.attr("alpha", 0.01) < 0:
+        raise Untaken("a leaky relu of negative slope")
+    return f.unary(b, "leaky_relu", n.x, slope=n.attr("alpha", 0.01))
+
+
+def _swish(b: Builder, n: Node) -> Any:
+    alpha = n.attr("alpha", 1.0)
+    return f.affine(b, f.unary(b, "silu", f.affine(b, n.x, alpha)), 1 / alpha)
+
+
+def _celu(b: Builder, n: Node) -> Any:
+    alpha = n.attr("alpha", 1.0)
+    return f.affine(b, f.unary(b, "elu", f.affine(b, n.x, 1 / alpha), alpha=1.0), alpha)
+
+
+def _prelu(b: Builder, n: Node) -> Any:
+    slope = n.get(1)
+    if len(b.shape(slope)) == 1:  # ONNX aligns at the end, torch at the channels
+        slope = c.view(b, slope, [*[1] * (len(b.shape(n.x)) - 1), *b.shape(slope)])
+    return f.prelu(b, n.x, slope)
+
+
+def _reshape(b: Builder, n: Node) -> Any:
+    target = n.ints("shape", 1)
+    if not n.attr("allowzero", 0):
+        target = [b.shape(n.x)[i] if not isinstance(t, Dim) and t == 0 else t for i, t in enumerate(target)]
+    return c.reshape(b, n.x, target)
+
+
+def _flatten(b: Builder, n: Node) -> Any:
+    axis, rank = n.attr("axis", 1), len(b.shape(n.x))
+    axis += rank if axis < 0 else 0
+    if axis == 0 or axis == rank:
+        y = c.flatten(b, n.x, 0, -1)
+        return c.unsqueeze(b, y, [axis and 1])
+    return c.flatten(b, c.flatten(b, n.x, axis, -1), 0, axis - 1)
+
+
+def _slice(b: Builder, n: Node) -> Any:
+    starts, ends, x = n.ints("starts", 1), n.ints("ends", 2), n.x
+    axes, steps = n.ints("axes", 3) or range(len(starts)), n.ints("steps", 4) or [1] * len(starts)
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        if step < 0:
+            x = f.take(
+                b,
+                x,
+                axis,
+                np.arange(b.length(x, axis))[
+                    start if start < 2**31 else None : end if end > -(2**31) else None : step
+                ],
+            )
+        else:
+            x = c.slice_axis(b, x, axis, start, end, step)
+    return x
+
+
+def _split(b: Builder, n: Node) -> Any:
+    axis, parts = n.attr("axis", 0), n.ints("split", 1)
+    size = b.length(n.x, axis)
+    if parts is None:
+        each = -(-size // n.attr("num_outputs", len(n.outputs)))
+        parts = [min(each, size - i) for i in range(0, size, each)]
+    return c.split(b, n.x, axis, parts)
+
+
+def _gather(b: Builder, n: Node) -> Any:
+    axis, index = n.attr("axis", 0), n.get(1)
+    if isinstance(index, Ref):
+        raise Untaken("an index that depends on the data")
+    if np.ndim(index) == 0:
+        return c.select(b, n.x, axis, int(index))
+    return f.take(b, n.x, axis, index)
+
+
+def _gather_nd(b: Builder, n: Node) -> Any:
+    if isinstance(n.get(1), Ref) or n.attr("batch_dims", 0):
+        raise Untaken("an index that depends on the data, or on the sample")
+    return f.take_many(b, n.x, n.get(1))
+
+
+def _expand(b: Builder, n: Node) -> Any:
+    target, shape = n.ints("shape", 1), b.shape(n.x)
+    rank = max(len(target), len(shape))
+    target, shape = [1] * (rank - len(target)) + target, (1,) * (rank - len(shape)) + shape
+    return c.expand(
+        b, n.x, [s if not isinstance(t, Dim) and t == 1 else t for s, t in zip(shape, target, strict=True)]
+    )
+
+
+def _pad(b: Builder, n: Node) -> Any:
+    pads, mode, rank = n.ints("pads", 1), n.attr("mode", "constant"), len(b.shape(n.x))
+    axes = [a % rank for a in n.ints("", 3) or range(rank)]
+    before, after = [0] * rank, [0] * rank
+    for i, axis in enumerate(axes):
+        before[axis], after[axis] = pads[i], pads[i + len(axes)]
+    if mode == "constant":
+        return c.pad(b, n.x, before, after, _number(n, 2, "value") or 0.0)
+    x = n.x
+    for axis in range(rank):
+        x = f.pad_by_copies(b, x, axis, before[axis], after[axis], mode) if before[axis] or after[axis] else x
+    return x
+
+
+def _resize(b: Builder, n: Node) -> Any:
+    """Interpolation, which treats each axis by itself: one constant matrix an axis, what it makes of the identity."""
+    from onnx import helper
+
+    shape, x = b.shape(n.x), n.x
+    scales = n.get(1) if n.op == "Upsample" else n.get(2)
+    sizes = n.get(3)
+    goal = (
+        list(sizes)
+        if sizes is not None
+        else [math.floor(s * f) for s, f in zip(shape[2:], scales[2:], strict=True)]
+    )
+    goal = [int(g) for g in goal[-len(shape[2:]) :]]
+    kept = ("mode", "coordinate_transformation_mode", "nearest_mode", "cubic_coeff_a", "exclude_outside")
+    attrs = {k: v for k, v in n.attrs.items() if k in kept}
+    for i, axis in enumerate(range(2, len(shape))):
+        size = b.length(x, axis)
+        if size == goal[i]:
+            continue
+        proto = helper.make_node("Resize", ["x", "", "scales"], ["y"], **attrs)
+        factor = np.float32(goal[i] / size if scales is None or len(scales) == 0 else scales[axis])
+        matrix = evaluated(
+            Node(proto, max(n.opset, 13)),
+            {"x": np.eye(size, dtype=np.float32), "scales": np.array([1, factor], np.float32)},
+        )[0].T
+        if np.array_equal(matrix, np.repeat(np.eye(size), goal[i] // size, 0)):
+            x = f.upsample_nearest(b, x, [goal[i] if a == axis else s for a, s in enumerate(b.shape(x))][2:])
+        else:
+            x = f.along(b, x, axis, matrix)
+    return x
+
+
+def _depth_to_space(b: Builder, n: Node) -> Any:
+    r = n.attr("blocksize")
+    if n.attr("mode", "DCR") == "CRD":
+        return f.pixel_shuffle(b, n.x, r)
+    batch, channels, h, w = b.shape(n.x)
+    y = c.transpose(b, c.view(b, n.x, [batch, r, r, channels // (r * r), h, w]), [0, 3, 4, 1, 5, 2])
+    return c.view(b, y, [batch, channels // (r * r), h * r, w * r])
+
+
+def _attention(b: Builder, n: Node) -> Any:
+    q, k, v = n.things[:3]
+    if len(b.shape(q)) != 4 or len(n.things) > 4 or b.shape(q)[1] != b.shape(k)[1]:
+        raise Untaken("attention on three axes, with a cache, or with fewer heads for keys")
+    return f.attention(b, q, k, v, n.get(3), bool(n.attr("is_causal", 0)), 0.0, n.attr("scale"))
+
+
+def _cast(b: Builder, n: Node) -> Any:
+    if isinstance(n.x, Ref) and n.attr("to") not in (1, 10, 11, 16):
+        raise Untaken("a conversion of the data to integers")
+    return n.x
+
+
+def _lp_normalization(b: Builder, n: Node) -> Any:
+    if n.attr("p", 2) != 2:
+        raise Untaken("normalisation by another norm than the second")
+    return f.binary(b, "div", n.x, f.unary(b, "sqrt", _sum_of("square")(b, n.x, [n.attr("axis", -1)], True)))
+
+
+def _cumsum(b: Builder, n: Node) -> Any:
+    axis = int(f.number(n.get(1)) or 0)
+    if n.attr("exclusive", 0) or n.attr("reverse", 0):
+        raise Untaken("a running sum that is reversed or exclusive")
+    size = b.length(n.x, axis)
+    return f.along(b, n.x, axis, np.tril(np.ones((size, size))))
+
+
+def _trilu(b: Builder, n: Node) -> Any:
+    k, ones = int(f.number(n.get(1)) or 0), np.ones((b.length(n.x, -2), b.length(n.x, -1)), np.float32)
+    return f.binary(b, "mul", n.x, np.triu(ones, k) if n.attr("upper", 1) else np.tril(ones, k))
+
+
+def _simple(op: str) -> Callable[..., Any]:
+    return lambda b, n: f.unary(b, op, n.x)
+
+
+def _affine(scale: float = 1.0, shift: float = 0.0) -> Callable[..., Any]:
+    return lambda b, n: f.affine(b, n.x, scale, shift)
+
+
+TABLE: dict[str, Callable[[Builder, Node], Any]] = {
+    # layers
+    "Conv": _conv,
+    "Gemm": _gemm,
+    "MatMul": lambda b, n: f.matmul(b, n.x, n.get(1)),
+    "Attention": _attention,
+    "Einsum": lambda b, n: f.einsum(b, n.attr("equation"), n.things),
+    "BatchNormalization": _batch_norm,
+    "LayerNormalization": _layer_norm,
+    "GroupNormalization": _group_norm,
+    "InstanceNormalization": lambda b, n: f.group_norm(
+        b, n.x, b.length(n.x, 1), n.get(1), n.get(2), n.attr("epsilon", 1e-5)
+    ),
+    "RMSNormalization": _rms_norm,
+    "LpNormalization": _lp_normalization,
+    "Dropout": _dropout,
+    "MaxPool": _pool("max_pool"),
+    "AveragePool": _pool("avg_pool"),
+    "GlobalAveragePool": _global(False),
+    "GlobalMaxPool": _global(True),
+    "Resize": _resize,
+    "Upsample": _resize,
+    "DepthToSpace": _depth_to_space,
+    # activations
+    "Relu": _simple("relu"),
+    "Sigmoid": _simple("sigmoid"),
+    "Tanh": _simple("tanh"),
+    "Exp": _simple("exp"),
+    "Log": _simple("log"),
+    "Sqrt": _simple("sqrt"),
+    "Abs": _simple("abs"),
+    "Reciprocal": _simple("reciprocal"),
+    "HardSwish": _simple("hard_swish"),
+    "HardSigmoid": _hard_sigmoid,
+    "LeakyRelu": _leaky_relu,
+    "Swish": _swish,
+    "Gelu": lambda b, n: f.unary(b, "gelu", n.x, tanh=int(n.attr("approximate", "none") == "tanh")),
+    "Erf": lambda b, n: c.Erf(n.x),
+    "Clip": _clip,
+    "PRelu": _prelu,
+    "Celu": _celu,
+    "Elu": lambda b, n: f.unary(b, "elu", n.x, alpha=n.attr("alpha", 1.0)),
+    "Selu": lambda b, n: f.affine(
+        b, f.unary(b, "elu", n.x, alpha=n.attr("alpha", 1.67326319)), n.attr("gamma", 1.05070102)
+    ),
+    "Softplus": lambda b, n: f.softplus(b, n.x),
+    "Softsign": lambda b, n: f.binary(b, "div", n.x, f.affine(b, f.unary(b, "abs", n.x), 1.0, 1.0)),
+    "Mish": lambda b, n: f.binary(b, "mul", n.x, f.unary(b, "tanh", f.softplus(b, n.x))),
+    "Softmax": _softmax(False),
+    "LogSoftmax": _softmax(True),
+    # arithmetic
+    "Add": _binary("add"),
+    "Sub": _binary("sub"),
+    "Mul": _binary("mul"),
+    "Div": _binary("div"),
+    "Neg": _affine(-1.0),
+    "Pow": lambda b, n: f.power(b, n.x, n.get(1)),
+    **dict.fromkeys(("Greater", "GreaterOrEqual"), lambda b, n: f.compare(b, n.x, n.get(1), True)),
+    **dict.fromkeys(("Less", "LessOrEqual"), lambda b, n: f.compare(b, n.x, n.get(1), False)),
+    "Sum": _variadic(lambda b, x, y: f.binary(b, "add", x, y)),
+    "Mean": lambda b, n: f.affine(
+        b, _variadic(lambda b, x, y: f.binary(b, "add", x, y))(b, n), 1 / len(n.things)
+    ),
+    "Max": _variadic(f.larger),
+    "Min": _variadic(lambda b, x, y: f.larger(b, x, y, -1.0)),
+    "ReduceMean": _reduce(lambda b, x, axes, keep: f.reduce(b, "mean", x, axes, keep)),
+    "ReduceSum": _reduce(lambda b, x, axes, keep: f.reduce(b, "sum", x, axes, keep)),
+    "ReduceMax": _reduce(f.largest),
+    "ReduceMin": _reduce(
+        lambda b, x, axes, keep: f.affine(b, f.largest(b, f.affine(b, x, -1.0), axes, keep), -1.0)
+    ),
+    "ReduceL1": _reduce(_sum_of("abs")),
+    "ReduceSumSquare": _reduce(_sum_of("square")),
+    "ReduceL2": _reduce(lambda b, x, axes, keep: f.unary(b, "sqrt", _sum_of("square")(b, x, axes, keep))),
+    "ReduceLogSumExp": _reduce(_log_sum_exp),
+    "CumSum": _cumsum,
+    "Trilu": _trilu,
+    "IsNaN": lambda b, n: np.zeros((), np.bool_),
+    "Where": lambda b, n: f.where(b, n.x, n.get(1), n.get(2)),
+    # shapes
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Slice": _slice,
+    "Split": _split,
+    "Gather": _gather,
+    "GatherND": _gather_nd,
+    "Expand": _expand,
+    "Pad": _pad,
+    "Shape": _shape,
+    "Size": _size,
+    "ConstantOfShape": _filled,
+    "Transpose": lambda b, n: c.transpose(b, n.x, n.attr("perm", range(len(b.shape(n.x)))[::-1])),
+    "Squeeze": lambda b, n: c.squeeze(b, n.x, n.ints("axes", 1)),
+    "Unsqueeze": lambda b, n: c.unsqueeze(b, n.x, n.ints("axes", 1)),
+    "Concat": lambda b, n: c.concat(b, n.things, n.attr("axis")),
+    "Tile": lambda b, n: c.repeat(b, n.x, n.ints("repeats", 1)),
+    "Identity": lambda b, n: n.x,
+    "Cast": _cast,
+    "CastLike": lambda b, n: n.x,
+}
+
+_QUANTISED = "bring the float model; acclimate.quantize makes an int8 graph of it"
+
+#: operator -> the nearest thing that is taken
+REWRITES: dict[str, str] = {
+    "ConvTranspose": "Resize by nearest and a convolution",
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), c.RECURRENT),
+    **dict.fromkeys(
+        (
+            "QuantizeLinear",
+            "DequantizeLinear",
+            "QLinearConv",
+            "QLinearMatMul",
+            "ConvInteger",
+            "MatMulInteger",
+            "DynamicQuantizeLinear",
+        ),
+        _QUANTISED,
+    ),
+    **dict.fromkeys(
+        (
+            "Greater",
+            "Less",
+            "GreaterOrEqual",
+            "LessOrEqual",
+            "Equal",
+            "Not",
+            "And",
+            "Or",
+            "Sign",
+            "Floor",
+            "Ceil",
+            "Round",
+            "Where",
+        ),
+        "Relu, Clip or Sigmoid; comparisons have no gradient",
+    ),
+    **dict.fromkeys(("If", "Loop", "Scan"), "export the one branch that is needed"),
+    **dict.fromkeys(("ArgMax", "ArgMin", "TopK", "NonMaxSuppression"), c.OUTSIDE),
+    **dict.fromkeys(("GatherElements", "ScatterND", "ScatterElements"), "Slice and Concat"),
+    "Gather": "one constant index, Slice and Concat",
+    "Pow": "products and Sqrt",
+    "Erf": "Gelu",
+    "LRN": "BatchNormalization",
+}
