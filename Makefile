@@ -11,7 +11,7 @@ BUILD := build/meson
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 EXTENSION := src/acclimate/runtime/_core.abi3.so
-C_FILES = $(filter-out %/ac_ops.h %/ac_table.inc %/ac_table.c,$(wildcard src/acclimate/*/*.[ch]))
+C_FILES = $(filter-out %/ac_ops.h %/ac_table.inc %/ac_table.c,$(wildcard src/acclimate/runtime/*.[ch] src/acclimate/runtime/*/*.[ch]))
 PYTEST_ARGS ?=
 
 # The first of these that is new enough; override with `make PYTHON=...`.

@@ -500,7 +500,7 @@ static ac_status try_program(const uint32_t *words, size_t size, int count) {
     if (work_of_all(&p) <= MAX_WORK) {
         copy = malloc(size);
         memcpy(copy, bytes, size);
-        ac_memory m = {malloc(p.state_bytes), malloc(p.arena_bytes)};
+        ac_memory m = {malloc(p.state_bytes), malloc(p.arena_bytes), NULL};
         if (ac_reset(&p, &m) != AC_OK) fail("reset fails", 0);
         if (!below(4)) fill(m.state, p.state_bytes);
         fill(m.arena, p.arena_bytes);

@@ -92,9 +92,11 @@ def one_node(
     return graph, feeds
 
 
-def run_c(graph: Graph, feeds, isa: str = "auto", layout=None) -> dict[str, np.ndarray]:
+def run_c(
+    graph: Graph, feeds, isa: str = "auto", layout=None, kernels: str = "plain", threads: int = 1
+) -> dict[str, np.ndarray]:
     """The graph's outputs and updated values by the C runtime; bits come back as booleans."""
-    session = Session(build({"run": layout or arrange(graph)}), isa=isa)
+    session = Session(build({"run": layout or arrange(graph)}), isa=isa, kernels=kernels, threads=threads)
     for role, name in graph.inputs.items():
         value = feeds[name]
         b = session.program.entries["run"][role]

@@ -196,7 +196,7 @@ int main(int argc, char **argv) {
     /* 2. Memory: the Program says how much. */
     if (program.state_bytes > sizeof state || program.arena_bytes > sizeof arena)
         return complain("memory", "STATE_BYTES or ARENA_BYTES is too small for this Program");
-    ac_memory memory = {state, arena};
+    ac_memory memory = {state, arena, NULL};
     if (ac_reset(&program, &memory) != AC_OK) return complain("memory", "is not aligned");
 
     /* 3. What it can do. */

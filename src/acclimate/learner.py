@@ -64,7 +64,9 @@ class Learner:
         batch = self.plan.batch_size
         steps = -(-len(x) // batch)
         if len(x) % batch:
-            self._session("train", len(x) % batch)  # a rest that cannot be learned is refused before the first step
+            self._session(
+                "train", len(x) % batch
+            )  # a rest that cannot be learned is refused before the first step
         for i in range(steps):
             xb, yb = x[i * batch : (i + 1) * batch], y[i * batch : (i + 1) * batch]
             loss = self._step(xb, yb, rate)
@@ -120,7 +122,7 @@ class Learner:
         """
         x = self._samples(x)
         y = self._targets(y, len(x))
-        session = Session(self.plan.gradient_program(len(x)), self._main.state)
+        session = Session(self.plan.gradient_program(len(x)), self._main)
         out = session.run("gradient", x=x, y=y)
         found = {}
         for name, channels in self.plan.update_set.tensors.items():
@@ -305,14 +307,12 @@ class Learner:
         key = (kind, batch)
         if key not in self._sessions:
             program = (
-                self.plan.predict_program(batch)
-                if kind == "predict"
-                else self.plan.train_program(batch)
+                self.plan.predict_program(batch) if kind == "predict" else self.plan.train_program(batch)
             )
             extra = [k for k, s in self._sessions.items() if s is not self._main]
             if len(extra) >= KEPT_SESSIONS:
                 del self._sessions[extra[0]]
-            self._sessions[key] = Session(program, self._main.state, lock=self._main.lock)
+            self._sessions[key] = Session(program, self._main)
         return self._sessions[key]
 
     def _rate(self, lr: float | None) -> float:

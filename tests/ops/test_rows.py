@@ -137,12 +137,25 @@ def test_c_against_numpy(row, example, all_outputs):
             _close(got[f"p{i}'"], want[f"p{i}'"], f"{row.name} updates input {i}")
 
 
+SETS = ["base", "v3", "v4"][: ["base", "v3", "v4"].index(best_isa()) + 1]
+
+
+@pytest.mark.parametrize(("row", "example"), [c for c in CASES if c[0].fast], ids=case_id)
+@pytest.mark.parametrize("isa", SETS)
+def test_fast_kernel_against_numpy(row, example, isa):
+    inputs = arrays(row, example, seed=1, dtype=np.float32)
+    graph, feeds = one_node(row, example, inputs)
+    want = evaluate(graph, feeds, np.float64)
+    got = run_c(graph, feeds, isa, kernels="fast")
+    for role, name in graph.outputs.items():
+        _close(got[role], want[name], f"{row.name} {role}")
+
+
 @pytest.mark.parametrize(("row", "example"), [c for c in CASES if not c[0].view], ids=case_id)
 def test_same_bits_on_every_instruction_set(row, example):
     inputs = arrays(row, example, seed=2, dtype=np.float32)
     graph, feeds = one_node(row, example, inputs)
-    sets = ["base", "v3", "v4"][: ["base", "v3", "v4"].index(best_isa()) + 1]
-    results = [run_c(graph, feeds, isa) for isa in sets]
+    results = [run_c(graph, feeds, isa) for isa in SETS]
     for other in results[1:]:
         for name, array in results[0].items():
             assert array.tobytes() == other[name].tobytes(), name

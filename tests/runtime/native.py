@@ -26,8 +26,8 @@ SANITIZE = [
 
 
 def sources() -> list[Path]:
-    """The C files that a board compiles: all but the Python binding."""
-    return sorted(p for p in acclimate.runtime.SOURCE.glob("ac_*.c") if p.name != "ac_python.c")
+    """The C files that a board compiles; what only a larger machine has use for is in a folder of its own."""
+    return sorted(acclimate.runtime.SOURCE.glob("ac_*.c"))
 
 
 def compiler() -> str:

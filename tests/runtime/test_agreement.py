@@ -335,7 +335,7 @@ def test_views_are_never_ops():
             types = tuple(types_of(arrays(row, example)))
             attrs = row.fill(example.attrs)
             case = Case(row, types, tuple(infer(row, attrs, list(types))), attrs, {})
-            assert runtime._core.load(case.program(), "auto")[0] == E_OP
+            assert runtime._core.load(case.program(), "auto", True)[0] == E_OP
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -356,11 +356,12 @@ def test_indices_are_checked_at_load():
                     content = good.copy()
                     content[at] = bad
                     assert (
-                        runtime._core.load(replace(base, constants={i: content}).program(), "auto")[0] != OK
+                        runtime._core.load(replace(base, constants={i: content}).program(), "auto", True)[0]
+                        != OK
                     )
             moved = replace(base, constants={})  # in memory, where it could change after the check
-            assert runtime._core.load(moved.program(), "auto")[0] != OK
-            assert runtime._core.load(base.program(), "auto")[0] == OK
+            assert runtime._core.load(moved.program(), "auto", True)[0] != OK
+            assert runtime._core.load(base.program(), "auto", True)[0] == OK
 
 
 def overlapping(base: Case) -> Iterator[tuple[bytes, bool]]:
@@ -407,11 +408,11 @@ def test_numbers_of_arguments(count):
     shape = list(concat.ins[0].shape)
     shape[concat.attrs["axis"]] *= max(count, 1)
     case = replace(concat, ins=ins, outs=(with_shape(concat.outs[0], shape),))
-    assert runtime._core.load(case.program(), "auto")[0] == E_OP
+    assert runtime._core.load(case.program(), "auto", True)[0] == E_OP
     fits = replace(
         case, ins=concat.ins[:1] * 23, outs=(with_shape(concat.outs[0], (*shape[:1], 23 * 3, *shape[2:])),)
     )
-    assert runtime._core.load(fits.program(), "auto")[0] == OK
+    assert runtime._core.load(fits.program(), "auto", True)[0] == OK
 
 
 # -- far-off geometry: numbers for which 32-bit arithmetic would wrap -----------------------------------------------

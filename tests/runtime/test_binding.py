@@ -24,7 +24,7 @@ def session(plan):
 
 
 def loaded(plan):
-    status, text, handle = _core.load(plan.program.bytes, "auto")
+    status, text, handle = _core.load(plan.program.bytes, "auto", True)
     assert (status, text) == (0, "done")
     return handle
 
@@ -37,6 +37,7 @@ def run(session, **changed):
         "arena": session.arena,
         "first": 0,
         "end": -1,
+        "workers": session._workers,
     }
     return _core.run(*{**args, **changed}.values())
 
@@ -44,15 +45,15 @@ def run(session, **changed):
 @pytest.mark.parametrize("raw", [None, 3, "text", [1, 2], np.zeros((4, 4), np.uint8)[:, ::2]])
 def test_load_takes_bytes_alone(raw):
     with pytest.raises((TypeError, BufferError, ValueError)):
-        _core.load(raw, "auto")
+        _core.load(raw, "auto", True)
 
 
 def test_unknown_instruction_sets(plan):
     for isa in ("", "v5", "AUTO", "base\0"):
         with pytest.raises(ValueError):
-            _core.load(plan.program.bytes, isa)
+            _core.load(plan.program.bytes, isa, True)
     with pytest.raises(TypeError):
-        _core.load(plan.program.bytes, None)
+        _core.load(plan.program.bytes, None, True)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_ranges_of_ops(plan, session):
 
 def test_a_program_keeps_its_own_bytes(plan):
     raw = bytearray(plan.program.bytes)
-    status, _, handle = _core.load(raw, "auto")
+    status, _, handle = _core.load(raw, "auto", True)
     session = Session(plan.program)
     session._handle = handle
     x, _ = samples(plan.model, 4, 4)
@@ -164,7 +165,7 @@ def test_nothing_leaks(plan):
     def work(times):
         for _ in range(times):
             loaded(plan)
-            assert _core.load(broken, "auto")[0] == 1
+            assert _core.load(broken, "auto", True)[0] == 1
             with pytest.raises(KeyError):
                 run(session, entry="none")
             with pytest.raises(ValueError):

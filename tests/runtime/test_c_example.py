@@ -66,8 +66,9 @@ def test_it_learns_and_survives_a_power_cycle(folder):
 
 
 @pytest.mark.parametrize("steps", [1, 40])
-def test_the_same_bits_as_python(folder, steps):
+def test_the_same_bits_as_python(folder, steps, monkeypatch):
     """The state block after k steps: parameters and momentum, from two processes and two compilers' flags."""
+    monkeypatch.setenv("ACCLIMATE_KERNELS", "plain")
     state = folder / f"{steps}.acs"
     learn(folder, "--steps", steps, "--lr", 0.02, state=state.name)
     learner, data, n = Learner(make_program.plan()), digits(), make_program.BATCH * steps

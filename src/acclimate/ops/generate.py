@@ -39,6 +39,8 @@ def header() -> str:
     for row in TABLE.values():
         if not row.view:
             lines.append(f"ac_status AC_KERNEL({row.name})(const ac_call *call);")
+        if row.fast:
+            lines.append(f"ac_status AC_FAST_KERNEL({row.name})(const ac_call *call);")
     lines += [f"ac_status ac_check_{row.name}(const ac_call *call);" for row in TABLE.values() if row.check]
     return "\n".join([*lines, "", "#endif", ""])
 
@@ -63,7 +65,11 @@ def table() -> str:
                     str(len(outs)),
                     str(sum(a.words for a in row.encoded().values())),
                     str(sum(1 << i for i in row.updates)),
-                    "NULL" if row.view else f"AC_KERNEL({row.name})",
+                    "NULL"
+                    if row.view
+                    else f"AC_FAST_OR_PLAIN({row.name})"
+                    if row.fast
+                    else f"AC_KERNEL({row.name})",
                     f"ac_check_{row.name}" if row.check else "NULL",
                 ]
             )

@@ -80,6 +80,9 @@ class Row:
     updates: tuple[int, ...] = ()  # persistent inputs that the node writes
     view: bool = False  # the output is the input's bytes under another shape
     moves: bool = False  # the output holds the input's elements in another order
+    fast: bool = (
+        False  # besides the plain C kernel there is a fast one, for machines with vectors and threads
+    )
     check: bool = False  # the C loader calls ac_check_<name> besides the signature
     roles: Mapping[int, str] = field(
         default_factory=dict

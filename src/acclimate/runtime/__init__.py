@@ -5,10 +5,10 @@ The C files beside this one are the runtime that boards run too; `acclimate.h` i
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,18 +30,18 @@ PAINT = (0xA5, 0x5A)
 
 
 def best_isa() -> str:
-    """The instruction set whose kernels run here: "base", "v3" or "v4". All give the same bits."""
+    """The instruction set whose kernels run here: "base", "v3" or "v4". The plain kernels of all give the same bits."""
     return _core.best_isa()
 
 
 def load(raw: bytes) -> Program:
     """A Program from bytes of any origin. Everything is checked first; BadInput says what is wrong with them."""
-    _handle(raw, "auto")
+    _handle(raw, "auto", False)
     return decode(bytes(raw))
 
 
-def _handle(raw: bytes, isa: str) -> object:
-    status, text, handle = _core.load(raw, isa)
+def _handle(raw: bytes, isa: str, fast: bool) -> object:
+    status, text, handle = _core.load(raw, isa, fast)
     if status:
         raise BadInput(
             f"this Program cannot be run: {text}",
@@ -58,16 +58,37 @@ class Session:
     >>> session.run("step", x=x, y=y, lr=0.01)["loss"]                               # doctest: +SKIP
     """
 
-    def __init__(self, program: Program, state: np.ndarray | None = None, isa: str = "auto", lock: Any = None) -> None:
-        """`state`: a block shared with other sessions of the same layout, and `lock` with it; fresh where not given."""
+    def __init__(
+        self,
+        program: Program,
+        share: Session | None = None,
+        isa: str = "auto",
+        threads: int = 1,
+        kernels: str = "",
+    ) -> None:
+        """`share`: a session of the same layout, whose state, lock, threads and kernels this one uses too.
+
+        `kernels`: "fast" or "plain"; "" is what the environment variable ACCLIMATE_KERNELS says, else "fast". The
+        plain ones give the same bits on every processor. Results do not depend on `threads`, 1 to 64.
+        """
         self.program = program
-        self.lock = lock or threading.RLock()  # one run at a time: all work in the same memory
-        self._handle = _handle(program.bytes, isa)
+        kernels = share.kernels if share else kernels or os.environ.get("ACCLIMATE_KERNELS") or "fast"
+        if kernels not in ("fast", "plain"):
+            raise WrongUse(
+                "there are fast and plain kernels", number=repr(kernels), action="ACCLIMATE_KERNELS=plain"
+            )
+        self.kernels = kernels
+        self.lock = (
+            share.lock if share else threading.RLock()
+        )  # one run at a time: all work in the same memory
+        self._handle = _handle(program.bytes, isa, kernels == "fast")
+        self._workers = share._workers if share else _core.workers(threads) if kernels == "fast" else None
         self.arena = np.zeros(max(program.arena_bytes, 4) // 4, np.uint32).view(np.uint8)
-        if state is None:
-            state = np.zeros(max(program.state_bytes, 4) // 4, np.uint32).view(np.uint8)
-            _core.reset(self._handle, state)
-        self.state = state
+        if share is None:
+            self.state = np.zeros(max(program.state_bytes, 4) // 4, np.uint32).view(np.uint8)
+            _core.reset(self._handle, self.state)
+        else:
+            self.state = share.state
         self._views: dict[tuple[str, str], np.ndarray] = {}
 
     def view(self, entry: str, name: str) -> np.ndarray:
@@ -108,7 +129,7 @@ class Session:
 
     def run_range(self, entry: str, first: int = 0, end: int = -1) -> None:
         """Run ops first..end-1 of an entry on what is in memory."""
-        status = _core.run(self._handle, entry, self.state, self.arena, first, end)
+        status = _core.run(self._handle, entry, self.state, self.arena, first, end, self._workers)
         if status == LABEL_ERROR:
             raise BadInput(
                 f"the step was refused: {_core.status_text(status)}",

@@ -11,19 +11,36 @@ enum { H_MAGIC, H_FORMAT, H_TOTAL, H_CRC, H_TABLE, H_TENSORS, H_OP_WORDS, H_ENTR
        H_INITIAL, H_STATE, H_ARENA, H_RESERVED0, H_RESERVED1, HEADER_WORDS };
 enum { ENTRY_WORDS = 6, BINDING_WORDS = 3 };
 
+static int equal(const char *a, const char *b) {
+    while (*a && *a == *b) {
+        a++;
+        b++;
+    }
+    return *a == *b;
+}
+
 /* ---- op table -------------------------------------------------------------------------------------------------- */
 
-/* The rows for this processor: the same bits from each, wider vectors where there are any. */
-const ac_row *ac_best_table(void) {
+#if defined(AC_HAVE_FAST)
+#define AC_CHOOSE(isa) (fast ? ac_fast_##isa : ac_table_##isa)
+#else
+#define AC_CHOOSE(isa) ac_table_##isa
+#endif
+
+const ac_row *ac_table_of(const char *isa, int fast) {
+    const int best = equal(isa, "auto");
+    (void)fast;
 #if defined(AC_HAVE_V4)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
-        && __builtin_cpu_supports("avx512vl"))
-        return ac_table_v4;
+    if (equal(isa, "v4") || (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+                             && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+        return AC_CHOOSE(v4);
 #endif
 #if defined(AC_HAVE_V3)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return ac_table_v3;
+    if (equal(isa, "v3") || (best && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+                             && __builtin_cpu_supports("bmi2")))
+        return AC_CHOOSE(v3);
 #endif
-    return ac_table_base;
+    return best || equal(isa, "base") ? AC_CHOOSE(base) : NULL;
 }
 
 /* ---- checksum -------------------------------------------------------------------------------------------------- */
@@ -215,7 +232,7 @@ static ac_status check_entry(const ac_program *p, const uint32_t *e, uint32_t fi
 }
 
 ac_status ac_load(ac_program *program, const void *bytes, size_t size) {
-    return ac_load_with(program, bytes, size, ac_best_table());
+    return ac_load_with(program, bytes, size, ac_table_of("auto", 1));
 }
 
 ac_status ac_load_with(ac_program *p, const void *bytes, size_t size, const ac_row *rows) {
@@ -282,14 +299,6 @@ ac_status ac_reset(const ac_program *p, const ac_memory *m) {
     return AC_OK;
 }
 
-static int equal(const char *a, const char *b) {
-    while (*a && *a == *b) {
-        a++;
-        b++;
-    }
-    return *a == *b;
-}
-
 ac_status ac_entry_at(const ac_program *p, uint32_t index, ac_entry *entry) {
     if (index >= p->n_entries) return AC_E_NAME;
     const uint32_t *e = p->entries + ENTRY_WORDS * index;
@@ -333,6 +342,7 @@ void *ac_address(const ac_program *p, const ac_memory *m, const ac_tensor *t) {
 ac_status ac_run_range(const ac_program *p, const ac_memory *m, const ac_entry *entry, uint32_t first, uint32_t end) {
     uint32_t at = entry->first_word, op;
     ac_call call;
+    call.workers = m->workers;
     for (uint32_t i = 0; i < end && at < entry->end_word; i++) {
         at += read_op(p, at, entry->end_word, &op, &call);
         if (i < first) continue;

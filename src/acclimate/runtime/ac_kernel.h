@@ -10,6 +10,7 @@ typedef struct {
     const ac_tensor *tensor[AC_MAX_ARGS];
     void *data[AC_MAX_ARGS]; /* in a check: NULL unless the tensor is constant */
     const void *attr;
+    ac_workers *workers; /* NULL: none */
 } ac_call;
 
 #define AC_IN(call, i) ((call)->data[i])
@@ -26,7 +27,14 @@ typedef ac_status (*ac_kernel)(const ac_call *call);
 #define AC_JOIN2(a, b, c) a##b##c
 #define AC_JOIN(a, b, c) AC_JOIN2(a, b, c)
 #define AC_KERNEL(op) AC_JOIN(ac_##op##_f32, _, AC_ISA)
+#define AC_FAST_KERNEL(op) AC_JOIN(ac_##op##_f32_fast, _, AC_ISA)
+#ifdef AC_FAST /* the table in which rows with a fast kernel have that one */
+#define AC_TABLE AC_JOIN(ac_fast, _, AC_ISA)
+#define AC_FAST_OR_PLAIN(op) AC_FAST_KERNEL(op)
+#else
 #define AC_TABLE AC_JOIN(ac_table, _, AC_ISA)
+#define AC_FAST_OR_PLAIN(op) AC_KERNEL(op)
+#endif
 
 /* A row of the op table as the loader and interpreter use it; generated into ac_table.c. */
 typedef struct ac_row {
@@ -36,9 +44,12 @@ typedef struct ac_row {
     ac_kernel check; /* what the signature cannot say, or NULL */
 } ac_row;
 
-extern const ac_row ac_table_base[], ac_table_v3[], ac_table_v4[]; /* those that AC_HAVE_<isa> says were built */
+/* Those that AC_HAVE_<isa> says were built; ac_fast_<isa> too where AC_HAVE_FAST says so. */
+extern const ac_row ac_table_base[], ac_table_v3[], ac_table_v4[], ac_fast_base[], ac_fast_v3[], ac_fast_v4[];
 
-const ac_row *ac_best_table(void);
+/* The rows of an instruction set ("auto": the best that this processor has), NULL where it was not built. All plain
+ * tables give the same bits. The caller must know that the processor has what it names. */
+const ac_row *ac_table_of(const char *isa, int fast);
 
 /* ac_load with a given table, for tests that compare instruction sets. */
 ac_status ac_load_with(ac_program *program, const void *bytes, size_t size, const ac_row *rows);

@@ -15,7 +15,7 @@
  *     ac_program p;
  *     if (ac_load(&p, program_bytes, program_size) != AC_OK) return 1;
  *     if (p.state_bytes > sizeof state || p.arena_bytes > sizeof arena) return 2;
- *     ac_memory m = {state, arena};
+ *     ac_memory m = {state, arena, NULL};
  *     ac_reset(&p, &m);
  *     ac_entry step;
  *     ac_find_entry(&p, "step", &step);
@@ -92,9 +92,23 @@ typedef struct {
     uint32_t n_tensors, op_words, n_entries, n_bindings, constant_bytes, state_bytes, arena_bytes, name_bytes;
 } ac_program;
 
+/* A share of a kernel's work: the one of this index of `count` in all. */
+typedef void (*ac_part)(void *argument, int index, int count);
+
+/* Threads and room that fast kernels may use; ac_threads.h makes one where there are POSIX threads. */
+typedef struct ac_workers {
+    int count;     /* threads, the caller's included; 1 where `run` is NULL */
+    void *scratch; /* count blocks of AC_SCRATCH_BYTES, 64-byte aligned */
+    void *pool;    /* what `run` needs */
+    void (*run)(struct ac_workers *workers, ac_part part, void *argument); /* all shares, side by side; waits for all */
+} ac_workers;
+
+#define AC_SCRATCH_BYTES (512 * 1024)
+
 typedef struct {
     void *state; /* ac_program.state_bytes */
     void *arena; /* ac_program.arena_bytes */
+    ac_workers *workers; /* NULL: one thread and no scratch, so that the plain kernels do all the work */
 } ac_memory;
 
 /* A sequence of ops with a name, such as "predict" or "step". */

@@ -10,8 +10,10 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "ac_kernel.h"
+#include "ac_threads.h"
 
 typedef struct {
     ac_program program;
@@ -26,26 +28,55 @@ static void release(PyObject *capsule) {
     free(l);
 }
 
-/* The table of a named instruction set, NULL where it was not built. The caller must know that the processor has it. */
-static const ac_row *table_of(const char *isa) {
-    if (strcmp(isa, "auto") == 0) return ac_best_table();
-    if (strcmp(isa, "base") == 0) return ac_table_base;
-#if defined(AC_HAVE_V3)
-    if (strcmp(isa, "v3") == 0) return ac_table_v3;
-#endif
-#if defined(AC_HAVE_V4)
-    if (strcmp(isa, "v4") == 0) return ac_table_v4;
-#endif
-    return NULL;
+/* Threads belong to the process that started them: a forked child starts its own at its first run. */
+typedef struct {
+    ac_workers *workers;
+    pid_t process;
+    int count;
+} team;
+
+static const char *const TEAM = "acclimate.Workers";
+
+static void dismiss(PyObject *capsule) {
+    team *t = PyCapsule_GetPointer(capsule, TEAM);
+    if (t && t->process == getpid()) ac_workers_close(t->workers);
+    free(t);
 }
 
-/* load(bytes, isa) -> (status, text, Program or None) */
+static int recruit(team *t) {
+    if (t->workers && t->process == getpid()) return 0;
+    t->workers = ac_workers_open(t->count);
+    t->process = getpid();
+    if (t->workers) return 0;
+    PyErr_Format(PyExc_OSError, "cannot start %d threads", t->count);
+    return -1;
+}
+
+/* workers(count) -> Workers, for one run at a time */
+static PyObject *py_workers(PyObject *self, PyObject *arg) {
+    (void)self;
+    const long count = PyLong_AsLong(arg);
+    if (PyErr_Occurred()) return NULL;
+    if (count < 1 || count > AC_MAX_THREADS) return PyErr_Format(PyExc_ValueError, "1 to %d threads", AC_MAX_THREADS);
+    team *t = calloc(1, sizeof *t);
+    if (!t) return PyErr_NoMemory();
+    t->count = (int)count;
+    PyObject *capsule = recruit(t) == 0 ? PyCapsule_New(t, TEAM, dismiss) : NULL;
+    if (!capsule) {
+        ac_workers_close(t->workers);
+        free(t);
+    }
+    return capsule;
+}
+
+/* load(bytes, isa, fast) -> (status, text, Program or None) */
 static PyObject *py_load(PyObject *self, PyObject *args) {
     (void)self;
     Py_buffer view;
     const char *isa;
-    if (!PyArg_ParseTuple(args, "y*s", &view, &isa)) return NULL;
-    const ac_row *rows = table_of(isa);
+    int fast;
+    if (!PyArg_ParseTuple(args, "y*sp", &view, &isa, &fast)) return NULL;
+    const ac_row *rows = ac_table_of(isa, fast);
     if (!rows) {
         PyBuffer_Release(&view);
         return PyErr_Format(PyExc_ValueError, "no kernels were built for %s", isa);
@@ -90,6 +121,7 @@ static int memory_of(const loaded *l, PyObject *state, PyObject *arena, Py_buffe
     }
     m->state = s->buf;
     m->arena = a->buf;
+    m->workers = NULL;
     return 0;
 }
 
@@ -102,7 +134,7 @@ static PyObject *py_reset(PyObject *self, PyObject *args) {
     if (!l) return NULL;
     Py_buffer s;
     if (PyObject_GetBuffer(state, &s, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS) != 0) return NULL;
-    ac_memory m = {s.buf, s.buf};
+    ac_memory m = {s.buf, s.buf, NULL};
     ac_status status = (size_t)s.len < l->program.state_bytes ? AC_E_OFFSET : ac_reset(&l->program, &m);
     PyBuffer_Release(&s);
     if (status != AC_OK) {
@@ -112,20 +144,23 @@ static PyObject *py_reset(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* run(Program, entry name, state, arena, first, end) -> status; end < 0 runs to the last op. Releases the GIL. */
+/* run(Program, entry name, state, arena, first, end, Workers or None) -> status; end < 0 runs to the last op.
+ * Releases the GIL. */
 static PyObject *py_run(PyObject *self, PyObject *args) {
     (void)self;
-    PyObject *capsule, *state, *arena;
+    PyObject *capsule, *state, *arena, *workers;
     const char *name;
     long first, end;
-    if (!PyArg_ParseTuple(args, "OsOOll", &capsule, &name, &state, &arena, &first, &end)) return NULL;
+    if (!PyArg_ParseTuple(args, "OsOOllO", &capsule, &name, &state, &arena, &first, &end, &workers)) return NULL;
     const loaded *l = PyCapsule_GetPointer(capsule, CAPSULE);
-    if (!l) return NULL;
+    team *t = workers == Py_None ? NULL : PyCapsule_GetPointer(workers, TEAM);
+    if (!l || (workers != Py_None && (!t || recruit(t) != 0))) return NULL;
     ac_entry entry;
     if (ac_find_entry(&l->program, name, &entry) != AC_OK) return PyErr_Format(PyExc_KeyError, "no entry is called %s", name);
     Py_buffer s, a;
     ac_memory m;
     if (memory_of(l, state, arena, &s, &a, &m) != 0) return NULL;
+    m.workers = t ? t->workers : NULL;
     ac_status status;
     Py_BEGIN_ALLOW_THREADS
     const uint32_t last = end < 0 || (unsigned long)end > entry.n_ops ? entry.n_ops : (uint32_t)end;
@@ -144,14 +179,15 @@ static PyObject *py_status_text(PyObject *self, PyObject *arg) {
 static PyObject *py_best_isa(PyObject *self, PyObject *unused) {
     (void)self;
     (void)unused;
-    const ac_row *best = ac_best_table();
-    return PyUnicode_FromString(best == ac_table_base ? "base" : best == table_of("v3") ? "v3" : "v4");
+    const ac_row *best = ac_table_of("auto", 0);
+    return PyUnicode_FromString(best == ac_table_of("base", 0) ? "base" : best == ac_table_of("v3", 0) ? "v3" : "v4");
 }
 
 static PyMethodDef methods[] = {
-    {"load", py_load, METH_VARARGS, "load(bytes, isa) -> (status, text, Program or None)"},
+    {"load", py_load, METH_VARARGS, "load(bytes, isa, fast) -> (status, text, Program or None)"},
     {"reset", py_reset, METH_VARARGS, "reset(Program, state): fill the state block with its initial content"},
-    {"run", py_run, METH_VARARGS, "run(Program, entry, state, arena, first, end) -> status"},
+    {"run", py_run, METH_VARARGS, "run(Program, entry, state, arena, first, end, Workers or None) -> status"},
+    {"workers", py_workers, METH_O, "workers(count) -> Workers: threads and their scratch, for one run at a time"},
     {"status_text", py_status_text, METH_O, "status_text(status) -> str"},
     {"best_isa", py_best_isa, METH_NOARGS, "best_isa() -> the instruction set that auto takes here"},
     {NULL, NULL, 0, NULL}};
