@@ -103,6 +103,7 @@ ROWS = (
         cost=_macs,
         take=_take,
         check=True,
+        fast=True,
         roles={0: "weight", 1: "weight", 2: "bias"},
     ),
     Row(

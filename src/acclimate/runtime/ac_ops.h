@@ -362,6 +362,7 @@ ac_status AC_FAST_KERNEL(conv_input_grad)(const ac_call *call);
 ac_status AC_KERNEL(conv_weight_grad)(const ac_call *call);
 ac_status AC_FAST_KERNEL(conv_weight_grad)(const ac_call *call);
 ac_status AC_KERNEL(matmul)(const ac_call *call);
+ac_status AC_FAST_KERNEL(matmul)(const ac_call *call);
 ac_status AC_KERNEL(softmax)(const ac_call *call);
 ac_status AC_KERNEL(softmax_grad)(const ac_call *call);
 ac_status AC_KERNEL(log_softmax)(const ac_call *call);

@@ -46,7 +46,7 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"conv", "NC~, Oc~, O? -> NO~", 3, 1, 9, 0, AC_FAST_OR_PLAIN(conv), ac_check_conv},
     {"conv_input_grad", "NO~, Oc~ -> NC~", 2, 1, 11, 0, AC_FAST_OR_PLAIN(conv_input_grad), ac_check_conv_input_grad},
     {"conv_weight_grad", "NC~, NO~ -> Oc~", 2, 1, 11, 0, AC_FAST_OR_PLAIN(conv_weight_grad), ac_check_conv_weight_grad},
-    {"matmul", "~, ~, O? -> ~", 3, 1, 2, 0, AC_KERNEL(matmul), ac_check_matmul},
+    {"matmul", "~, ~, O? -> ~", 3, 1, 2, 0, AC_FAST_OR_PLAIN(matmul), ac_check_matmul},
     {"softmax", "~D -> ~D", 1, 1, 0, 0, AC_KERNEL(softmax), ac_check_softmax},
     {"softmax_grad", "*, * -> *", 2, 1, 0, 0, AC_KERNEL(softmax_grad), ac_check_softmax_grad},
     {"log_softmax", "~D -> ~D", 1, 1, 0, 0, AC_KERNEL(log_softmax), ac_check_log_softmax},

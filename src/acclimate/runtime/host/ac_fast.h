@@ -6,9 +6,8 @@
 #ifndef AC_FAST_H
 #define AC_FAST_H
 
-#include "ac_ops.h"
-
 #include "ac_math.h"
+#include "ac_ops.h"
 
 #include <string.h>
 
@@ -39,18 +38,67 @@ AC_INLINE vec broadcast(float x) { return x - (vec){0}; }
 AC_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 AC_INLINE int larger(int a, int b) { return a > b ? a : b; }
 
-/* The sum of a vector's lanes. */
-AC_INLINE float sum_of(vec v) {
-    typedef float four __attribute__((vector_size(16)));
-    four low;
-    memcpy(&low, &v, sizeof low);
-    if (LANES == 8) {
-        four high;
-        memcpy(&high, (const char *)&v + sizeof low, sizeof high);
-        low += high;
+/* Lanes of a, then of b, in the order given. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define AC_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t vec_order __attribute__((vector_size(LANES * sizeof(float))));
+#define AC_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_order){__VA_ARGS__})
+#endif
+#if defined(__AVX__)
+#define AC_MIX_LOW(a, b) AC_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define AC_MIX_HIGH(a, b) AC_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define AC_PAIR_LOW(a, b) AC_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define AC_PAIR_HIGH(a, b) AC_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#define AC_HALF_LOW(a, b) AC_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define AC_HALF_HIGH(a, b) AC_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#else
+#define AC_MIX_LOW(a, b) AC_SHUFFLE(a, b, 0, 4, 1, 5)
+#define AC_MIX_HIGH(a, b) AC_SHUFFLE(a, b, 2, 6, 3, 7)
+#define AC_PAIR_LOW(a, b) AC_SHUFFLE(a, b, 0, 1, 4, 5)
+#define AC_PAIR_HIGH(a, b) AC_SHUFFLE(a, b, 2, 3, 6, 7)
+#endif
+
+/* Swap rows and lanes of LANES vectors. */
+AC_INLINE void transpose(vec v[LANES]) {
+    vec t[LANES];
+    AC_UNROLL for (int i = 0; i < LANES; i += 2) {
+        t[i] = AC_MIX_LOW(v[i], v[i + 1]);
+        t[i + 1] = AC_MIX_HIGH(v[i], v[i + 1]);
     }
-    return (low[0] + low[2]) + (low[1] + low[3]);
+    AC_UNROLL for (int i = 0; i < LANES; i += 4) {
+        v[i] = AC_PAIR_LOW(t[i], t[i + 2]);
+        v[i + 1] = AC_PAIR_HIGH(t[i], t[i + 2]);
+        v[i + 2] = AC_PAIR_LOW(t[i + 1], t[i + 3]);
+        v[i + 3] = AC_PAIR_HIGH(t[i + 1], t[i + 3]);
+    }
+#if defined(__AVX__)
+    AC_UNROLL for (int i = 0; i < 4; i++) {
+        t[i] = AC_HALF_LOW(v[i], v[i + 4]);
+        t[i + 4] = AC_HALF_HIGH(v[i], v[i + 4]);
+    }
+    AC_UNROLL for (int i = 0; i < LANES; i++) v[i] = t[i];
+#endif
 }
+
+typedef float four __attribute__((vector_size(16)));
+typedef float four_anywhere __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* The sums of the lanes of four vectors. */
+AC_INLINE four sums_of(vec a, vec b, vec c, vec d) {
+    const vec ab = AC_MIX_LOW(a, b) + AC_MIX_HIGH(a, b), cd = AC_MIX_LOW(c, d) + AC_MIX_HIGH(c, d);
+    const vec sum = AC_PAIR_LOW(ab, cd) + AC_PAIR_HIGH(ab, cd);
+    four low;
+    memcpy(&low, &sum, sizeof low);
+#if defined(__AVX__)
+    four high;
+    memcpy(&high, (const char *)&sum + sizeof low, sizeof high);
+    low += high;
+#endif
+    return low;
+}
+
+AC_INLINE float sum_of(vec v) { return sums_of(v, v, v, v)[0]; }
 
 /* Part `index` of `count` even parts of [0, size): from *begin to *end. */
 AC_INLINE void part_of(int size, int index, int count, int *begin, int *end) {

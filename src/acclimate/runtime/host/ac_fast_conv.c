@@ -5,24 +5,22 @@
  * Then every tap of every output vector is one unaligned load at a fixed offset, whatever stride, padding and dilation,
  * and weights are read where they lie. Shapes that do not fit the scratch are left to the plain kernels.
  */
-#include "ac_fast.h"
+#include "ac_fast_conv.h"
 
 enum {
-    TAPS = 64,    /* kernel elements */
-    STEPS = 16,   /* strides, as a product of both */
     DEPTH = 8192, /* source planes x taps */
     SPOTS = 2048, /* output vectors of a band */
     CHAIN = 72,   /* products summed before they meet the rest of the sum, so that rounding grows with its parts */
     GROUP = 16,   /* output vectors that meet the same weights one after another, while these are in the first cache */
-    SIDE = 128,   /* output vectors of a band of a weight gradient */
-#if defined(AC_MANY_REGISTERS)
-    DOT_ROWS = 8,
+    SIDE = 128,   /* output vectors of a band of a weight gradient, of which rows x terms sums stay in registers */
+#if defined(AC_MANY_REGISTERS) && defined(__AVX__)
+    DOT_ROWS = 3,
+    DOT_TERMS = 8,
 #else
-    DOT_ROWS = 4,
+    DOT_ROWS = 3,
+    DOT_TERMS = 4,
 #endif
-    DOT_TERMS = 3, /* weight gradients: rows x terms sums stay in registers, */
-    DOT_TERMS_ALONE = 10, /* or these, where there is one row */
-    CANVAS = (AC_SCRATCH_BYTES - DEPTH * 8 - SPOTS * 16 - DOT_ROWS * SIDE * LANES * 4) / 4
+    CANVAS = (AC_SCRATCH_BYTES - DEPTH * 8 - SPOTS * 16 - DOT_ROWS * (SIDE + 1) * LANES * 4) / 4
 };
 
 /* Where a product's source (from the vector's place) and weight (from the row's first) lie. */
@@ -40,21 +38,9 @@ typedef struct {
 typedef struct {
     term terms[DEPTH];
     spot spots[SPOTS];
-    float side[DOT_ROWS * SIDE * LANES];
+    float side[DOT_ROWS * (SIDE + 1) * LANES];
     float canvas[CANVAS];
 } room;
-
-/* Grid point (n, i, j) of output plane r is bias[r] (or 0) plus the sum over source planes c, over taps t, of
- *   w[r * w_row + c * w_plane + weight[t]] * source[n][c][i * step[0] + row[t]][j * step[1] + col[t]],
- * zero outside of the source, and lies at out[n * out_image + r * out_plane + i * out_row + j * out_col];
- * for `groups` such groups of planes. */
-typedef struct {
-    int batch, groups, rows, planes, grid[2], step[2], size[2], taps;
-    const float *source, *w, *bias;
-    float *out;
-    size_t source_plane, source_image, w_row, w_plane, w_group, out_image, out_plane, out_row, out_col;
-    int32_t weight[TAPS], row[TAPS], col[TAPS];
-} field;
 
 typedef struct {
     int direct, flat;        /* the source is the canvas; vectors run on over the end of a grid row */
@@ -332,16 +318,36 @@ static void correlate_part(void *argument, int index, int count) {
     }
 }
 
-/* 0 where the field does not fit. */
-static int correlate(const field *f, ac_workers *workers) {
-    canvas c;
-    if (!plan_canvas(&c, f, SPOTS)) return 0;
+/* Call `run` for parts of the grid that are as wide as fits; 0 where none fits, or `run` says so. */
+static int by_columns(const field *f, int most, int (*run)(const field *f, const canvas *c, void *argument), void *argument) {
+    int width = f->grid[1];
+    for (int j = 0; j < f->grid[1]; j += width) {
+        field part = *f;
+        canvas c;
+        for (;; width = (width / 2 + LANES - 1) / LANES * LANES) {
+            part.grid[1] = smaller(width, f->grid[1] - j);
+            for (int t = 0; t < f->taps; t++) part.col[t] = f->col[t] + j * f->step[1];
+            if (plan_canvas(&c, &part, most)) break;
+            if (j > 0 || width <= 2 * LANES) return 0;
+        }
+        part.out = f->out + (size_t)j * f->out_col;
+        if (!run(&part, &c, argument)) return 0;
+    }
+    return 1;
+}
+
+static int correlate_columns(const field *f, const canvas *c, void *workers) {
     /* A direct band shorter than a vector at the end cannot overlap what is before it. */
-    if (c.direct && f->grid[0] % c.rows && (f->grid[0] % c.rows - 1) * (int64_t)c.pitch + f->grid[1] < LANES) return 0;
-    job j = {f, &c, workers};
+    if (c->direct && f->grid[0] % c->rows && (f->grid[0] % c->rows - 1) * (int64_t)c->pitch + f->grid[1] < LANES) return 0;
+    job j = {f, c, workers};
     ac_share(workers, (double)f->batch * f->groups * f->rows * f->planes * f->taps * f->grid[0] * f->grid[1], correlate_part,
              &j);
     return 1;
+}
+
+/* 0 where the field does not fit. */
+static int correlate(const field *f, ac_workers *workers) {
+    return by_columns(f, SPOTS, correlate_columns, workers);
 }
 
 /* ---- conv and conv_input_grad ---------------------------------------------------------------------------------- */
@@ -378,68 +384,92 @@ ac_status AC_FAST_KERNEL(conv)(const ac_call *call) {
                .w_group = w.image * (size_t)(y.c / a->groups), .out_image = y.image, .out_plane = y.plane,
                .out_row = (size_t)y.w, .out_col = 1};
     make_taps(&f, &w, a->dilation, a->before);
+    if (AC_FAST_KERNEL(depthwise)(&f, 1, f.out, y.h, y.w, call->workers)) return AC_OK;
     return correlate(&f, call->workers) ? AC_OK : AC_KERNEL(conv)(call);
 }
 
-/* d (N, O, P, Q), w (O, C / groups, kH, kW) -> dx (N, C, H, W). Input points up + i * stride, left + j * stride are
- * seen by the same taps: each such phase is a correlation of its own. */
+/* The input points up + i * stride, left + j * stride: those that the same taps reach. */
+static void make_phase(field *f, const ac_attr_conv_input_grad *a, const shape *w, const shape *x, float *dx, int up,
+                       int left) {
+    f->out = dx + (size_t)up * (size_t)x->w + left;
+    f->grid[0] = (x->h - 1 - up) / a->stride[0] + 1;
+    f->grid[1] = (x->w - 1 - left) / a->stride[1] + 1;
+    f->taps = 0;
+    for (int t = 0; t < (int)w->plane; t++) {
+        int row = up + a->before[0] - t / w->w * a->dilation[0], col = left + a->before[1] - t % w->w * a->dilation[1];
+        if (row % a->stride[0] || col % a->stride[1]) continue;
+        f->weight[f->taps] = t;
+        f->row[f->taps] = row / a->stride[0];
+        f->col[f->taps++] = col / a->stride[1];
+    }
+}
+
+static void clear(const field *f) {
+    for (int n = 0; n < f->batch; n++)
+        for (int c = 0; c < f->groups * f->rows; c++)
+            for (int i = 0; i < f->grid[0]; i++)
+                for (int j = 0; j < f->grid[1]; j++)
+                    f->out[(size_t)n * f->out_image + (size_t)c * f->out_plane + (size_t)i * f->out_row
+                           + (size_t)j * f->out_col] = 0;
+}
+
+/* d (N, O, P, Q), w (O, C / groups, kH, kW) -> dx (N, C, H, W) */
 ac_status AC_FAST_KERNEL(conv_input_grad)(const ac_call *call) {
     const ac_attr_conv_input_grad *a = call->attr;
     shape d = shape_of(AC_IN_T(call, 0)), w = shape_of(AC_IN_T(call, 1)), x = shape_of(AC_OUT_T(call, 0));
-    if (!call->workers || w.plane > TAPS) return AC_KERNEL(conv_input_grad)(call);
-    field f = {.batch = x.n, .groups = a->groups, .rows = w.c, .planes = d.c / a->groups, .step = {1, 1},
-               .size = {d.h, d.w}, .source = AC_IN(call, 0), .w = AC_IN(call, 1), .source_plane = d.plane,
-               .source_image = d.image, .w_row = w.plane, .w_plane = w.image,
-               .w_group = w.image * (size_t)(d.c / a->groups), .out_image = x.image, .out_plane = x.plane,
-               .out_row = (size_t)x.w * (size_t)a->stride[0], .out_col = (size_t)a->stride[1]};
+    if (!call->workers || w.plane > TAPS || a->stride[0] * (int64_t)a->stride[1] > STEPS)
+        return AC_KERNEL(conv_input_grad)(call);
+    field phase[STEPS];
+    phase[0] = (field){.batch = x.n, .groups = a->groups, .rows = w.c, .planes = d.c / a->groups, .step = {1, 1},
+                       .size = {d.h, d.w}, .source = AC_IN(call, 0), .w = AC_IN(call, 1), .source_plane = d.plane,
+                       .source_image = d.image, .w_row = w.plane, .w_plane = w.image,
+                       .w_group = w.image * (size_t)(d.c / a->groups), .out_image = x.image, .out_plane = x.plane,
+                       .out_row = (size_t)x.w * (size_t)a->stride[0], .out_col = (size_t)a->stride[1]};
+    int count = 0;
     for (int up = 0; up < smaller(a->stride[0], x.h); up++)
-        for (int left = 0; left < smaller(a->stride[1], x.w); left++) {
-            f.out = (float *)AC_OUT(call, 0) + (size_t)up * (size_t)x.w + left;
-            f.grid[0] = (x.h - 1 - up) / a->stride[0] + 1;
-            f.grid[1] = (x.w - 1 - left) / a->stride[1] + 1;
-            f.taps = 0;
-            for (int t = 0; t < (int)w.plane; t++) {
-                int row = up + a->before[0] - t / w.w * a->dilation[0];
-                int col = left + a->before[1] - t % w.w * a->dilation[1];
-                if (row % a->stride[0] || col % a->stride[1]) continue;
-                f.weight[f.taps] = t;
-                f.row[f.taps] = row / a->stride[0];
-                f.col[f.taps++] = col / a->stride[1];
-            }
-            if (f.taps == 0) {
-                for (size_t k = 0; k < (size_t)x.n * (size_t)x.c; k++)
-                    for (int i = 0; i < f.grid[0]; i++)
-                        for (int q = 0; q < f.grid[1]; q++)
-                            f.out[k * x.plane + (size_t)i * f.out_row + (size_t)q * f.out_col] = 0;
-            } else if (!correlate(&f, call->workers)) {
-                return AC_KERNEL(conv_input_grad)(call);
-            }
+        for (int left = 0; left < smaller(a->stride[1], x.w); left++, count++) {
+            phase[count] = phase[0];
+            make_phase(phase + count, a, &w, &x, AC_OUT(call, 0), up, left);
         }
+    if (AC_FAST_KERNEL(depthwise)(phase, count, AC_OUT(call, 0), x.h, x.w, call->workers)) return AC_OK;
+    for (int p = 0; p < count; p++)
+        if (phase[p].taps == 0)
+            clear(phase + p);
+        else if (!correlate(phase + p, call->workers))
+            return AC_KERNEL(conv_input_grad)(call);
     return AC_OK;
 }
 
 /* ---- conv_weight_grad ------------------------------------------------------------------------------------------ */
 
-/* out[r][weight of term v] += sum over output vectors of side[r][vector] * x[its place + term v]. R, V are constants. */
+/* Floats from one row of `side` to the next: odd in vectors, so that rows do not compete for the same cache lines. */
+AC_INLINE size_t side_row(int count) { return (size_t)(count | 1) * LANES; }
+
+/* out[r][v] += sum over output vectors of side[r][vector] * x[its place + term v]. R and V are constants. Terms' weights
+ * follow each other. */
 AC_INLINE void add_dots(const int R, const int V, float *out, size_t out_row, const term *t, const float *side,
                         const spot *s, int count, const float *x) {
-    const size_t side_row = (size_t)count * LANES;
-    vec acc[DOT_ROWS][DOT_TERMS_ALONE];
-    const float *at[DOT_TERMS_ALONE];
+    const size_t down = side_row(count);
+    vec acc[DOT_ROWS][DOT_TERMS];
+    const float *at[DOT_TERMS];
     AC_UNROLL for (int v = 0; v < V; v++) at[v] = x + t[v].source;
     AC_UNROLL for (int r = 0; r < R; r++)
         AC_UNROLL for (int v = 0; v < V; v++) acc[r][v] = (vec){0};
     for (const spot *end = s + count; s < end; s++, side += LANES) {
         const ptrdiff_t place = s->at;
-        vec b[DOT_TERMS_ALONE];
-        AC_UNROLL for (int v = 0; v < V; v++) b[v] = load(at[v] + place);
-        AC_UNROLL for (int r = 0; r < R; r++) {
-            const vec a = load(side + (size_t)r * side_row);
-            AC_UNROLL for (int v = 0; v < V; v++) acc[r][v] += a * b[v];
+        vec a[DOT_ROWS];
+        AC_UNROLL for (int r = 0; r < R; r++) a[r] = load(side + (size_t)r * down);
+        AC_UNROLL for (int v = 0; v < V; v++) {
+            const vec b = load(at[v] + place);
+            AC_UNROLL for (int r = 0; r < R; r++) acc[r][v] += a[r] * b;
         }
     }
-    AC_UNROLL for (int r = 0; r < R; r++)
-        AC_UNROLL for (int v = 0; v < V; v++) out[(size_t)r * out_row + (size_t)t[v].weight] += sum_of(acc[r][v]);
+    out += t->weight;
+    AC_UNROLL for (int r = 0; r < R; r++, out += out_row) {
+        AC_UNROLL for (int v = 0; v + 4 <= V; v += 4)
+            *(four_anywhere *)(out + v) += sums_of(acc[r][v], acc[r][v + 1], acc[r][v + 2], acc[r][v + 3]);
+        AC_UNROLL for (int v = V / 4 * 4; v < V; v++) out[v] += sum_of(acc[r][v]);
+    }
 }
 
 typedef void (*dots_function)(float *out, size_t out_row, const term *t, const float *side, const spot *s, int count,
@@ -450,50 +480,43 @@ typedef void (*dots_function)(float *out, size_t out_row, const term *t, const f
                                int count, const float *x) {                                                        \
         add_dots(R, V, out, out_row, t, side, s, count, x);                                                        \
     }
-#define AC_DOTS_ROW(R) AC_DOTS(R, 1) AC_DOTS(R, 2) AC_DOTS(R, 3)
-#define AC_DOTS_NAMES(R) {dots_##R##_1, dots_##R##_2, dots_##R##_3}
-AC_DOTS_ROW(1) AC_DOTS_ROW(2) AC_DOTS_ROW(3) AC_DOTS_ROW(4)
-#if defined(AC_MANY_REGISTERS)
-AC_DOTS_ROW(5) AC_DOTS_ROW(6) AC_DOTS_ROW(7) AC_DOTS_ROW(8)
+#if defined(AC_MANY_REGISTERS) && defined(__AVX__)
+#define AC_DOTS_ROW(R) \
+    AC_DOTS(R, 1) AC_DOTS(R, 2) AC_DOTS(R, 3) AC_DOTS(R, 4) AC_DOTS(R, 5) AC_DOTS(R, 6) AC_DOTS(R, 7) AC_DOTS(R, 8)
+#define AC_DOTS_NAMES(R) \
+    {dots_##R##_1, dots_##R##_2, dots_##R##_3, dots_##R##_4, dots_##R##_5, dots_##R##_6, dots_##R##_7, dots_##R##_8}
+#else
+#define AC_DOTS_ROW(R) AC_DOTS(R, 1) AC_DOTS(R, 2) AC_DOTS(R, 3) AC_DOTS(R, 4)
+#define AC_DOTS_NAMES(R) {dots_##R##_1, dots_##R##_2, dots_##R##_3, dots_##R##_4}
 #endif
-AC_DOTS(1, 4) AC_DOTS(1, 5) AC_DOTS(1, 6) AC_DOTS(1, 7) AC_DOTS(1, 8) AC_DOTS(1, 9) AC_DOTS(1, 10)
+AC_DOTS_ROW(1) AC_DOTS_ROW(2) AC_DOTS_ROW(3)
 
-static const dots_function dots[DOT_ROWS][DOT_TERMS] = {
-    AC_DOTS_NAMES(1), AC_DOTS_NAMES(2), AC_DOTS_NAMES(3), AC_DOTS_NAMES(4),
-#if defined(AC_MANY_REGISTERS)
-    AC_DOTS_NAMES(5), AC_DOTS_NAMES(6), AC_DOTS_NAMES(7), AC_DOTS_NAMES(8),
-#endif
-};
-/* One row alone has no use for its registers but more terms. */
-static const dots_function dots_alone[DOT_TERMS_ALONE] = {dots_1_1, dots_1_2, dots_1_3, dots_1_4, dots_1_5,
-                                                          dots_1_6, dots_1_7, dots_1_8, dots_1_9, dots_1_10};
+static const dots_function dots[DOT_ROWS][DOT_TERMS] = {AC_DOTS_NAMES(1), AC_DOTS_NAMES(2), AC_DOTS_NAMES(3)};
 
-/* side[r][spot][lane] = gradient d of output plane r there; zero where a lane counts for nothing. */
-static void fill_side(float *side, const field *f, const canvas *c, const float *d, int rows, const spot *s, int count,
+/* side[spot][lane] = gradient d of an output plane there; zero where a lane counts for nothing. */
+static void fill_side(float *side, const field *f, const canvas *c, const float *d, const spot *s, int count,
                       int band_rows) {
-    for (int r = 0; r < rows; r++, d += f->out_plane)
-        for (int k = 0, next = 0; k < count; k++, side += LANES) {
-            const float *from = d + (size_t)s[k].row * f->out_row + (size_t)s[k].col;
-            /* A vector that overlaps the one before has only its last lanes to itself. */
-            const int fresh = c->flat ? next - (s[k].row * c->pitch + s[k].col) : s[k].col ? next - s[k].col : 0;
-            if (s[k].whole && fresh <= 0) {
-                store(side, load(from));
-            } else {
-                int row = s[k].row, col = s[k].col;
-                for (int l = 0; l < LANES; l++) {
-                    side[l] = l >= fresh && row < band_rows && col < f->grid[1]
-                                  ? d[(size_t)row * f->out_row + (size_t)col] : 0;
-                    if (++col == c->pitch) {
-                        col = 0;
-                        row++;
-                    }
+    for (int k = 0, next = 0; k < count; k++, side += LANES) {
+        const float *from = d + (size_t)s[k].row * f->out_row + (size_t)s[k].col;
+        /* A vector that overlaps the one before has only its last lanes to itself. */
+        const int place = c->flat ? s[k].row * c->pitch + s[k].col : s[k].col, fresh = place ? next - place : 0;
+        if (s[k].whole && fresh <= 0) {
+            store(side, load(from));
+        } else {
+            int row = s[k].row, col = s[k].col;
+            for (int l = 0; l < LANES; l++) {
+                side[l] = l >= fresh && row < band_rows && col < f->grid[1]
+                              ? d[(size_t)row * f->out_row + (size_t)col] : 0;
+                if (++col == c->pitch) {
+                    col = 0;
+                    row++;
                 }
             }
-            next = (c->flat ? s[k].row * c->pitch + s[k].col : s[k].col) + LANES;
         }
+        next = place + LANES;
+    }
 }
 
-/* `field.out` is the gradient d here, read; `dw` what is written. */
 typedef struct {
     const field *f;
     const canvas *c;
@@ -510,18 +533,15 @@ static void dot_band(const grad_job *j, room *r, const float *d, const float *x,
     for (int b = 0; b < blocks; b++) {
         int low, high;
         part_of(end - begin, b, blocks, &low, &high);
-        const int rows = high - low, most = rows == 1 ? DOT_TERMS_ALONE : DOT_TERMS, pieces = (depth + most - 1) / most;
+        const int rows = high - low;
         const float *from = d + (size_t)(begin + low) * f->out_plane;
         for (int n = 0; n < images; n++) /* side[r][image][spot]: a row of each image at a time */
             for (int i = 0; i < rows; i++)
-                fill_side(r->side + ((size_t)i * (size_t)all + (size_t)n * (size_t)count) * LANES, f, j->c,
-                          from + (size_t)n * f->out_image + (size_t)i * f->out_plane, 1, r->spots, count, band_rows);
-        for (int p = 0; p < pieces; p++) {
-            int at, to;
-            part_of(depth, p, pieces, &at, &to);
-            (rows == 1 ? dots_alone[to - at - 1] : dots[rows - 1][to - at - 1])(
-                dw + (size_t)(begin + low) * f->w_row, f->w_row, r->terms + at, r->side, r->spots, all, x);
-        }
+                fill_side(r->side + (size_t)i * side_row(all) + (size_t)n * (size_t)count * LANES, f, j->c,
+                          from + (size_t)n * f->out_image + (size_t)i * f->out_plane, r->spots, count, band_rows);
+        for (int at = 0; at < depth; at += DOT_TERMS)
+            dots[rows - 1][smaller(DOT_TERMS, depth - at) - 1](dw + (size_t)(begin + low) * f->w_row, f->w_row,
+                                                               r->terms + at, r->side, r->spots, all, x);
     }
 }
 
@@ -537,7 +557,6 @@ static void weight_grad_part(void *argument, int index, int count) {
     const int depth = make_terms(r->terms, f, c);
     for (int g = first; g < last && begin < end; g++) {
         float *dw = j->dw + (size_t)g * f->w_group;
-        memset(dw + (size_t)begin * f->w_row, 0, (size_t)(end - begin) * f->w_row * sizeof(float));
         for (int n0 = 0; n0 < f->batch; n0 += j->images)
             for (int i0 = 0; i0 < f->grid[0]; i0 += c->rows) {
                 const int rows = smaller(c->rows, f->grid[0] - i0), images = smaller(j->images, f->batch - n0);
@@ -561,6 +580,23 @@ static void weight_grad_part(void *argument, int index, int count) {
     }
 }
 
+/* Adds to dw what these columns of the gradient give. */
+static int weight_grad_columns(const field *f, const canvas *plan, void *argument) {
+    canvas c = *plan;
+    grad_job j = *(const grad_job *)argument;
+    c.phases = ~0u; /* lanes that count for nothing must be finite too */
+    j.f = f;
+    j.c = &c;
+    j.images = 1;
+    if (c.rows == f->grid[0]) {
+        const int64_t fit = c.direct ? f->batch : (CANVAS - 2 * LANES) / ((int64_t)f->planes * (int64_t)c.plane);
+        j.images = smaller(f->batch, smaller((int)fit, SIDE / count_spots(f, &c, c.rows, c.flat)));
+    }
+    ac_share(j.workers, (double)f->batch * f->groups * f->rows * f->planes * f->taps * f->grid[0] * f->grid[1],
+             weight_grad_part, &j);
+    return 1;
+}
+
 /* x (N, C, H, W), d (N, O, P, Q) -> dw (O, C / groups, kH, kW) */
 ac_status AC_FAST_KERNEL(conv_weight_grad)(const ac_call *call) {
     const ac_attr_conv_weight_grad *a = call->attr;
@@ -572,14 +608,9 @@ ac_status AC_FAST_KERNEL(conv_weight_grad)(const ac_call *call) {
                .w_row = w.image, .w_plane = w.plane, .w_group = w.image * (size_t)(d.c / a->groups),
                .out_image = d.image, .out_plane = d.plane, .out_row = (size_t)d.w, .out_col = 1};
     make_taps(&f, &w, a->dilation, a->before);
-    canvas c;
-    if (!plan_canvas(&c, &f, SIDE) || f.batch * (double)x.image > INT32_MAX) return AC_KERNEL(conv_weight_grad)(call);
-    c.phases = ~0u; /* lanes that count for nothing must be finite too */
-    grad_job j = {&f, &c, call->workers, AC_OUT(call, 0), 1};
-    if (c.rows == f.grid[0]) {
-        const int64_t fit = c.direct ? f.batch : (CANVAS - 2 * LANES) / ((int64_t)f.planes * (int64_t)c.plane);
-        j.images = smaller(f.batch, smaller((int)fit, SIDE / count_spots(&f, &c, c.rows, c.flat)));
-    }
-    ac_share(call->workers, (double)d.n * (double)d.image * (double)w.image, weight_grad_part, &j);
-    return AC_OK;
+    grad_job j = {.workers = call->workers, .dw = AC_OUT(call, 0)};
+    if ((double)f.batch * (double)x.image > INT32_MAX) return AC_KERNEL(conv_weight_grad)(call);
+    if (AC_FAST_KERNEL(depthwise_weight_grad)(&f, w.w, j.dw, call->workers)) return AC_OK;
+    memset(j.dw, 0, (size_t)d.c * w.image * sizeof(float));
+    return by_columns(&f, SIDE, weight_grad_columns, &j) ? AC_OK : AC_KERNEL(conv_weight_grad)(call);
 }
