@@ -5,7 +5,7 @@
  */
 #include "ac_fast_conv.h"
 
-enum { PIXELS = 8, ROOM = AC_SCRATCH_BYTES / 4 - 2 * TAPS * LANES - 64 };
+enum { PIXELS = 8, HELD = 64, ROOM = AC_SCRATCH_BYTES / 4 - 2 * TAPS * LANES - 64 };
 
 /* A worker's scratch: weights or their gradients, then two images of vectors. */
 typedef struct {
@@ -117,11 +117,13 @@ typedef struct {
     ac_workers *workers;
 } job;
 
-/* One phase of one block of channels. */
+/* One phase of one block of channels. Where the phase is all there is, `to` is where its planes lie, and what is done of
+ * them leaves `out` for there soon, so that it stays in the first cache; else `to` is NULL. */
 static void correlate_phase(const job *j, const field *f, room *r, const float *image, float *out, int channel,
-                            int channels) {
+                            int channels, float *to) {
     int32_t offset[TAPS];
     vec start = {0};
+    int done = 0, held = 0;
     const frame *in = &j->frame;
     for (int t = 0; t < f->taps; t++) {
         offset[t] = ((f->row[t] + in->before[0]) * in->width + f->col[t] + in->before[1]) * LANES;
@@ -131,15 +133,24 @@ static void correlate_phase(const job *j, const field *f, room *r, const float *
     for (int l = 0; f->bias && l < channels; l++) start[l] = f->bias[channel + l];
     const int pieces = (f->grid[1] + PIXELS - 1) / PIXELS;
     out += (f->out - j->out) * LANES;
-    for (int i = 0; i < f->grid[0]; i++)
+    for (int i = 0; i < f->grid[0]; i++) {
+        float *row = out + (to ? (size_t)held : (size_t)i * f->out_row) * LANES;
         for (int p = 0; p < pieces; p++) {
-            int at, to;
-            part_of(f->grid[1], p, pieces, &at, &to);
-            taps_of[to - at - 1](out + ((size_t)i * f->out_row + (size_t)at * f->out_col) * LANES, f->out_col * LANES,
-                                 start, (const float (*)[LANES])r->w, f->taps,
-                                 image + ((size_t)(i * f->step[0]) * (size_t)in->width + (size_t)(at * f->step[1])) * LANES,
-                                 offset, (size_t)f->step[1] * LANES);
+            int at, end;
+            part_of(f->grid[1], p, pieces, &at, &end);
+            taps_of[end - at - 1](row + (size_t)at * f->out_col * LANES, f->out_col * LANES, start,
+                                  (const float (*)[LANES])r->w, f->taps,
+                                  image + ((size_t)(i * f->step[0]) * (size_t)in->width + (size_t)(at * f->step[1])) * LANES,
+                                  offset, (size_t)f->step[1] * LANES);
         }
+        held += f->grid[1];
+        if (!to || (held < HELD && i + 1 < f->grid[0])) continue;
+        const int ready = i + 1 < f->grid[0] ? held / LANES * LANES : held;
+        spread(to + done, out, f->out_plane, ready, channels);
+        done += ready;
+        held -= ready;
+        for (int k = 0; k < held; k++) store(out + k * LANES, load(out + (ready + k) * LANES));
+    }
 }
 
 static void correlate_part(void *argument, int index, int count) {
@@ -156,8 +167,10 @@ static void correlate_part(void *argument, int index, int count) {
         const int channel = unit % blocks * LANES, channels = smaller(LANES, f->groups - channel);
         gather(r->image, &j->frame, f->source + n * f->source_image + (size_t)channel * f->source_plane, f->source_plane,
                f->size[0], f->size[1], channels);
-        for (int p = 0; p < j->count; p++) correlate_phase(j, f + p, r, r->image, out, channel, channels);
-        spread(j->out + n * f->out_image + (size_t)channel * f->out_plane, out, f->out_plane, points, channels);
+        float *to = j->out + n * f->out_image + (size_t)channel * f->out_plane;
+        for (int p = 0; p < j->count; p++)
+            correlate_phase(j, f + p, r, r->image, out, channel, channels, j->count == 1 ? to : NULL);
+        if (j->count > 1) spread(to, out, f->out_plane, points, channels);
     }
 }
 
