@@ -44,8 +44,9 @@ def plan(
     "last", "last-3", "bias", "norm", "block:a,b", "match:*.bn*", a dict of tensors and channels, an UpdateSet, or an
     object with `label` and `choose(graph)`. loss: a name or CrossEntropy(...), BinaryCrossEntropy(...), MSE().
     optimizer: a name or SGD(...), Adam(...), AdamW(...). memory_bytes: a limit on peak_bytes below the device's own.
-    threads: 1 or None. data: (x, y), on which "auto" holds a short race between the schemes that fit; without it the
-    one that lets most weights learn is taken. callback: told of each contender, a row of figures.
+    threads: that fast kernels share work among, 1 to 64; None is 1. data: (x, y), on which "auto" holds a short race
+    between the schemes that fit; without it the one that lets most weights learn is taken. callback: told of each
+    contender, a row of figures.
 
     Raises CannotFit, with the cheapest `fixes`, where nothing asked for fits; WrongUse for impossible arguments.
     """

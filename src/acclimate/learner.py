@@ -39,11 +39,12 @@ class Learner:
     >>> learner.score(x_new, y_new)                                                   # doctest: +SKIP
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, kernels: str = "") -> None:
+        """kernels: "fast", or "plain": slower, and the same bits on every processor; see runtime.Session."""
         self.plan = plan
         self.lr: float = plan.optimizer.lr
         self.loss_history: list[float] = []
-        self._main = Session(plan.program)
+        self._main = Session(plan.program, threads=plan.threads, kernels=kernels)
         self._sessions: dict[tuple[str, int], Session] = {
             (kind, plan.batch_size): self._main for kind in ("train", "predict")
         }
@@ -235,7 +236,7 @@ class Learner:
                 action="load the model that it was saved with",
             )
         delta.check(records, self._types(), str(path))
-        fresh, pending = Session(self.plan.program), 0  # back to the model, then the changes
+        fresh, pending = Session(self.plan.program, kernels="plain"), 0  # back to the model, then the changes
         for r in records:
             if r.name == PENDING:
                 pending = int(r.data[0])
@@ -268,7 +269,7 @@ class Learner:
 
     def _records(self, optimizer: bool) -> list[delta.Record]:
         """The persistent values that differ from the start, and of them the channels that can."""
-        fresh = Session(self.plan.program)
+        fresh = Session(self.plan.program, kernels="plain")
         kinds = {v.name: v.kind for v in self.plan.model.values.values()}
         records = []
         for name in self._main.state_names():
@@ -293,10 +294,11 @@ class Learner:
             "state": self._main.state.copy(),
             "saved": self._saved,
             "pending": self._pending,
+            "kernels": self._main.kernels,
         }
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        self.__init__(kept["plan"])  # type: ignore[misc]
+        self.__init__(kept["plan"], kept["kernels"])  # type: ignore[misc]
         self.lr, self.loss_history, self._pending = kept["lr"], kept["loss_history"], kept["pending"]
         self._main.state[:] = kept["state"]
         self._saved = kept["saved"]

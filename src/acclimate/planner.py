@@ -27,6 +27,7 @@ from .passes import run as run_passes
 from .program import Program, build
 
 MAX_BATCH = 65536
+MAX_THREADS = 64  # AC_MAX_THREADS
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Plan:
     @property
     def latency_us(self) -> float:
         """Estimated time of a step; see the device's sources for what the estimate rests on."""
-        return self.device.latency_us(self.counts)
+        return self.device.latency_us(self.counts, self.threads)
 
     @property
     def energy_uj(self) -> float:
@@ -274,10 +275,8 @@ def compile_plan(
         raise WrongUse("batch_size must be a whole number", number=f"{batch_size}, from 1 to {MAX_BATCH}")
     if memory_bytes is not None and memory_bytes <= 0:
         raise WrongUse("memory_bytes must be positive", number=str(memory_bytes))
-    if threads not in (None, 1):
-        raise WrongUse(
-            "the reference kernels run on one thread", number=f"threads={threads}", action="threads=1 or None"
-        )
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
+        raise WrongUse("threads must be a whole number", number=f"{threads}, from 1 to {MAX_THREADS}")
     chosen = schemes.resolve(scheme)
     update_set = chosen if isinstance(chosen, UpdateSet) else chosen.choose(model)
     target = devices.get(device) if isinstance(device, str) else device
@@ -289,7 +288,7 @@ def compile_plan(
         target,
         int(batch_size),
         memory_bytes,
-        1,
+        threads or 1,
     )
     if must_fit and not plan.fits:
         raise cannot_fit(plan)

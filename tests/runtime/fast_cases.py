@@ -1,0 +1,118 @@
+"""Random calls of the rows that have a fast kernel.
+
+Run as a script, it puts each argument in turn at the end of readable memory, so that a kernel that reads or writes
+past it is killed by the system.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import numpy as np
+
+from acclimate.ir import Graph, Type
+from acclimate.layout import Buffer, Layout, arrange
+from acclimate.ops import TABLE, emit, infer
+from acclimate.program import Program, build
+from acclimate.runtime import Session
+
+PAGE = mmap.PAGESIZE
+
+
+def convolution(rng: np.random.Generator) -> tuple[dict, tuple, tuple]:
+    """Attributes, shape of x and shape of w of a convolution that has an output."""
+    dims = 2 if rng.random() < 0.7 else 1
+    if rng.random() < 0.35:  # depthwise
+        groups, c, o = int(rng.integers(1, 20)), 1, 1
+    else:
+        groups, c, o = int(rng.choice([1, 1, 1, 2, 3])), int(rng.integers(1, 12)), int(rng.integers(1, 20))
+    kernel, stride = rng.integers(1, 6, dims), rng.integers(1, 4, dims)
+    dilation, before, after = rng.integers(1, 3, dims), rng.integers(0, 3, dims), rng.integers(0, 3, dims)
+    size = np.maximum((kernel - 1) * dilation + 1 - before - after, 1) + rng.integers(0, 30, dims)
+    if rng.random() < 0.1:
+        size[-1] += 100 * rng.integers(1, 30)  # more columns than a band holds
+    geometry = {"stride": stride, "before": before, "after": after, "dilation": dilation}
+    attrs = {k: tuple(int(i) for i in v) for k, v in geometry.items()} | {"groups": groups}
+    n = int(rng.integers(1, 6))
+    return attrs, (n, c * groups, *map(int, size)), (o * groups, c, *map(int, kernel))
+
+
+def cases(seed: int, count: int):
+    """Yields (op, arrays, attributes)."""
+    rng = np.random.default_rng(seed)
+
+    def array(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    for _ in range(count):
+        attrs, x, w = convolution(rng)
+        inputs = [Type(x), Type(w), Type(w[:1])]
+        y = infer(TABLE["conv"], attrs, inputs)[0].shape
+        yield "conv", [array(*x), array(*w), array(w[0])], attrs
+        yield "conv_input_grad", [array(*y), array(*w)], {**attrs, "size": x[2:]}
+        yield "conv_weight_grad", [array(*x), array(*y)], {**attrs, "kernel": w[2:]}
+        m, n, k = (
+            int(rng.choice([rng.integers(1, 12), rng.integers(1, 80), rng.integers(1, 300)])) for _ in "mnk"
+        )
+        ta, tb, stack = (
+            int(rng.integers(2)),
+            int(rng.integers(2)),
+            (int(rng.integers(1, 6)),) * int(rng.integers(2)),
+        )
+        a, b = array(*stack, *((k, m) if ta else (m, k))), array(*stack, *((n, k) if tb else (k, n)))
+        yield "matmul", [a, b, *([array(n)] if rng.random() < 0.5 else [])], {"ta": ta, "tb": tb}
+
+
+def program_of(op: str, arrays: list[np.ndarray], attrs: dict, last: int = -1) -> Program:
+    """A Program that runs one op; of its tensors (inputs, then the output) number `last` ends the arena."""
+    graph = Graph()
+    names = [graph.input(f"i{i}", a.shape, "f32") for i, a in enumerate(arrays)]
+    graph.outputs["o"] = emit(graph, op, *names, **attrs)
+    if last < 0:
+        return build({"run": arrange(graph)})
+    tensors = [*names, graph.outputs["o"]]
+    tensors.append(tensors.pop(last))
+    buffers, offsets, at = [], {}, 0
+    for name in tensors:
+        size = graph.type(name).size_bytes
+        buffers.append(Buffer([name], size, 0, 1, at))
+        offsets[name] = at
+        at += size
+    return build({"run": Layout(graph, graph.nodes, buffers, offsets, at, at)})
+
+
+def run(program: Program, arrays: list[np.ndarray], session: Session | None = None, **how) -> np.ndarray:
+    session = session or Session(program, **how)
+    session.arena[:] = 0xFF  # not a number: what is not written is seen
+    session.feed("run", {f"i{i}": a for i, a in enumerate(arrays)})
+    session.run_range("run")
+    return session.view("run", "o").copy()
+
+
+def guarded(size: int) -> np.ndarray:
+    """`size` bytes, a multiple of 4, of which the last is followed by a page that cannot be touched."""
+    pages = -(-size // PAGE) + 1
+    block = mmap.mmap(-1, pages * PAGE)
+    raw = np.frombuffer(block, np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    guard = ctypes.c_void_p(raw.ctypes.data + (pages - 1) * PAGE)
+    if libc.mprotect(guard, ctypes.c_size_t(PAGE), 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    end = (pages - 1) * PAGE
+    return raw[end - size : end]
+
+
+def main(seed: int, count: int, isa: str) -> None:
+    for op, arrays, attrs in cases(seed, count):
+        for last in range(len(arrays) + 1):
+            program = program_of(op, arrays, attrs, last)
+            session = Session(program, isa=isa, kernels="fast", threads=2)
+            session.arena = guarded(program.arena_bytes)
+            run(program, arrays, session)
+    print("all within bounds")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,137 @@
+"""Fast kernels compute what the plain ones do, within rounding; whatever the processor and the number of threads."""
+
+import multiprocessing
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from runtime.fast_cases import cases, program_of, run
+from runtime.native import ROOT, call
+from runtime.nets import plans, samples
+
+from acclimate.learner import Learner
+from acclimate.ops import TABLE
+from acclimate.runtime import Session, best_isa
+
+ISAS = ["base", "v3", "v4"][: ["base", "v3", "v4"].index(best_isa()) + 1]
+#: Of the largest value: sums of up to some thousands of products, added in another order and fused
+TOLERANCE = 1e-5
+
+
+def test_every_fast_row_is_tried():
+    tried = {op for op, _, _ in cases(0, 1)}
+    assert {row.name for row in TABLE.values() if row.fast} == tried
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_against_plain_kernels(isa):
+    differ = 0
+    for op, arrays, attrs in cases(1, 60):
+        program = program_of(op, arrays, attrs)
+        want = run(program, arrays, kernels="plain")
+        got = run(program, arrays, kernels="fast", isa=isa)
+        worst = np.abs(got - want).max() / max(np.abs(want).max(), 1.0)
+        assert worst <= TOLERANCE, (op, [a.shape for a in arrays], attrs, worst)
+        differ += got.tobytes() != want.tobytes()
+    assert differ > 60, "the fast kernels were not run"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_threads_do_not_change_a_bit(isa):
+    for op, arrays, attrs in cases(2, 25):
+        program = program_of(op, arrays, attrs)
+        one, *others = (run(program, arrays, kernels="fast", isa=isa, threads=t) for t in (1, 2, 3, 7))
+        assert all(one.tobytes() == o.tobytes() for o in others), (op, [a.shape for a in arrays], attrs)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_nothing_is_touched_past_an_argument(isa):
+    script = ROOT / "tests/runtime/fast_cases.py"
+    assert "all within bounds" in call(sys.executable, script, 3, 25, isa).stdout
+
+
+def test_large_shapes():
+    """Bands of rows, of columns, several images to a band."""
+    rng = np.random.default_rng(0)
+    same = {"stride": (1, 1), "before": (1, 1), "after": (1, 1), "dilation": (1, 1), "groups": 1}
+    for x, w, attrs in (
+        ((1, 24, 120, 130), (8, 24, 3, 3), same),
+        ((9, 16, 4, 4), (24, 16, 3, 3), same),
+        (
+            (1, 8, 5000),
+            (6, 8, 16),
+            {"stride": (1,), "before": (7,), "after": (8,), "dilation": (1,), "groups": 1},
+        ),
+        (
+            (1, 64, 3000),
+            (4, 64, 5),
+            {"stride": (2,), "before": (2,), "after": (2,), "dilation": (1,), "groups": 1},
+        ),
+        ((1, 1000, 9, 9), (4, 1000, 3, 3), same),
+        ((2, 24, 90, 90), (24, 1, 3, 3), {**same, "groups": 24}),
+    ):
+        image, weight = (rng.normal(size=s).astype(np.float32) for s in (x, w))
+        program = program_of("conv", [image, weight], attrs)
+        d = run(program, [image, weight], kernels="plain")
+        for op, arrays, more in (
+            ("conv", [image, weight], {}),
+            ("conv_input_grad", [d, weight], {"size": x[2:]}),
+            ("conv_weight_grad", [image, d], {"kernel": w[2:]}),
+        ):
+            program = program_of(op, arrays, attrs | more)
+            want, got, shared = (
+                run(program, arrays, kernels=k, threads=t)
+                for k, t in (("plain", 1), ("fast", 1), ("fast", 3))
+            )
+            assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max(), (op, x, w)
+            assert got.tobytes() == shared.tobytes(), (op, x, w)
+
+
+def test_whole_models_do_not_depend_on_threads():
+    for name, plan in plans().items():
+        x, y = samples(plan.model, 2 * plan.batch_size, 3)
+        if plan.layouts[plan.train_entry].graph.type("y").dtype == "f32":
+            y = np.eye(3, dtype=np.float32)[y]
+        states = []
+        for threads in (1, 2, 4):
+            learner = Learner(replace(plan, threads=threads))
+            states.append(learner.partial_fit(x, y)._main.state.tobytes())
+        assert len(set(states)) == 1, name
+
+
+def _child(session, x, queue):
+    queue.put(session.run("predict", x=x)["output"].tobytes())
+
+
+def test_threads_after_a_fork():
+    """A forked child has none of its parent's threads, and starts its own."""
+    plan = next(iter(plans().values()))
+    x, _ = samples(plan.model, plan.batch_size, 3)
+    session = Session(plan.program, threads=3)
+    want = session.run("predict", x=x)["output"].tobytes()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(session, x, queue))
+    child.start()
+    assert queue.get(timeout=60) == want
+    child.join(60)
+    assert child.exitcode == 0 and session.run("predict", x=x)["output"].tobytes() == want
+
+
+def test_plain_kernels_by_the_environment(monkeypatch):
+    plan = next(iter(plans().values()))
+    monkeypatch.setenv("ACCLIMATE_KERNELS", "plain")
+    assert Session(plan.program).kernels == "plain"
+    monkeypatch.delenv("ACCLIMATE_KERNELS")
+    assert Session(plan.program).kernels == "fast"
+
+
+def test_pools_come_and_go():
+    plan = next(iter(plans().values()))
+    x, _ = samples(plan.model, plan.batch_size, 3)
+    outputs = {
+        Session(plan.program, threads=t).run("predict", x=x)["output"].tobytes()
+        for t in (*range(1, 9), 64) * 3
+    }
+    assert len(outputs) == 1
