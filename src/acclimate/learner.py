@@ -21,6 +21,7 @@ PREDICT_BATCH = 256  # samples predicted at once, at most,
 PREDICT_BYTES = 32 << 20  # and so many that their arena stays below this
 PENDING = "optimizer.pending"  # record of a delta: micro-batches accumulated when it was saved
 KEPT_SESSIONS = 4  # batch sizes, besides the plan's, whose arenas are kept
+LARGEST = float(np.finfo(np.float32).max)
 Callback = Callable[[dict[str, Any]], None]
 
 
@@ -48,6 +49,9 @@ class Learner:
         self._sessions: dict[tuple[str, int], Session] = {
             (kind, plan.batch_size): self._main for kind in ("train", "predict")
         }
+        model = plan.model
+        self._sample_shape = tuple(int(n) for n in model.shape(model.inputs["x"])[1:])
+        self._output = model.type(model.outputs["output"])
         self._pending = 0  # micro-batches accumulated since the last update
         self._saved = self._kept()  # what rollback returns to
 
@@ -322,7 +326,7 @@ class Learner:
             rate = float(self.lr if lr is None else lr)
         except (TypeError, ValueError):
             rate = -1.0
-        if not 0 <= rate <= float(np.finfo(np.float32).max):  # NaN is refused too
+        if not 0 <= rate <= LARGEST:  # NaN is refused too
             raise WrongUse(
                 "the learning rate must be a finite number from zero",
                 where="lr",
@@ -333,7 +337,7 @@ class Learner:
 
     def _samples(self, x: np.ndarray) -> np.ndarray:
         x = _array(x, "x")
-        want = self.plan.model.shape(self.plan.model.inputs["x"])[1:]
+        want = self._sample_shape
         if x.ndim == 0 or len(x) == 0:
             raise BadInput(
                 "there are no samples",
@@ -345,16 +349,17 @@ class Learner:
             raise BadInput(
                 "x must hold numbers", where="x", number=f"dtype {x.dtype}", action="x.astype(np.float32)"
             )
-        if x.shape[1:] != tuple(want):
-            hint = "add the batch axis: x[None]" if x.shape == tuple(want) else "reshape or transpose x"
+        if x.shape[1:] != want:
+            hint = "add the batch axis: x[None]" if x.shape == want else "reshape or transpose x"
             raise BadInput(
                 "x does not have the shape that the model takes",
                 where="x",
-                number=f"{x.shape}, must be (n, {', '.join(str(int(w)) for w in want)})",
+                number=f"{x.shape}, must be (n, {', '.join(str(w) for w in want)})",
                 action=hint,
             )
-        with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused as such
-            x = x.astype(np.float32, copy=False)
+        if x.dtype != np.float32:
+            with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused as such
+                x = x.astype(np.float32)
         if not np.isfinite(x).all():
             rows = np.unique(np.argwhere(~np.isfinite(x))[:, 0])
             raise BadInput(
@@ -381,8 +386,10 @@ class Learner:
                 number=f"dtype {y.dtype}",
                 action="map class names to 0..classes-1",
             )
+        if y.dtype.kind != "f":
+            return self.plan.loss.check(y, self._output)
         with np.errstate(over="ignore"):
-            return self.plan.loss.check(y, self.plan.model.type(self.plan.model.outputs["output"]))
+            return self.plan.loss.check(y, self._output)
 
 
 def _array(value: Any, what: str) -> np.ndarray:

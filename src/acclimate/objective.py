@@ -69,8 +69,8 @@ class CrossEntropy:
             )
         if y.dtype.kind not in "iub" and not (y.dtype.kind == "f" and np.array_equal(y, np.round(y))):
             raise BadInput("labels must be whole numbers", number=f"y is {y.dtype}")
-        bad = np.flatnonzero((y < 0) | (y >= classes))
-        if bad.size:
+        if y.size and not (y.min() >= 0 and y.max() < classes):
+            bad = np.flatnonzero((y < 0) | (y >= classes))
             raise BadInput(
                 "a label is outside the classes of the model",
                 where=f"row {bad[0]} and {bad.size - 1} more",

@@ -90,6 +90,7 @@ class Session:
         else:
             self.state = share.state
         self._views: dict[tuple[str, str], np.ndarray] = {}
+        self._outputs: dict[str, list[str]] = {}
 
     def view(self, entry: str, name: str) -> np.ndarray:
         """An input, an output, or (entry "state") a persistent value, as an array over the memory itself."""
@@ -111,11 +112,12 @@ class Session:
         """Copy inputs to their places. A number may stand for an input of one element; else shapes must be equal."""
         for name, value in inputs.items():
             view = self.view(entry, name)
-            if np.shape(value) != view.shape and not (np.ndim(value) == 0 and view.size == 1):
+            shape = value.shape if isinstance(value, np.ndarray) else np.shape(value)
+            if shape != view.shape and not (shape == () and view.size == 1):
                 raise BadInput(
                     "an input does not have the shape of its place",
                     where=f"{entry}, {name}",
-                    number=f"{np.shape(value)}, must be {view.shape}",
+                    number=f"{shape}, must be {view.shape}",
                 )
             view[...] = value
 
@@ -124,8 +126,10 @@ class Session:
         with self.lock:
             self.feed(entry, inputs)
             self.run_range(entry)
-            bindings = self.program.entries[entry].values()
-            return {b.name: self.view(entry, b.name).copy() for b in bindings if b.is_output}
+            if entry not in self._outputs:
+                bindings = self.program.entries[entry].values()
+                self._outputs[entry] = [b.name for b in bindings if b.is_output]
+            return {name: self.view(entry, name).copy() for name in self._outputs[entry]}
 
     def run_range(self, entry: str, first: int = 0, end: int = -1) -> None:
         """Run ops first..end-1 of an entry on what is in memory."""
