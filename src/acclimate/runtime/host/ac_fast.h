@@ -116,4 +116,14 @@ AC_INLINE void ac_share(ac_workers *workers, double work, ac_part part, void *ar
         part(argument, 0, 1);
 }
 
+/* y[i, j] = bias[i * bias_row + j] (or 0) + sum over k of a[i * a_row + k * a_k] * b[k * b_row + j], at y + i * y_row + j;
+ * with `turned`, b[j * b_row + k]. `few`: by dot products, whatever part of the rows a thread has. */
+typedef struct {
+    int m, n, k, turned, few;
+    size_t a_row, a_k, b_row, y_row, bias_row;
+} product;
+
+/* One that is not turned and at least LANES wide. With y as its own bias, it adds to what is there. */
+void AC_FAST_KERNEL(multiply)(const product *p, const float *a, const float *b, const float *bias, float *y);
+
 #endif

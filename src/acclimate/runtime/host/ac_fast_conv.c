@@ -347,7 +347,7 @@ static int correlate_columns(const field *f, const canvas *c, void *workers) {
 
 /* 0 where the field does not fit. */
 static int correlate(const field *f, ac_workers *workers) {
-    return by_columns(f, SPOTS, correlate_columns, workers);
+    return AC_FAST_KERNEL(winograd)(f, workers) || by_columns(f, SPOTS, correlate_columns, workers);
 }
 
 /* ---- conv and conv_input_grad ---------------------------------------------------------------------------------- */
@@ -611,6 +611,7 @@ ac_status AC_FAST_KERNEL(conv_weight_grad)(const ac_call *call) {
     grad_job j = {.workers = call->workers, .dw = AC_OUT(call, 0)};
     if ((double)f.batch * (double)x.image > INT32_MAX) return AC_KERNEL(conv_weight_grad)(call);
     if (AC_FAST_KERNEL(depthwise_weight_grad)(&f, w.w, j.dw, call->workers)) return AC_OK;
+    if (AC_FAST_KERNEL(winograd_weight_grad)(&f, j.dw, call->workers)) return AC_OK;
     memset(j.dw, 0, (size_t)d.c * w.image * sizeof(float));
     return by_columns(&f, SIDE, weight_grad_columns, &j) ? AC_OK : AC_KERNEL(conv_weight_grad)(call);
 }

@@ -13,11 +13,6 @@ typedef struct {
     float image[ROOM];
 } room;
 
-/* An image of vectors: `before` rows and columns of zeros, then the planes', then zeros. */
-typedef struct {
-    int height, width, before[2];
-} frame;
-
 static size_t floats_of(const frame *f) { return (size_t)f->height * (size_t)f->width * LANES; }
 
 /* The frame that all taps of all phases stay in. */
@@ -31,53 +26,6 @@ static frame frame_of(const field *phases, int count) {
                 high[d] = larger(high[d], first + (phases[p].grid[d] - 1) * phases[p].step[d] + 1);
             }
     return (frame){high[0] - low[0], high[1] - low[1], {-low[0], -low[1]}};
-}
-
-/* Planes of height x width into an image; channels past the last repeat it. The border is left as it is. */
-static void gather(float *to, const frame *f, const float *from, size_t plane, int height, int width, int channels) {
-    const int points = height * width;
-    const float *source[LANES];
-    for (int l = 0; l < LANES; l++) source[l] = from + (size_t)smaller(l, channels - 1) * plane;
-    to += ((size_t)f->before[0] * (size_t)f->width + (size_t)f->before[1]) * LANES;
-    for (int at = 0, row = 0, col = 0; at < points;) {
-        vec v[LANES];
-        const int count = smaller(LANES, points - at);
-        if (count == LANES) {
-            AC_UNROLL for (int l = 0; l < LANES; l++) v[l] = load(source[l] + at);
-            transpose(v);
-        } else {
-            for (int i = 0; i < count; i++)
-                for (int l = 0; l < LANES; l++) v[i][l] = source[l][at + i];
-        }
-        if (count == LANES && col + LANES <= width) {
-            float *p = to + ((size_t)row * (size_t)f->width + (size_t)col) * LANES;
-            AC_UNROLL for (int i = 0; i < LANES; i++) store(p + i * LANES, v[i]);
-            at += LANES;
-            col += LANES;
-        } else {
-            for (int i = 0; i < count; i++, at++) {
-                if (col == width) col = 0, row++;
-                store(to + ((size_t)row * (size_t)f->width + (size_t)col++) * LANES, v[i]);
-            }
-        }
-        if (col == width) col = 0, row++;
-    }
-}
-
-/* An image without border into planes of `points` pixels. */
-static void spread(float *to, const float *from, size_t plane, int points, int channels) {
-    for (int at = 0; at < points; at += LANES, from += LANES * LANES) {
-        vec v[LANES];
-        const int count = smaller(LANES, points - at);
-        if (count == LANES) {
-            AC_UNROLL for (int i = 0; i < LANES; i++) v[i] = load(from + i * LANES);
-            transpose(v);
-            for (int l = 0; l < channels; l++) store(to + (size_t)l * plane + at, v[l]);
-        } else {
-            for (int i = 0; i < count; i++)
-                for (int l = 0; l < channels; l++) to[(size_t)l * plane + (size_t)(at + i)] = from[i * LANES + l];
-        }
-    }
 }
 
 /* out[i * out_step] = start + sum over taps of w[t] * x[i * step + offset[t]], in vectors; `count` is a constant. */

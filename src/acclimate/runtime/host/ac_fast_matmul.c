@@ -14,13 +14,6 @@ enum {
     FEW_ROWS = 8     /* up to here a panel doesn't pay */
 };
 
-/* y[i, j] = bias[j] (or 0) + sum over k of a[i * a_row + k * a_k] * b[k * b_row + j], at y + i * y_row + j; with `turned`,
- * b[j * b_row + k]. */
-typedef struct {
-    int m, n, k, turned, few; /* few: by dot products, whatever part of the rows a thread has */
-    size_t a_row, a_k, b_row, y_row;
-} product;
-
 /* R rows and V vectors of y; both are constants. */
 AC_INLINE void run_tile(const int R, const int V, const product *p, const float *a, const float *b, size_t b_row,
                         const float *bias, float *y, size_t last) {
@@ -28,7 +21,7 @@ AC_INLINE void run_tile(const int R, const int V, const product *p, const float 
     const size_t a_row = p->a_row, a_k = p->a_k;
     AC_UNROLL for (int r = 0; r < R; r++)
         AC_UNROLL for (int v = 0; v < V; v++)
-            sum[r][v] = bias ? load(bias + (v == V - 1 ? last : (size_t)(v * LANES))) : (vec){0};
+            sum[r][v] = bias ? load(bias + (size_t)r * p->bias_row + (v == V - 1 ? last : (size_t)(v * LANES))) : (vec){0};
     for (int k0 = 0; k0 < p->k; k0 += CHAIN) {
         vec acc[TILE_ROWS][TILE_VECS];
         AC_UNROLL for (int r = 0; r < R; r++)
@@ -83,10 +76,15 @@ static void run_columns(const product *p, const float *a, const float *b, size_t
         const size_t last = (size_t)smaller((to - 1) * LANES, columns - LANES) - begin;
         for (int block = 0; block < blocks; block++) {
             part_of(p->m, block, blocks, &low, &high);
-            tiles[high - low - 1][to - from - 1](p, a + (size_t)low * p->a_row, b + begin, b_row, bias ? bias + begin : NULL,
+            tiles[high - low - 1][to - from - 1](p, a + (size_t)low * p->a_row, b + begin, b_row,
+                                                 bias ? bias + (size_t)low * p->bias_row + begin : NULL,
                                                  y + (size_t)low * p->y_row + begin, last);
         }
     }
+}
+
+void AC_FAST_KERNEL(multiply)(const product *p, const float *a, const float *b, const float *bias, float *y) {
+    run_columns(p, a, b, p->b_row, bias, y, p->n);
 }
 
 /* panel[k * PANEL + l] = b[(j + l) * b_row + k]; columns past the last repeat it. */
@@ -217,7 +215,7 @@ ac_status AC_FAST_KERNEL(matmul)(const ac_call *call) {
     const size_t M = (size_t)m, N = (size_t)n, K = (size_t)k;
     const int few = attr->tb && !attr->ta && (m <= FEW_ROWS || n < LANES || k > DEPTH);
     if (!call->workers || (!few && (n < LANES || (attr->tb && k > DEPTH)))) return AC_KERNEL(matmul)(call);
-    job j = {.p = {m, n, k, attr->tb, few, attr->ta ? 1 : K, attr->ta ? M : 1, attr->tb ? K : N, N},
+    job j = {.p = {m, n, k, attr->tb, few, attr->ta ? 1 : K, attr->ta ? M : 1, attr->tb ? K : N, N, 0},
              .a = AC_IN(call, 0), .b = AC_IN(call, 1), .bias = AC_IN(call, 2), .y = AC_OUT(call, 0),
              .stack = (int)(ty->size / (M * N)), .a_size = M * K, .b_size = K * N, .y_size = M * N,
              .workers = call->workers};
