@@ -11,6 +11,7 @@ from .errors import BadInput
 from .grad import Tape, prune
 from .ir import Graph, Node, Value
 from .ops import TABLE, evaluate, parse, verify
+from .ops.row import is_clamped
 
 FOLD_LIMIT_BYTES = 4096  # a folded constant may grow the flash by this much, not more
 
@@ -141,8 +142,58 @@ def compact_masks(graph: Graph) -> Graph:
     return new
 
 
+def fuse(graph: Graph) -> Graph:
+    """Neighbours that one pass over memory can do: a clamp in the op before it, a gate in the op after it.
+
+    After differentiation and `compact_masks`, so that what backward keeps is not changed by it.
+    """
+    new = graph.copy()
+    new.nodes = list(graph.nodes)
+    place = {n: i for i, node in enumerate(new.nodes) for n in node.outputs if n}  # where a value is made
+    uses = graph.consumers()
+    kept = set(graph.outputs.values())
+
+    def alone(name: str) -> int | None:
+        """Where a value is made that one node uses, once."""
+        return place.get(name) if len(uses[name]) == 1 and name not in kept else None
+
+    gone: set[int] = set()
+    for i, node in enumerate(graph.nodes):
+        row = TABLE[node.op]
+        at = alone(node.inputs[0]) if row.bounds or row.gated is not None else None
+        if at is None or at in gone:
+            continue
+        other = new.nodes[at]
+        if row.bounds is not None and other.outputs[0] == node.inputs[0]:
+            low, high = row.bounds(node.attrs)
+            attrs = {**other.attrs, "low": low, "high": high}
+            bits = parse(TABLE[other.op].signature)[1][-1].dtype == "bit"
+            if not TABLE[other.op].clamps or is_clamped(other.attrs) or (node.outputs[1] and not bits):
+                continue
+            outputs = (node.outputs[0], *other.outputs[1:-1], node.outputs[1]) if bits else node.outputs[:1]
+            new.nodes[at] = Node(other.op, other.inputs, outputs, attrs, other.where or node.where)
+            place.update({n: at for n in outputs if n})
+            gone.add(i)
+        elif row.gated is not None and TABLE[other.op].gates and other.attrs["slope"] == 0:
+            given = (*node.inputs, *("",) * len(parse(row.signature)[0]))
+            inputs = [*other.inputs[:1], *given[1 : len(parse(row.signature)[0])]]
+            if not inputs[row.gated]:
+                inputs[row.gated] = other.inputs[1]
+                new.nodes[i] = replace(node, inputs=tuple(inputs))
+                gone.add(at)
+    new.nodes = [node for i, node in enumerate(new.nodes) if i not in gone]
+    return new
+
+
 #: What every graph of a plan goes through, in this order.
-PIPELINE: tuple[Callable[[Graph], Graph], ...] = (prune, fold_constants, merge_equal, compact_masks, prune)
+PIPELINE: tuple[Callable[[Graph], Graph], ...] = (
+    prune,
+    fold_constants,
+    merge_equal,
+    compact_masks,
+    fuse,
+    prune,
+)
 
 
 def prepare(model: Graph, learned: set[str]) -> Graph:

@@ -55,7 +55,8 @@ def cases(seed: int, count: int):
         attrs, x, w = convolution(rng)
         inputs = [Type(x), Type(w), Type(w[:1])]
         y = infer(TABLE["conv"], attrs, inputs)[0].shape
-        yield "conv", [array(*x), array(*w), array(w[0])], attrs
+        limits = {"low": -1.0, "high": 2.0} if rng.random() < 0.3 else {}
+        yield "conv", [array(*x), array(*w), array(w[0])], attrs | limits
         yield "conv_input_grad", [array(*y), array(*w)], {**attrs, "size": x[2:]}
         yield "conv_weight_grad", [array(*x), array(*y)], {**attrs, "kernel": w[2:]}
         m, n, k = (
@@ -67,7 +68,7 @@ def cases(seed: int, count: int):
             (int(rng.integers(1, 6)),) * int(rng.integers(2)),
         )
         a, b = array(*stack, *((k, m) if ta else (m, k))), array(*stack, *((n, k) if tb else (k, n)))
-        yield "matmul", [a, b, *([array(n)] if rng.random() < 0.5 else [])], {"ta": ta, "tb": tb}
+        yield "matmul", [a, b, *([array(n)] if rng.random() < 0.5 else [])], {"ta": ta, "tb": tb} | limits
 
 
 def program_of(op: str, arrays: list[np.ndarray], attrs: dict, last: int = -1) -> Program:

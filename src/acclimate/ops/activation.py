@@ -49,6 +49,7 @@ PIECEWISE = (
         _SHAPES,
         in_place=(0,),
         grad=_gate_grad(0.0, math.inf, 0.0),
+        bounds=lambda a: (0.0, math.inf),
     ),
     Row(
         "hard_tanh",
@@ -59,6 +60,7 @@ PIECEWISE = (
         attrs={"low": Attr("f", -1.0), "high": Attr("f", 1.0)},
         in_place=(0,),
         grad=_gate_grad("low", "high", 0.0),
+        bounds=lambda a: (a["low"], a["high"]),
     ),
     Row(
         "leaky_relu",
@@ -163,7 +165,9 @@ def _gelu_slope(x: Any, a: Any) -> Any:
 
 def _elu_shape(a: Any, x: Type) -> list[Type]:
     if a["alpha"] < 0:
-        raise BadInput("elu takes an alpha from zero: below, its output does not tell its slope", where=str(x))
+        raise BadInput(
+            "elu takes an alpha from zero: below, its output does not tell its slope", where=str(x)
+        )
     return [x]
 
 

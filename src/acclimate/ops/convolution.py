@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import BadInput
 from ..ir import Type
 from .arithmetic import mask
-from .row import Attr, Cost, Example, Row
+from .row import Attr, Cost, Example, Row, clamping
 
 _GEOMETRY = {
     "stride": Attr("i2", pad=1),
@@ -171,8 +171,9 @@ def _conv_weight_grad(attrs: Any, x: Any, d: Any) -> list[Any]:
 def _grad(tape: Any, node: Any, d: str) -> list[str]:
     x, w, *rest = node.inputs
     graph = tape.graph
-    dx = tape.emit("conv_input_grad", d, w, size=graph.shape(x)[2:], **node.attrs) if tape.wants(x) else ""
-    dw = tape.emit("conv_weight_grad", x, d, kernel=graph.shape(w)[2:], **node.attrs) if tape.wants(w) else ""
+    geometry = {name: node.attrs[name] for name in _GEOMETRY}
+    dx = tape.emit("conv_input_grad", d, w, size=graph.shape(x)[2:], **geometry) if tape.wants(x) else ""
+    dw = tape.emit("conv_weight_grad", x, d, kernel=graph.shape(w)[2:], **geometry) if tape.wants(w) else ""
     db = ""
     if rest and tape.wants(rest[0]):
         db = tape.emit("sum", d, axes=mask((0, *range(2, len(graph.shape(d))))))
@@ -220,19 +221,22 @@ def _out(x: Any, w: Any, g: Any) -> tuple[int, ...]:
 
 
 ROWS = (
-    Row(
-        "conv",
-        "NC~, Oc~, O? -> NO~",
-        "Convolution (cross-correlation) with an optional bias.",
-        _conv,
-        tuple(Example((x, w, (w[0],)), g) for x, w, g in _CASES) + (Example(_CASES[0][:2], _CASES[0][2]),),
-        attrs=_GEOMETRY,
-        shape=_conv_shape,
-        grad=_grad,
-        check=True,
-        fast=True,
-        roles={1: "weight", 2: "bias"},
-        cost=lambda a, i, o: _macs(a, o[0].size, i[1].shape),
+    clamping(
+        Row(
+            "conv",
+            "NC~, Oc~, O? -> NO~",
+            "Convolution (cross-correlation) with an optional bias.",
+            _conv,
+            tuple(Example((x, w, (w[0],)), g) for x, w, g in _CASES)
+            + (Example(_CASES[0][:2], _CASES[0][2]),),
+            attrs=_GEOMETRY,
+            shape=_conv_shape,
+            grad=_grad,
+            check=True,
+            fast=True,
+            roles={1: "weight", 2: "bias"},
+            cost=lambda a, i, o: _macs(a, o[0].size, i[1].shape),
+        )
     ),
     Row(
         "conv_input_grad",

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import BadInput
 from ..ir import Type
 from .arithmetic import mask
-from .row import Attr, Cost, Example, Row
+from .row import Attr, Cost, Example, Row, clamping
 
 
 def _shape(attrs: Any, a: Type, b: Type, bias: Type | None = None) -> list[Type]:
@@ -79,32 +79,34 @@ _ROWS = (Example(((2, 3, 7),)), Example(((5, 33),)))
 _PAIRS = tuple(Example(e.inputs * 2) for e in _ROWS)
 
 ROWS = (
-    Row(
-        "matmul",
-        "~, ~, O? -> ~",
-        "Matrix product op(a) op(b) + bias; ta, tb transpose the last two dimensions.",
-        _matmul,
-        tuple(
-            Example(s, {"ta": ta, "tb": tb})
-            for s, ta, tb in (
-                (((5, 7), (7, 9), (9,)), 0, 0),
-                (((5, 40), (9, 40), (9,)), 0, 1),
-                (((7, 5), (7, 9)), 1, 0),
-                (((7, 5), (9, 7)), 1, 1),
-                (((3, 4, 6), (3, 6, 5)), 0, 0),
-                (((2, 6, 20), (2, 8, 20)), 0, 1),
-                (((2, 6, 4), (2, 6, 8)), 1, 0),
-                (((1, 64), (10, 64), (10,)), 0, 1),
-            )
-        ),
-        attrs={"ta": Attr("i", 0), "tb": Attr("i", 0)},
-        shape=_shape,
-        grad=_grad,
-        cost=_macs,
-        take=_take,
-        check=True,
-        fast=True,
-        roles={0: "weight", 1: "weight", 2: "bias"},
+    clamping(
+        Row(
+            "matmul",
+            "~, ~, O? -> ~",
+            "Matrix product op(a) op(b) + bias; ta, tb transpose the last two dimensions.",
+            _matmul,
+            tuple(
+                Example(s, {"ta": ta, "tb": tb})
+                for s, ta, tb in (
+                    (((5, 7), (7, 9), (9,)), 0, 0),
+                    (((5, 40), (9, 40), (9,)), 0, 1),
+                    (((7, 5), (7, 9)), 1, 0),
+                    (((7, 5), (9, 7)), 1, 1),
+                    (((3, 4, 6), (3, 6, 5)), 0, 0),
+                    (((2, 6, 20), (2, 8, 20)), 0, 1),
+                    (((2, 6, 4), (2, 6, 8)), 1, 0),
+                    (((1, 64), (10, 64), (10,)), 0, 1),
+                )
+            ),
+            attrs={"ta": Attr("i", 0), "tb": Attr("i", 0)},
+            shape=_shape,
+            grad=_grad,
+            cost=_macs,
+            take=_take,
+            check=True,
+            fast=True,
+            roles={0: "weight", 1: "weight", 2: "bias"},
+        )
     ),
     Row(
         "softmax",

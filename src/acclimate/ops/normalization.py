@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import BadInput, WrongUse
 from ..ir import Type
 from .arithmetic import mask
-from .row import Attr, Cost, Example, Row
+from .row import Attr, Cost, Example, Row, is_clamped
 
 _EPS = {"eps": Attr("f", 1e-5)}
 _NO_SECOND = "second derivatives are not needed"
@@ -58,7 +58,7 @@ def _rest_of(tape: Any, name: str) -> tuple[int, ...]:
 def _fold(tape: Any, node: Any, producer: Any) -> str | None:
     """Into the convolution or matrix product before it: channels of its weight are scaled, its bias moved."""
     graph, roles = tape.graph, tape.roles(producer)
-    if roles.get(1) != "weight" or roles.get(2) != "bias":
+    if roles.get(1) != "weight" or roles.get(2) != "bias" or is_clamped(producer.attrs):
         return None
     gamma, beta, mean, var = (graph.values[n].data for n in node.inputs[1:])
     scale = gamma / np.sqrt(var + np.float32(node.attrs["eps"]))

@@ -8,10 +8,13 @@ input.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 from ..errors import BadInput
 from ..ir import Type
@@ -94,6 +97,13 @@ class Row:
     # (tape, node, producer of input 0): with constant parameters, one value that replaces both nodes
     predict: Callable[[Any], tuple[str, tuple[int, ...], Mapping[str, Any]]] | None = None
     # (node) -> (op, kept inputs, attrs) that stands in for this op outside of training
+    bounds: Callable[[Mapping[str, Any]], tuple[float, float]] | None = None
+    # (attrs) -> (low, high), where all that the row does is to clamp: the row before it may do that, see `clamping`
+    clamps: bool = False  # made by `clamping`
+    gates: bool = (
+        False  # all that the row does, with slope 0, is to keep of input 0 where the bits of input 1 are set
+    )
+    gated: int | None = None  # the optional input whose bits do the same to input 0 before anything else
     accumulate: str = ""  # row that adds this op's result to an existing gradient instead of making a new one
     take: Callable[..., tuple[str, ...] | None] | None = None
     # (tape, node, axis, index) -> inputs that make this op compute only `index` along output `axis`
@@ -118,6 +128,55 @@ class Row:
             else:
                 out[name] = attr.default
         return out
+
+
+def clamping(row: Row, bits: bool = False) -> Row:
+    """`row` with attributes low and high, between which its first output is clamped: an activation at no further pass.
+
+    bits: with one more, optional output, one bit an element: low < y < high. What is not finite bounds nothing, and a
+    NaN stays one.
+    """
+
+    def ref(attrs: Any, *inputs: Any) -> list[Any]:
+        y, *rest = row.ref(attrs, *inputs)
+        low, high = attrs["low"], attrs["high"]
+        inside = [(y > low) & (y < high)] if bits else []
+        return [np.clip(y, low, high) if is_clamped(attrs) else y, *rest, *inside]
+
+    def shape(attrs: Any, *types: Any) -> list[Type]:
+        assert row.shape is not None
+        out = list(row.shape(attrs, *types))
+        return out + [Type(out[0].shape, "bit")] if bits else out
+
+    def grad(tape: Any, node: Any, d: str, *rest: str) -> Sequence[str]:
+        assert row.grad is not None
+        if is_clamped(node.attrs):
+            d = tape.emit("gate", d, node.outputs[0], low=node.attrs["low"], high=node.attrs["high"])
+        return row.grad(tape, node, d, *rest)
+
+    def cost(attrs: Any, ins: Any, outs: Any) -> Cost:
+        before = row.cost(attrs, ins, outs) if row.cost else Cost(elementwise=outs[0].size)
+        return replace(before, elementwise=before.elementwise + outs[0].size * is_clamped(attrs))
+
+    examples = tuple(replace(e, attrs={**e.attrs, "low": -0.5, "high": 0.7}) for e in row.examples[:4])
+    return replace(
+        row,
+        signature=row.signature
+        + (f", {row.signature.rpartition('>')[2].split(',')[0].strip()}:bit?" if bits else ""),
+        doc=f"{row.doc} Clamped between low and high{'; the last output holds low < y < high' if bits else ''}.",
+        ref=ref,
+        examples=row.examples + examples,
+        attrs={**row.attrs, "low": Attr("f", -math.inf), "high": Attr("f", math.inf)},
+        shape=shape,
+        grad=grad,
+        cost=cost,
+        clamps=True,
+    )
+
+
+def is_clamped(attrs: Mapping[str, Any]) -> bool:
+    """Does a row of `clamping` clamp, with these attributes?"""
+    return attrs["low"] > -math.inf or attrs["high"] < math.inf
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
  * the compiler and processor: what runs side by side are different outputs, or a fixed number of lanes.
  * Stack: under 7 KiB; under 6.5 KiB without vectors.
  */
+#include "ac_math.h"
 #include "ac_ops.h"
 
 #include <math.h> /* INFINITY */
@@ -348,7 +349,7 @@ static void correlate(field *f, int groups) {
     f->out = out;
 }
 
-/* x (N, C, H, W), w (O, C / groups, kH, kW), bias (O)? -> y (N, O, P, Q) */
+/* x (N, C, H, W), w (O, C / groups, kH, kW), bias (O)? -> y (N, O, P, Q), clamped */
 ac_status AC_KERNEL(conv)(const ac_call *c) {
     const ac_attr_conv *a = c->attr;
     shape x = shape_of(AC_IN_T(c, 0)), w = shape_of(AC_IN_T(c, 1)), y = shape_of(AC_OUT_T(c, 0));
@@ -367,6 +368,7 @@ ac_status AC_KERNEL(conv)(const ac_call *c) {
         correlate(&f, a->groups);
         f.resume = 1;
     }
+    ac_clamp(AC_OUT(c, 0), NULL, a->low, a->high, AC_OUT_T(c, 0)->size);
     return AC_OK;
 }
 

@@ -64,16 +64,11 @@
         return AC_OK;                                                                              \
     }
 
-/* NaN compares false: it must come out of the branch that returns v. */
-AC_INLINE float at_least(float low, float v) { return v < low ? low : v; }
-AC_INLINE float at_most(float high, float v) { return v > high ? high : v; }
-AC_INLINE int between(float low, float high, float v) { return (v > low) & (v < high); }
-
-AC_MAP_BITS(relu, AC_NO_ATTRIBUTES, v <= 0.0f ? 0.0f : v, v > 0.0f)
-AC_MAP_BITS(hard_tanh, AC_ATTRIBUTES(hard_tanh), at_most(a.high, at_least(a.low, v)),
-            between(a.low, a.high, v))
+AC_MAP_BITS(relu, AC_NO_ATTRIBUTES, ac_at_least(0.0f, v), v > 0.0f)
+AC_MAP_BITS(hard_tanh, AC_ATTRIBUTES(hard_tanh), ac_at_most(a.high, ac_at_least(a.low, v)),
+            ac_between(a.low, a.high, v))
 AC_MAP_BITS(leaky_relu, AC_ATTRIBUTES(leaky_relu), (v * (v > 0.0f ? 1.0f : a.slope)), v > 0.0f)
-AC_MAP_GRAD(gate, AC_ATTRIBUTES(gate), (d * (between(a.low, a.high, s) ? 1.0f : a.slope)))
+AC_MAP_GRAD(gate, AC_ATTRIBUTES(gate), (d * (ac_between(a.low, a.high, s) ? 1.0f : a.slope)))
 
 /* y = d where the bit is set, slope * d elsewhere; n elements */
 ac_status AC_KERNEL(gate_bits)(const ac_call *call) {
@@ -103,7 +98,7 @@ AC_INLINE float gelu_inner_tanh(float x) {
 
 /* of 0.5 x (1 + tanh(u(x))); beyond 50 it is 0 or 1, and x * x may overflow */
 AC_INLINE float gelu_tanh_slope(float x) {
-    x = at_most(50.0f, at_least(-50.0f, x));
+    x = ac_at_most(50.0f, ac_at_least(-50.0f, x));
     const float t = gelu_inner_tanh(x);
     const float du = ROOT_TWO_OVER_PI * (1.0f + 3.0f * 0.044715f * (x * x));
     return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * du;
@@ -111,7 +106,7 @@ AC_INLINE float gelu_tanh_slope(float x) {
 
 /* of x Phi(x): Phi(x) + x phi(x) */
 AC_INLINE float gelu_erf_slope(float x) {
-    x = at_most(50.0f, at_least(-50.0f, x));
+    x = ac_at_most(50.0f, ac_at_least(-50.0f, x));
     return 0.5f * (1.0f + ac_erff(x * ROOT_HALF)) +
            x * (ac_expf(-0.5f * (x * x)) * DENSITY_AT_ZERO);
 }
@@ -122,7 +117,7 @@ AC_INLINE float silu_slope(float x) {
 }
 
 AC_INLINE float hard_sigmoid(float x) {
-    return at_most(6.0f, at_least(0.0f, x + 3.0f)) * (1.0f / 6.0f);
+    return ac_at_most(6.0f, ac_at_least(0.0f, x + 3.0f)) * (1.0f / 6.0f);
 }
 
 AC_INLINE float hard_swish_slope(float x) {
@@ -152,7 +147,7 @@ AC_MAP(hard_swish, AC_NO_ATTRIBUTES, (v * hard_sigmoid(v)))
 AC_MAP_GRAD(hard_swish_grad, AC_NO_ATTRIBUTES, (d * hard_swish_slope(s)))
 AC_MAP(hard_sigmoid, AC_NO_ATTRIBUTES, hard_sigmoid(v))
 AC_MAP_GRAD(hard_sigmoid_grad, AC_NO_ATTRIBUTES,
-            (d * (between(-3.0f, 3.0f, s) ? 1.0f / 6.0f : 0.0f)))
+            (d * (ac_between(-3.0f, 3.0f, s) ? 1.0f / 6.0f : 0.0f)))
 AC_MAP(elu, AC_ATTRIBUTES(elu), elu(v, a.alpha))
 AC_MAP_GRAD(elu_grad, AC_ATTRIBUTES(elu_grad), (d * (s > 0.0f ? 1.0f : s + a.alpha)))
 AC_MAP(softplus, AC_NO_ATTRIBUTES, ac_softplusf(v))

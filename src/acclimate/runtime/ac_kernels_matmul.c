@@ -106,8 +106,8 @@ static void all_dots(size_t m, size_t n, size_t count, const float *a, const flo
         row_of_dots(1, n, count, a + i * count, b, y + i * n);
 }
 
-/* y (m, n) = op(a) op(b) + bias; with ta, a is (k, m), else (m, k); with tb, b is (n, k), else (k, n). One leading
- * dimension may stack such matrices. */
+/* y (m, n) = op(a) op(b) + bias, clamped; with ta, a is (k, m), else (m, k); with tb, b is (n, k), else (k, n). One
+ * leading dimension may stack such matrices. */
 ac_status AC_KERNEL(matmul)(const ac_call *call) {
     const ac_attr_matmul *attr = call->attr;
     const ac_tensor *ta = AC_IN_T(call, 0), *ty = AC_OUT_T(call, 0);
@@ -129,6 +129,7 @@ ac_status AC_KERNEL(matmul)(const ac_call *call) {
         for (size_t i = 0; bias && i < m; i++)
             for (size_t j = 0; j < n; j++)
                 y[i * n + j] += bias[j];
+        ac_clamp(y, NULL, attr->low, attr->high, m * n);
     }
     return AC_OK;
 }

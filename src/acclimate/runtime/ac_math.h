@@ -65,6 +65,29 @@ AC_INLINE uint32_t ac_hash_u32(uint32_t x) {
     return x ^ (x >> 16);
 }
 
+/* ---- clamping ---- */
+
+/* NaN compares false: it must come out of the branch that returns v. */
+AC_INLINE float ac_at_least(float low, float v) { return v < low ? low : v; }
+AC_INLINE float ac_at_most(float high, float v) { return v > high ? high : v; }
+AC_INLINE int ac_between(float low, float high, float v) { return (v > low) & (v < high); }
+
+/* y = min(max(y, low), high), n elements; bit i of `bits`, which may be NULL, says whether y[i] is strictly between. */
+static inline void ac_clamp(float *y, uint32_t *bits, float low, float high, size_t n) {
+    if (low > -AC_INFINITY || high < AC_INFINITY) {
+        AC_INDEPENDENT
+        for (size_t i = 0; i < n; i++)
+            y[i] = ac_at_most(high, ac_at_least(low, y[i]));
+    }
+    for (size_t i = 0; bits && i < n; i += 32) {
+        const uint32_t count = n - i < 32 ? (uint32_t)(n - i) : 32;
+        uint32_t word = 0;
+        for (uint32_t l = 0; l < count; l++)
+            word |= (uint32_t)ac_between(low, high, y[i + l]) << l;
+        bits[i / 32] = word;
+    }
+}
+
 /* ---- elementary functions ---- */
 
 /* x = n ln 2 + r with |r| <= ln 2 / 2: returns exp(r) - 1 and sets n (as two's complement).

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0xBC3A6D75u
+#define AC_TABLE_HASH 0x9339B2A2u
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -149,6 +149,8 @@ typedef struct {
     int32_t after[2];
     int32_t dilation[2];
     int32_t groups;
+    float low;
+    float high;
 } ac_attr_conv;
 
 typedef struct {
@@ -172,6 +174,8 @@ typedef struct {
 typedef struct {
     int32_t ta;
     int32_t tb;
+    float low;
+    float high;
 } ac_attr_matmul;
 
 typedef struct {

@@ -38,6 +38,24 @@ AC_INLINE vec broadcast(float x) { return x - (vec){0}; }
 AC_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 AC_INLINE int larger(int a, int b) { return a > b ? a : b; }
 
+/* What a row with attributes low and high does to its result at the end; NaN stays what it is. */
+typedef struct {
+    float low, high;
+    int on;
+} bounds;
+
+typedef int32_t vec_mask __attribute__((vector_size(LANES * sizeof(float))));
+AC_INLINE vec choose(vec_mask m, vec a, vec b) { return (vec)((m & (vec_mask)a) | (~m & (vec_mask)b)); }
+AC_INLINE vec clamp(vec v, const bounds *b) {
+    if (!b->on) return v;
+    const vec low = broadcast(b->low), high = broadcast(b->high);
+    v = choose(v < low, low, v);
+    return choose(v > high, high, v);
+}
+AC_INLINE bounds bounds_of(float low, float high) {
+    return (bounds){low, high, low > -AC_INFINITY || high < AC_INFINITY};
+}
+
 /* Lanes of a, then of b, in the order given. */
 #if defined(__clang__) || __GNUC__ >= 12
 #define AC_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -121,6 +139,7 @@ AC_INLINE void ac_share(ac_workers *workers, double work, ac_part part, void *ar
 typedef struct {
     int m, n, k, turned, few;
     size_t a_row, a_k, b_row, y_row, bias_row;
+    bounds clamp; /* of the result */
 } product;
 
 /* One that is not turned and at least LANES wide. With y as its own bias, it adds to what is there. */

@@ -234,10 +234,11 @@ AC_INLINE void run_tile(const int R, const int V, const tile *t, const float *w,
         add_products(R, V, sum, t->terms + k, smaller(CHAIN, t->depth - k), w, t->f->w_row, at);
     AC_UNROLL for (int r = 0; r < R; r++, out += t->f->out_plane)
         AC_UNROLL for (int v = 0; v < V; v++) {
+            const vec y = clamp(sum[r * V + v], &t->f->clamp);
             if (s[v].whole)
-                store(out + (size_t)s[v].row * t->f->out_row + (size_t)s[v].col, sum[r * V + v]);
+                store(out + (size_t)s[v].row * t->f->out_row + (size_t)s[v].col, y);
             else
-                scatter(t, out, s + v, sum[r * V + v]);
+                scatter(t, out, s + v, y);
         }
 }
 
@@ -372,7 +373,7 @@ static void make_taps(field *f, const shape *w, const int32_t dilation[2], const
     }
 }
 
-/* x (N, C, H, W), w (O, C / groups, kH, kW), bias (O)? -> y (N, O, P, Q) */
+/* x (N, C, H, W), w (O, C / groups, kH, kW), bias (O)? -> y (N, O, P, Q), clamped */
 ac_status AC_FAST_KERNEL(conv)(const ac_call *call) {
     const ac_attr_conv *a = call->attr;
     shape x = shape_of(AC_IN_T(call, 0)), w = shape_of(AC_IN_T(call, 1)), y = shape_of(AC_OUT_T(call, 0));
@@ -382,7 +383,7 @@ ac_status AC_FAST_KERNEL(conv)(const ac_call *call) {
                .source = AC_IN(call, 0), .w = AC_IN(call, 1), .bias = AC_IN(call, 2), .out = AC_OUT(call, 0),
                .source_plane = x.plane, .source_image = x.image, .w_row = w.image, .w_plane = w.plane,
                .w_group = w.image * (size_t)(y.c / a->groups), .out_image = y.image, .out_plane = y.plane,
-               .out_row = (size_t)y.w, .out_col = 1};
+               .out_row = (size_t)y.w, .out_col = 1, .clamp = bounds_of(a->low, a->high)};
     make_taps(&f, &w, a->dilation, a->before);
     if (AC_FAST_KERNEL(depthwise)(&f, 1, f.out, y.h, y.w, call->workers)) return AC_OK;
     return correlate(&f, call->workers) ? AC_OK : AC_KERNEL(conv)(call);

@@ -19,6 +19,7 @@ typedef struct {
     float *out;
     size_t source_plane, source_image, w_row, w_plane, w_group, out_image, out_plane, out_row, out_col;
     int32_t weight[TAPS], row[TAPS], col[TAPS];
+    bounds clamp; /* of the result */
 } field;
 
 /* An image of vectors: `before` rows and columns of zeros, then the planes', then zeros. */
@@ -57,18 +58,20 @@ static inline void gather(float *to, const frame *f, const float *from, size_t p
     }
 }
 
-/* An image without border into planes of `points` pixels. */
-static inline void spread(float *to, const float *from, size_t plane, int points, int channels) {
+/* An image without border into planes of `points` pixels, clamped. */
+static inline void spread(float *to, const float *from, size_t plane, int points, int channels, const bounds *limit) {
     for (int at = 0; at < points; at += LANES, from += LANES * LANES) {
         vec v[LANES];
         const int count = smaller(LANES, points - at);
         if (count == LANES) {
-            AC_UNROLL for (int i = 0; i < LANES; i++) v[i] = load(from + i * LANES);
+            AC_UNROLL for (int i = 0; i < LANES; i++) v[i] = clamp(load(from + i * LANES), limit);
             transpose(v);
             for (int l = 0; l < channels; l++) store(to + (size_t)l * plane + at, v[l]);
         } else {
-            for (int i = 0; i < count; i++)
-                for (int l = 0; l < channels; l++) to[(size_t)l * plane + (size_t)(at + i)] = from[i * LANES + l];
+            for (int i = 0; i < count; i++) {
+                v[i] = clamp(load(from + i * LANES), limit);
+                for (int l = 0; l < channels; l++) to[(size_t)l * plane + (size_t)(at + i)] = v[i][l];
+            }
         }
     }
 }

@@ -94,7 +94,7 @@ static void correlate_phase(const job *j, const field *f, room *r, const float *
         held += f->grid[1];
         if (!to || (held < HELD && i + 1 < f->grid[0])) continue;
         const int ready = i + 1 < f->grid[0] ? held / LANES * LANES : held;
-        spread(to + done, out, f->out_plane, ready, channels);
+        spread(to + done, out, f->out_plane, ready, channels, &f->clamp);
         done += ready;
         held -= ready;
         for (int k = 0; k < held; k++) store(out + k * LANES, load(out + (ready + k) * LANES));
@@ -118,7 +118,7 @@ static void correlate_part(void *argument, int index, int count) {
         float *to = j->out + n * f->out_image + (size_t)channel * f->out_plane;
         for (int p = 0; p < j->count; p++)
             correlate_phase(j, f + p, r, r->image, out, channel, channels, j->count == 1 ? to : NULL);
-        if (j->count > 1) spread(to, out, f->out_plane, points, channels);
+        if (j->count > 1) spread(to, out, f->out_plane, points, channels, &f->clamp);
     }
 }
 

@@ -39,7 +39,8 @@ AC_INLINE void run_tile(const int R, const int V, const product *p, const float 
             AC_UNROLL for (int v = 0; v < V; v++) sum[r][v] += acc[r][v];
     }
     AC_UNROLL for (int r = 0; r < R; r++, y += p->y_row)
-        AC_UNROLL for (int v = 0; v < V; v++) store(y + (v == V - 1 ? last : (size_t)(v * LANES)), sum[r][v]);
+        AC_UNROLL for (int v = 0; v < V; v++) 
+            store(y + (v == V - 1 ? last : (size_t)(v * LANES)), clamp(sum[r][v], &p->clamp));
 }
 
 /* `last`: where the last vector begins; it may overlap the one before, where columns run out. */
@@ -128,7 +129,9 @@ AC_INLINE void run_dots(const int R, const int C, const product *p, const float 
             AC_UNROLL for (int c = 0; c < C; c++) sum[c] = sum_of(acc[r][c]);
         for (int c = 0; c < C; c++) {
             for (int i = k; i < p->k; i++) sum[c] += a[(size_t)r * p->a_row + (size_t)i] * b[(size_t)c * p->b_row + (size_t)i];
-            y[(size_t)r * p->y_row + (size_t)c] = sum[c] + (bias ? bias[c] : 0);
+            sum[c] += bias ? bias[c] : 0;
+            y[(size_t)r * p->y_row + (size_t)c] =
+                p->clamp.on ? ac_at_most(p->clamp.high, ac_at_least(p->clamp.low, sum[c])) : sum[c];
         }
     }
 }
@@ -206,7 +209,7 @@ static void multiply_part(void *argument, int index, int count) {
                  (float *)((char *)j->workers->scratch + (size_t)index * AC_SCRATCH_BYTES));
 }
 
-/* y (m, n) = op(a) op(b) + bias; with ta, a is (k, m), else (m, k); with tb, b is (n, k), else (k, n). Leading dimensions
+/* y (m, n) = op(a) op(b) + bias, clamped; with ta, a is (k, m), else (m, k); with tb, b is (n, k), else (k, n). Leading dimensions
  * stack such matrices. */
 ac_status AC_FAST_KERNEL(matmul)(const ac_call *call) {
     const ac_attr_matmul *attr = call->attr;
@@ -215,7 +218,8 @@ ac_status AC_FAST_KERNEL(matmul)(const ac_call *call) {
     const size_t M = (size_t)m, N = (size_t)n, K = (size_t)k;
     const int few = attr->tb && !attr->ta && (m <= FEW_ROWS || n < LANES || k > DEPTH);
     if (!call->workers || (!few && (n < LANES || (attr->tb && k > DEPTH)))) return AC_KERNEL(matmul)(call);
-    job j = {.p = {m, n, k, attr->tb, few, attr->ta ? 1 : K, attr->ta ? M : 1, attr->tb ? K : N, N, 0},
+    job j = {.p = {m, n, k, attr->tb, few, attr->ta ? 1 : K, attr->ta ? M : 1, attr->tb ? K : N, N, 0,
+                   bounds_of(attr->low, attr->high)},
              .a = AC_IN(call, 0), .b = AC_IN(call, 1), .bias = AC_IN(call, 2), .y = AC_OUT(call, 0),
              .stack = (int)(ty->size / (M * N)), .a_size = M * K, .b_size = K * N, .y_size = M * N,
              .workers = call->workers};

@@ -185,7 +185,7 @@ static void finish_band(const job *j, const float *y, float *image, float *out, 
                 }
             }
         spread(out + (size_t)(r + k) * f->out_plane + (size_t)(2 * i0) * f->out_row, image, f->out_plane, height * width,
-               channels);
+               channels, &f->clamp);
     }
 }
 
@@ -206,7 +206,7 @@ static void correlate_part(void *argument, int index, int count) {
             const int i0 = unit % bands * j->rows, rows = smaller(j->rows, j->tall - i0);
             transform_band(j, x, image, f->source + n * f->source_image, i0, rows);
             const product p = {rows * j->wide, columns, f->planes, 0, 0, (size_t)j->inner, 1, (size_t)j->columns,
-                               (size_t)j->columns, 0};
+                               (size_t)j->columns, 0, {0, 0, 0}};
             for (size_t e = 0; e < POINTS; e++)
                 AC_FAST_KERNEL(multiply)(&p, x + e * j->x_matrix, u + e * j->u_matrix, NULL, y + e * j->y_matrix);
             finish_band(j, y, image, f->out + n * f->out_image, i0, rows, r, columns);
@@ -305,7 +305,7 @@ static void weight_grad_part(void *argument, int index, int count) {
                 transform_band(j, x, image, f->source + n * f->source_image, i0, rows);
                 transform_gradient(j, y, image, f->out + n * f->out_image, i0, rows, r, columns);
                 const product p = {f->planes, columns, rows * j->wide, 0, 0, 1, (size_t)j->inner, (size_t)j->columns,
-                                   (size_t)j->columns, (size_t)j->columns};
+                                   (size_t)j->columns, (size_t)j->columns, {0, 0, 0}};
                 for (size_t e = 0; e < POINTS; e++) {
                     float *sum = u + e * j->u_matrix;
                     AC_FAST_KERNEL(multiply)(&p, x + e * j->x_matrix, y + e * j->y_matrix, sum, sum);
