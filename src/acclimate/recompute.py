@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isqrt
 
-from .errors import WrongUse
 from .ir import Graph, Node, Value, reachable
 from .layout import Layout, arrange, root_of
 from .ops import TABLE, parse
@@ -411,14 +410,7 @@ def fit(step: Step, room_bytes: int, how: str = "auto") -> tuple[Layout, tuple[s
     return None
 
 
-def apply(step: Step, names: Iterable[str]) -> Layout:
-    """The layout that recomputes the values of the given names; WrongUse for a name that cannot be."""
-    names = list(names)
-    for name in names:
-        if name not in step.candidates:
-            raise WrongUse(
-                "this value cannot be recomputed: it is not a result of the forward part that is needed again",
-                where=str(name),
-                action=f"one of {', '.join(step.candidates[:8])}{' ...' if len(step.candidates) > 8 else ''}",
-            )
-    return arrange(step.rewrite(names))
+def apply(step: Step, names: Iterable[str]) -> tuple[Layout, tuple[str, ...]]:
+    """(layout that recomputes the values of the given names, those of them that can be)."""
+    known = [n for n in step.candidates if n in set(names)]
+    return arrange(step.rewrite(known)), tuple(known)

@@ -1,0 +1,140 @@
+"""Memory against time: recomputing and micro-batches change bytes and time, and nothing else."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed (the test extra)")
+import torch
+from models import MODELS, batch, exported
+
+import acclimate
+from acclimate.layout import buffers_of, live_bytes_of
+from acclimate.ops import TABLE
+from acclimate.planner import _plain, _step
+from acclimate.runtime import Session
+
+
+def plan_for(name, scheme, n=4, train=False, **more):
+    return acclimate.plan(exported(name, train)[1], scheme=scheme, loss=MODELS[name][3], batch_size=n, **more)
+
+
+def step_of(plan):
+    return _step(plan, _plain(plan, plan.parts))
+
+
+def limit_for(plan, share):
+    """A limit on peak_bytes under which the arena may take a share of what it takes."""
+    return int(plan.arena_bytes * share) + plan.peak_bytes - plan.arena_bytes
+
+
+def least(step):
+    return min(step.cost(s).peak_bytes for s in (frozenset(), *step.segments()))
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_bits_whatever_is_recomputed(name, train):
+    """Three steps with all, with some, and with a random part of the candidates recomputed: equal states, equal losses."""
+    plain = plan_for(name, "full", train=train, optimizer="adam", recompute="none")
+    x, y = batch(name, 4)
+    candidates = step_of(plain).candidates
+    rng = np.random.default_rng(0)
+    states = []
+    choices = [(), candidates, candidates[::2], [n for n in candidates if rng.random() < 0.5]]
+    for names in choices:
+        plan = plan_for(name, "full", train=train, optimizer="adam", recompute=list(names))
+        assert set(plan.recomputed) == set(names)
+        learner = acclimate.Learner(plan)
+        for _ in range(3):
+            learner.partial_fit(x, y)
+        state = {n: learner._main.view("state", n).copy() for n in learner._main.state_names()}
+        states.append((state, learner.loss_history))
+        if names:
+            assert plan.latency_us > plain.latency_us and plan.macs_per_step >= plain.macs_per_step
+            assert plan.recompute_us > 0
+    for state, history in states[1:]:
+        assert history == states[0][1]
+        assert all(np.array_equal(state[n], states[0][0][n]) for n in state)
+
+
+def test_random_masks_replay_and_statistics_move_once():
+    """Dropout draws the mask that it drew before, and running statistics take one step a step."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.Dropout(0.4), torch.nn.Tanh(),
+        torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Dropout(0.3), torch.nn.Tanh(),
+        torch.nn.Flatten(), torch.nn.Linear(8 * 36, 3),
+    ).train()  # fmt: skip
+    model = acclimate.from_torch(net, torch.zeros(2, 1, 6, 6))
+    make = {"scheme": "full", "batch_size": 4}
+    plain = acclimate.plan(model, recompute="none", **make)
+    again = acclimate.plan(model, recompute=step_of(plain).candidates, **make)
+    ops = [n.op for n in again.layouts["step"].nodes]
+    assert ops.count("dropout") == 2 + 2 + 2  # forward, again, backward
+    assert ops.count("batch_norm_train") == 2 and ops.count("ema") == 2 and ops.count("increment") == 1
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(12, 1, 6, 6)).astype(np.float32), rng.integers(0, 3, 12)
+    a, b = (acclimate.Learner(p).fit(x, y, epochs=3) for p in (plain, again))
+    assert a.loss_history == b.loss_history
+    assert np.array_equal(a._main.state, b._main.state)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_poisoned_memory_under_recomputation(name):
+    """Every byte that the plan says is dead is filled with garbage after every op; nothing changes."""
+    plain = plan_for(name, "full", recompute="none")
+    plan = plan_for(name, "full", recompute=step_of(plain).candidates)
+    x, y = batch(name, 4)
+    clean, dirty = Session(plain.program), Session(plan.program)
+    want = clean.run("step", x=x, y=y, lr=0.05)["loss"]
+    layout = plan.layouts["step"]
+    dirty.arena[:] = 0xFF
+    dirty.feed("step", {"x": x, "y": y, "lr": 0.05})
+    op = 0
+    for i, node in enumerate(layout.nodes):
+        if not TABLE[node.op].view:
+            dirty.run_range("step", op, op + 1)
+            op += 1
+        alive = np.zeros(len(dirty.arena), bool)
+        for b in layout.buffers:
+            if b.start <= i < b.end:
+                alive[b.offset : b.offset + b.size_bytes] = True
+        dirty.arena[~alive] = 0xFF
+    assert dirty.view("step", "loss")[0] == want[0]
+    assert np.array_equal(clean.state, dirty.state)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", MODELS)
+def test_cost_is_that_of_the_layout(name, train):
+    """What the search counts with is what the rewritten graph takes in its own order, bytes and time."""
+    plan = plan_for(name, "full", train=train, recompute="none")
+    step = step_of(plan)
+    rng = np.random.default_rng(2)
+    base = sum(step._price(step.graph, n) for n in step.graph.nodes)
+    for share in (0.0, 0.1, 0.3, 0.5, 0.9, 1.0):
+        again = frozenset(n for n in step.candidates if rng.random() < share)
+        graph = step.rewrite(again)
+        cost = step.cost(again)
+        assert max(live_bytes_of(buffers_of(graph, graph.nodes), len(graph.nodes))) == cost.peak_bytes
+        assert sum(step._price(graph, n) for n in graph.nodes) == pytest.approx(base + cost.time_us)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_that_does_not_fit_is_made_to(name):
+    """Half way between the plain arena and the least known, "auto" fits, measured; "none" refuses."""
+    plain = plan_for(name, "full", n=1, recompute="none")
+    step = step_of(plain)
+    others = plain.layouts["predict"].arena_bytes
+    goal = (plain.arena_bytes + max(least(step), others)) // 2
+    if goal > 0.99 * plain.arena_bytes:
+        pytest.skip("this model keeps next to nothing that could be recomputed")
+    limit = goal + plain.peak_bytes - plain.arena_bytes
+    with pytest.raises(acclimate.CannotFit):
+        plan_for(name, "full", n=1, recompute="none", memory_bytes=limit)
+    plan = plan_for(name, "full", n=1, memory_bytes=limit)
+    assert plan.fits and plan.recomputed and plan.arena_bytes <= goal
+    assert acclimate.Learner(plan).measured_peak_bytes(*batch(name, 1)) == plan.arena_bytes
+    assert plan.row()["recomputed"] == list(plan.recomputed)
+    text = str(plan)
+    assert f"recomputes    {len(plan.recomputed)} values" in text
