@@ -226,6 +226,7 @@ class Plan:
             "micro_batches": self.parts,
             "recomputed": list(self.recomputed),
             "recompute_us": self.recompute_us,
+            "recompute_proven": self._choice.proven,
         }
 
     def timeline(self) -> list[dict[str, Any]]:
@@ -274,7 +275,8 @@ class Plan:
             lines.insert(-1, f"  micro-batches {self.parts} of {self.micro_batch_size} samples")
         if self.recomputed:
             share = self.recompute_us / (self.latency_us - self.recompute_us)
-            lines.insert(-1, f"  recomputes    {len(self.recomputed)} values, {share:+.1%} time")
+            proof = ", the least for this order" if self._choice.proven else ""
+            lines.insert(-1, f"  recomputes    {len(self.recomputed)} values, {share:+.1%} time{proof}")
         for name, channels in self.update_set.tensors.items():
             shape = self.model.shape(name)
             what = (
@@ -296,6 +298,7 @@ class Choice:
     parts: int = 1
     recomputed: tuple[str, ...] = ()
     recompute_us: float = 0.0
+    proven: bool = False  # in this order of nodes, recomputing cannot be had for less time
 
     @property
     def arena_bytes(self) -> int:
@@ -368,12 +371,13 @@ def _recomputed(plan: Plan, way: Choice, room_bytes: int) -> Choice:
         if found is None:
             return way
         done = found
-    return _with(plan, way, step, *done)
+    return _with(way, step, done)
 
 
-def _with(plan: Plan, way: Choice, step: recomputing.Step, layout: Layout, names: tuple[str, ...]) -> Choice:
-    time_us = way.parts * step.cost(frozenset(names)).time_us
-    return Choice({**way.layouts, way.entry: layout}, way.parts, names, time_us)
+def _with(way: Choice, step: recomputing.Step, done: recomputing.Fit) -> Choice:
+    time_us = way.parts * step.cost(frozenset(done.recomputed)).time_us
+    layouts = {**way.layouts, way.entry: done.layout}
+    return Choice(layouts, way.parts, done.recomputed, time_us, done.proven)
 
 
 def _step(plan: Plan, way: Choice) -> recomputing.Step:
@@ -395,7 +399,7 @@ def trade(plan: Plan, points: int, tell: Callable[[int, int], None] | None = Non
             room = way.arena_bytes - (way.arena_bytes - floor) * i // points
             less = recomputing.fit(step, room) if room < way.arena_bytes else None
             if less is not None:
-                ways.append(_with(plan, way, step, *less))
+                ways.append(_with(way, step, less))
             if tell is not None:
                 tell(k * points + i, len(tried) * points)
     whole = latency_us(plan, ways[0])

@@ -11,7 +11,7 @@ optimisation (Jain et al., "Checkmate", 2020), restricted to one execution more 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isqrt
@@ -95,30 +95,41 @@ class Step:
         new.nodes = []
         copies: dict[str, str] = {}
 
-        def later(name: str) -> str:
-            """`name` as the backward part sees it; runs its node again where that was not done yet."""
-            if not name or self.root(name) not in chosen:
-                return name
-            if name not in copies:
-                node = self.graph.nodes[self.made[name]]
-                inputs = tuple(later(n) for n in node.inputs)
-                outputs = []
-                for n, pattern in zip(node.outputs, parse(TABLE[node.op].signature)[1], strict=True):
-                    keep = n and (n == name or not pattern.optional)
-                    outputs.append(new.add(Value(new.fresh(f"{n}.again"), new.type(n))) if keep else "")
-                copies[name] = outputs[0]
-                new.nodes.append(replace(node, inputs=inputs, outputs=tuple(outputs)))
-            return copies[name]
+        def copy(i: int) -> None:
+            """Run node `i` of the forward part again, on what the backward part sees."""
+            node = self.graph.nodes[i]
+            patterns = parse(TABLE[node.op].signature)[1]
+            outputs = []
+            for n, pattern in zip(node.outputs, patterns, strict=True):
+                keep = n and (n == node.outputs[0] or not pattern.optional)
+                outputs.append(new.add(Value(new.fresh(f"{n}.again"), new.type(n))) if keep else "")
+            inputs = tuple(copies.get(n, n) for n in node.inputs)
+            new.nodes.append(replace(node, inputs=inputs, outputs=tuple(outputs)))
+            copies[node.outputs[0]] = outputs[0]
 
         for node in self.graph.nodes:
             if id(node) not in self.early:
-                inputs = tuple(later(n) for n in node.inputs)
+                missing: set[int] = set()
+                stack = list(node.inputs)
+                while stack:
+                    name = stack.pop()
+                    if (
+                        name
+                        and name not in copies
+                        and self.root(name) in chosen
+                        and self.made[name] not in missing
+                    ):
+                        missing.add(self.made[name])
+                        stack += self.graph.nodes[self.made[name]].inputs
+                for i in sorted(missing):
+                    copy(i)
+                inputs = tuple(copies.get(n, n) for n in node.inputs)
                 node = node if inputs == node.inputs else replace(node, inputs=inputs)
             new.nodes.append(node)
         return new
 
     @cached_property
-    def _tape(self) -> tuple[list[str], list[int], list[Turn]]:
+    def numbered(self) -> tuple[list[str], list[int], list[Turn]]:
         """(values with bytes of their own, bytes of each, the nodes in order with values as numbers); no views."""
         graph = self.graph
         names = [
@@ -167,7 +178,7 @@ class Step:
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {n: i for i, n in enumerate(self._tape[0])}
+        return {n: i for i, n in enumerate(self.numbered[0])}
 
     def cost(self, again: frozenset[str], target_bytes: int = 0) -> Cost:
         """Exact for the order given, save for gaps that placing may leave.
@@ -183,36 +194,34 @@ class Step:
 
     def _run(self, chosen: set[int]) -> tuple[float, list[int]]:
         """(time of what runs again, bytes alive at each node) with the values of the given numbers recomputed."""
-        names, sizes, turns = self._tape
+        names, sizes, turns = self.numbered
         count = len(names)
         maker = self._maker
         done: set[int] = set()
-        steps: list[tuple[tuple[int, ...] | list[int], tuple[int, ...], tuple[int, ...] | list[int]]] = []
+        steps: list[tuple[Sequence[int], Sequence[int], Sequence[int]]] = []
         time = 0.0
-
-        def make(v: int) -> None:
-            nonlocal time
-            done.add(v)
-            turn = maker[v]
-            for u in turn.inputs:
-                if u in chosen and u not in done:
-                    make(u)
-            time += turn.price
-            steps.append(
-                (
-                    [u + count if u in chosen else u for u in turn.inputs],
-                    tuple(u + count for u in turn.kept),
-                    [u + count if u in chosen else u for u in turn.over],
-                )
-            )
-
         for turn in turns:
             if turn.early or chosen.isdisjoint(turn.inputs):
                 steps.append((turn.inputs, turn.outputs, turn.over))
                 continue
-            for u in turn.inputs:
-                if u in chosen and u not in done:
-                    make(u)
+            missing: set[int] = set()
+            stack = list(turn.inputs)
+            while stack:
+                v = stack.pop()
+                if v in chosen and v not in done:
+                    done.add(v)
+                    missing.add(v)
+                    stack += maker[v].inputs
+            for v in sorted(missing):  # numbers follow the order in which values are made
+                again = maker[v]
+                time += again.price
+                steps.append(
+                    (
+                        [u + count if u in chosen else u for u in again.inputs],
+                        [u + count for u in again.kept],
+                        [u + count if u in chosen else u for u in again.over],
+                    )
+                )
             steps.append(
                 (
                     [u + count if u in chosen else u for u in turn.inputs],
@@ -226,10 +235,10 @@ class Step:
                 last[v] = i
             for v in inputs:
                 last[v] = i
-        for v in self._outputs:
+        for v in self.kept:
             last[v] = len(steps)
-        now = sum(sizes[v] for v in self._fed if last[v] >= 0)
-        unread = sum(sizes[v] for v in self._fed if last[v] < 0)
+        now = sum(sizes[v] for v in self.fed if last[v] >= 0)
+        unread = sum(sizes[v] for v in self.fed if last[v] < 0)
         live = []
         for i, (inputs, outputs, over) in enumerate(steps):
             taken = -1
@@ -252,25 +261,27 @@ class Step:
 
     @cached_property
     def _maker(self) -> dict[int, Turn]:
-        return {v: turn for turn in self._tape[2] for v in turn.outputs}
+        return {v: turn for turn in self.numbered[2] for v in turn.outputs}
 
     @cached_property
-    def _outputs(self) -> list[int]:
+    def kept(self) -> list[int]:
+        """Numbers of the outputs."""
         roots = {self.root(n) for n in self.graph.outputs.values()}
         return [self._numbers[n] for n in roots if n in self._numbers]
 
     @cached_property
-    def _fed(self) -> list[int]:
+    def fed(self) -> list[int]:
+        """Numbers of the inputs."""
         return [self._numbers[n] for n in self.graph.inputs.values()]
 
     # -- choosing ------------------------------------------------------------------------------------------------
     @cached_property
     def least_bytes(self) -> int:
         """What the largest node alone holds: no choice needs less."""
-        sizes = self._tape[1]
+        sizes = self.numbered[1]
         return max(
             sum(sizes[v] for v in {*t.inputs, *t.outputs}) - (sizes[t.outputs[0]] if t.over else 0)
-            for t in self._tape[2]
+            for t in self.numbered[2]
         )
 
     def segments(self) -> list[frozenset[str]]:
@@ -388,8 +399,17 @@ class Step:
         return None
 
 
-def fit(step: Step, room_bytes: int, how: str = "auto") -> tuple[Layout, tuple[str, ...]] | None:
-    """(layout, values that it recomputes) of the quickest choice found whose arena is at most `room_bytes`.
+@dataclass(frozen=True)
+class Fit:
+    """A layout and the values that it recomputes. proven: in this order of nodes no choice is quicker."""
+
+    layout: Layout
+    recomputed: tuple[str, ...]
+    proven: bool = False
+
+
+def fit(step: Step, room_bytes: int, how: str = "auto") -> Fit | None:
+    """The quickest choice found whose arena is at most `room_bytes`; None where none is found.
 
     how: "auto", the search in numpy alone; "exact", an integer program (needs scipy).
     """
@@ -398,19 +418,21 @@ def fit(step: Step, room_bytes: int, how: str = "auto") -> tuple[Layout, tuple[s
         if how == "exact":
             from .exact import solve
 
-            chosen = solve(step, target)
+            solution = solve(step, target)
+            chosen = None if solution is None else solution.again
+            proven = solution is not None and solution.proven and target == room_bytes
         else:
-            chosen = step.greedy(target)
+            chosen, proven = step.greedy(target), False
         if chosen is None:
             return None
         layout = arrange(step.rewrite(chosen))
         if layout.arena_bytes <= room_bytes:
-            return layout, tuple(n for n in step.candidates if n in chosen)
+            return Fit(layout, tuple(n for n in step.candidates if n in chosen), proven)
         target -= layout.arena_bytes - room_bytes
     return None
 
 
-def apply(step: Step, names: Iterable[str]) -> tuple[Layout, tuple[str, ...]]:
-    """(layout that recomputes the values of the given names, those of them that can be)."""
-    known = [n for n in step.candidates if n in set(names)]
-    return arrange(step.rewrite(known)), tuple(known)
+def apply(step: Step, names: Iterable[str]) -> Fit:
+    """Recomputes those values of the given names that can be."""
+    known = tuple(n for n in step.candidates if n in set(names))
+    return Fit(arrange(step.rewrite(known)), known)

@@ -1,5 +1,7 @@
 """Memory against time: recomputing and micro-batches change bytes and time, and nothing else."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ import torch
 from models import MODELS, batch, exported
 
 import acclimate
+from acclimate import recompute
 from acclimate.layout import buffers_of, live_bytes_of
 from acclimate.ops import TABLE
 from acclimate.planner import _plain, _step
@@ -34,7 +37,7 @@ def least(step):
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", MODELS)
 def test_same_bits_whatever_is_recomputed(name, train):
-    """Three steps with all, with some, and with a random part of the candidates recomputed: equal states, equal losses."""
+    """Three steps with all, with some, and with a random part recomputed: equal states and losses."""
     plain = plan_for(name, "full", train=train, optimizer="adam", recompute="none")
     x, y = batch(name, 4)
     candidates = step_of(plain).candidates
@@ -138,3 +141,62 @@ def test_a_step_that_does_not_fit_is_made_to(name):
     assert plan.row()["recomputed"] == list(plan.recomputed)
     text = str(plan)
     assert f"recomputes    {len(plan.recomputed)} values" in text
+
+
+def random_step(seed):
+    """A small net with fan-out, of which every choice can be tried."""
+    from acclimate.grad import step_graphs
+    from acclimate.ir import Dim, Graph
+    from acclimate.layout import arrange
+    from acclimate.objective import SGD, CrossEntropy
+    from acclimate.ops import emit
+    from acclimate.passes import run
+    from acclimate.schemes import resolve
+
+    rng = np.random.default_rng(seed)
+    graph = Graph(2)
+    values = [graph.input("x", (Dim(1, 2), 4))]
+    for i in range(int(rng.integers(3, 6))):
+        source = values[-1 - int(rng.integers(0, min(2, len(values))))]
+        width = int(rng.integers(2, 9))
+        weight = graph.persistent(f"w{i}", rng.normal(size=(width, graph.shape(source)[1])))
+        value = emit(graph, "matmul", source, weight, tb=1)
+        if rng.random() < 0.7:
+            value = emit(graph, str(rng.choice(["tanh", "relu", "silu"])), value)
+        alike = [v for v in values if graph.shape(v) == graph.shape(value)]
+        if alike and rng.random() < 0.7:
+            value = emit(graph, str(rng.choice(["add", "mul"])), value, alike[0])
+        values.append(value)
+    head = graph.persistent("head", rng.normal(size=(3, graph.shape(values[-1])[1])))
+    graph.outputs["output"] = emit(graph, "matmul", values[-1], head, tb=1)
+    update_set = resolve("full").choose(graph).check(graph)
+    layout = arrange(run(step_graphs(graph, update_set, CrossEntropy(), SGD())["step"]))
+    prices = {}
+    return recompute.Step(layout, lambda g, n: prices.setdefault(n.outputs, 1.0 + len(prices) % 5))
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_exact_is_the_best_of_all_choices(seed):
+    """Integer program = brute force over all subsets, at several limits; the greedy choice is never quicker."""
+    pytest.importorskip("scipy", reason="scipy is not installed (the exact extra)")
+    from acclimate.exact import solve
+
+    step = random_step(seed)
+    assert 2 <= len(step.candidates) <= 13
+    table = [
+        step.cost(frozenset(c))
+        for k in range(len(step.candidates) + 1)
+        for c in itertools.combinations(step.candidates, k)
+    ]
+    peaks = sorted({c.peak_bytes for c in table})
+    for target in {peaks[0] - 4, peaks[0], peaks[len(peaks) // 2], peaks[-1]}:
+        fitting = [c.time_us for c in table if c.peak_bytes <= target]
+        solution, greedy = solve(step, target), step.greedy(target)
+        if not fitting:
+            assert solution is None and greedy is None
+            continue
+        assert solution is not None and solution.proven
+        assert step.cost(solution.again).peak_bytes <= target
+        assert step.cost(solution.again).time_us == pytest.approx(min(fitting))
+        if greedy is not None:
+            assert step.cost(greedy).time_us >= min(fitting) - 1e-6
