@@ -226,12 +226,14 @@ class Learner:
         x = self._samples(x)
         y = self._targets(y, len(x))
         if len(x) < n:
-            raise WrongUse("measuring needs one whole batch", number=f"{len(x)} samples, {n} a run")
+            raise WrongUse("measuring needs one whole batch", number=f"{len(x)} samples, batch_size {n}")
         feeds: dict[str, Any] = {"x": x[:n], "y": y[:n]}
         entry = self.plan.train_entry
         if entry == "step":
             feeds["lr"] = self.lr
         touched = self._main.touched_bytes(entry, **feeds)
+        if entry != "step":
+            touched = max(touched, self._main.touched_bytes("apply", lr=self.lr))
         return max(touched, self._main.touched_bytes("predict", x=x[:n]))
 
     # -- keeping -------------------------------------------------------------------------------------------------

@@ -394,7 +394,7 @@ def trade(plan: Plan, points: int, tell: Callable[[int, int], None] | None = Non
         ways.append(way)
         step = _step(plan, way)
         others = max(p.arena_bytes for name, p in way.layouts.items() if name != way.entry)
-        floor = max(others, min(step.cost(s).peak_bytes for s in (frozenset(), *step.segments())))
+        floor = max(others, min(step.cost(s).peak_bytes for s in (frozenset(), *step.segments)))
         for i in range(1, points + 1):
             room = way.arena_bytes - (way.arena_bytes - floor) * i // points
             less = recomputing.fit(step, room) if room < way.arena_bytes else None

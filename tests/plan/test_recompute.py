@@ -31,7 +31,7 @@ def limit_for(plan, share):
 
 
 def least(step):
-    return min(step.cost(s).peak_bytes for s in (frozenset(), *step.segments()))
+    return min(step.cost(s).peak_bytes for s in (frozenset(), *step.segments))
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
@@ -200,3 +200,152 @@ def test_exact_is_the_best_of_all_choices(seed):
         assert step.cost(solution.again).time_us == pytest.approx(min(fitting))
         if greedy is not None:
             assert step.cost(greedy).time_us >= min(fitting) - 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_is_close_to_exact(name):
+    """On whole models: the greedy choice takes at most 1.1 times the time that the integer program needs."""
+    pytest.importorskip("scipy", reason="scipy is not installed (the exact extra)")
+    from acclimate.exact import solve
+
+    step = step_of(plan_for(name, "full", n=2, recompute="none"))
+    whole = sum(step._price(step.graph, n) for n in step.graph.nodes)
+    top, low = step.cost(frozenset()).peak_bytes, least(step)
+    for share in (0.25, 0.5, 0.75, 1.0):
+        target = int(top - (top - low) * share)
+        greedy, solution = step.greedy(target), solve(step, target, 30.0)
+        assert greedy is not None and solution is not None
+        assert step.cost(solution.again).time_us <= step.cost(greedy).time_us
+        assert whole + step.cost(greedy).time_us <= 1.03 * (whole + solution.bound_us)
+
+
+def test_exact_plan():
+    """The planner takes it by name, and says whether the answer is proven."""
+    pytest.importorskip("scipy", reason="scipy is not installed (the exact extra)")
+    plain = plan_for("classic", "full", n=1, recompute="none")
+    plan = plan_for("classic", "full", n=1, recompute="exact", memory_bytes=limit_for(plain, 0.9))
+    assert plan.fits and plan.recomputed and plan.row()["recompute_proven"]
+    auto = plan_for("classic", "full", n=1, memory_bytes=limit_for(plain, 0.9))
+    assert plan.recompute_us <= auto.recompute_us and not auto.row()["recompute_proven"]
+
+
+def test_what_cannot_be_recomputed_is_refused():
+    with pytest.raises(acclimate.WrongUse, match="cannot be recomputed"):
+        plan_for("classic", "full", recompute=["nothing"])
+    with pytest.raises(acclimate.WrongUse, match="way of choosing"):
+        plan_for("classic", "full", recompute="sometimes")
+
+
+# -- micro-batches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", acclimate.SGD(momentum=0.9, clip_norm=0.5)], ids=["sgd", "clipped"]
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_micro_batches_take_the_same_steps(name, optimizer):
+    """Losses and weights agree with whole batches up to rounding, also for the rest of the data."""
+    x, y = batch(name, 14)
+    learners = [
+        acclimate.Learner(plan_for(name, "full", n=6, optimizer=optimizer, micro_batches=k))
+        for k in (1, 2, 6)
+    ]
+    for learner in learners:
+        learner.partial_fit(x, y, lr=0.01)
+        learner.partial_fit(x, y, lr=0.01)
+    whole = learners[0]
+    for learner in learners[1:]:
+        assert learner.plan.micro_batch_size * learner.plan.parts == 6
+        assert learner.plan.arena_bytes < whole.plan.arena_bytes
+        assert learner.plan.macs_per_step == whole.plan.macs_per_step
+        np.testing.assert_allclose(learner.loss_history, whole.loss_history, rtol=2e-4)
+        for key, want in whole.parameters().items():
+            np.testing.assert_allclose(learner.parameters()[key], want, rtol=2e-3, atol=2e-4, err_msg=key)
+        assert learner.measured_peak_bytes(x, y) == learner.plan.arena_bytes
+        np.testing.assert_allclose(
+            learner.decision_function(x), whole.decision_function(x), rtol=2e-3, atol=2e-3
+        )
+
+
+def test_micro_batches_make_it_fit():
+    """Under a limit, the quicker of micro-batches and recomputing is taken; either can be ruled out."""
+    plain = plan_for("inverted", "full", n=8, recompute="none", micro_batches=1)
+    floor = max(least(step_of(plain)), plain.layouts["predict"].arena_bytes)
+    limit = limit_for(plain, (floor / plain.arena_bytes + 1) / 2)
+    both = plan_for("inverted", "full", n=8, memory_bytes=limit)
+    split = plan_for("inverted", "full", n=8, memory_bytes=limit, recompute="none")
+    again = plan_for("inverted", "full", n=8, memory_bytes=limit, micro_batches=1)
+    assert split.parts > 1 and not split.recomputed and again.parts == 1 and again.recomputed
+    assert both.fits and split.fits and again.fits
+    assert both.latency_us <= min(split.latency_us, again.latency_us)
+    with pytest.raises(acclimate.CannotFit) as caught:
+        plan_for("inverted", "full", n=8, memory_bytes=limit, micro_batches=1, recompute="none")
+    options = [f["option"] for f in caught.value.fixes]
+    assert any("--recompute" in o or "--micro-batches" in o for o in options), options
+    assert "time)" in caught.value.action
+
+
+def test_a_step_stopped_on_the_way_leaves_no_trace():
+    learner = acclimate.Learner(plan_for("classic", "full", n=4, micro_batches=2))
+    x, y = batch("classic", 4)
+    before = learner._main.state.copy()
+    y = y.astype(np.int32)
+    y[3] = 99  # in the second part; the runtime refuses it
+    with pytest.raises(acclimate.BadInput):
+        learner._step(x, y, 0.1)
+    assert np.array_equal(before, learner._main.state)
+
+
+class Centred(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(x - x.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "net, shape, more, why",
+    [
+        (
+            torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)).train(),
+            (2, 5), {}, "batch_norm_train",
+        ),
+        (torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Dropout(0.5)).train(), (2, 5), {}, "dropout"),
+        (Centred(), (2, 5), {}, "mean"),
+        (torch.nn.Linear(5, 3), (2, 5), {"loss": acclimate.CrossEntropy(class_weights=(1.0, 2.0, 3.0))}, "weighs"),
+        (torch.nn.Linear(5, 3), (2, 5), {"loss": acclimate.BinaryCrossEntropy(masked=True)}, "weighs"),
+        (torch.nn.Linear(5, 3), (2, 5), {"optimizer": acclimate.SGD(accumulate=2)}, "accumulates"),
+    ],
+)  # fmt: skip
+def test_micro_batches_are_refused_where_they_would_change_the_step(net, shape, more, why):
+    model = acclimate.from_torch(net, torch.zeros(*shape))
+    with pytest.raises(acclimate.WrongUse, match="micro-batches") as caught:
+        acclimate.plan(model, scheme="full", batch_size=4, micro_batches=2, **more)
+    assert why in caught.value.where
+    plan = acclimate.plan(model, scheme="full", batch_size=4, **more)
+    assert plan.parts == 1 and why in plan.cannot_split
+
+
+def test_parts_must_divide_the_batch():
+    with pytest.raises(acclimate.WrongUse, match="divide"):
+        plan_for("classic", "full", n=4, micro_batches=3)
+
+
+# -- the curve -----------------------------------------------------------------------------------------------------
+
+
+def test_curve():
+    """Less memory takes more time, each row can be had by its limit, and ends are told as they are done."""
+    plan = plan_for("residual", "full", n=8)
+    told = []
+    rows = plan.curve(4, lambda done, total: told.append((done, total)))
+    assert len(rows) >= 3 and rows[0]["extra_time"] == 0 and not rows[0]["recomputed"]
+    assert told[-1] == (16, 16)
+    for a, b in itertools.pairwise(rows):
+        assert a["peak_bytes"] > b["peak_bytes"] and a["latency_us"] <= b["latency_us"]
+    again = plan_for("residual", "full", n=8, memory_bytes=rows[-1]["peak_bytes"])
+    assert again.peak_bytes <= rows[-1]["peak_bytes"]
+    assert any(r["recomputed"] for r in rows) and any(r["micro_batches"] > 1 for r in rows)
