@@ -268,7 +268,7 @@ def _goal(bound: int) -> int:
     return bound + bound // 2000
 
 
-def place(buffers: list[Buffer], bound: int, tries: int = 150) -> int:
+def place(buffers: list[Buffer], bound: int, tries: int = 400) -> int:
     """Choose offsets; returns the arena's size. Stops as soon as the lower bound is met.
 
     Largest first is right nearly always. Where it is not, buffers that stick out above the bound are moved towards

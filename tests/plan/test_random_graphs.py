@@ -64,7 +64,7 @@ def random_model(seed: int) -> Graph:
             return emit(g, "batch_norm_train", x, *given, unused=())[0]
         return emit(g, "batch_norm", x, *given)
 
-    for i in range(int(rng.integers(3, 11))):
+    for i in range(int(rng.integers(3, 20))):
         x = values[-1 - int(rng.integers(0, min(4, len(values))))]
         kind = rng.random()
         alike = [v for v in values if v != x and g.shape(v) == g.shape(x)]
@@ -183,6 +183,6 @@ def test_arenas_are_tight():
     ratios = np.array([ratio(plan_of(seed).layouts["step"]) for seed in range(COUNT)])
     assert ratios.min() >= 1
     print(
-        f"{(ratios == 1).mean():.3f} at the bound, {(ratios > 1.05).mean():.4f} above 1.05, most {ratios.max():.3f}"
+        f"{(ratios == 1).mean():.3f} at the bound, {(ratios > 1.01).mean():.4f} above 1.01, most {ratios.max():.3f}"
     )
-    assert (ratios > 1.05).mean() <= 0.005 and ratios.max() <= 1.15
+    assert (ratios > 1.01).mean() <= 0.005 and ratios.max() <= 1.05
