@@ -23,6 +23,7 @@ from .ops import TABLE, parse
 Price = Callable[[Graph, Node], float]
 TARGET_ATTEMPTS = 6  # how often a choice whose placement leaves gaps is made again for less
 TIGHTER = (1.0, 0.99, 0.96)  # of a target, for which it is searched
+EXCHANGED = 40  # candidates that an exchange may take in
 REFINED = 4  # starting points that are improved one value at a time
 
 
@@ -317,7 +318,9 @@ class Step:
         if self.least_bytes > target_bytes:
             return None
         found = []
-        for share in TIGHTER:  # a choice for less, from which something is dropped again, is sometimes the better one
+        for (
+            share
+        ) in TIGHTER:  # a choice for less, from which something is dropped again, is sometimes the better one
             reached = self._search(int(target_bytes * share))
             if reached is not None:
                 found.append(self._exchange(self._drop(reached, target_bytes), target_bytes))
@@ -385,13 +388,23 @@ class Step:
                     break
         return chosen
 
+    @cached_property
+    def _cheap(self) -> list[str]:
+        """The candidates that give most bytes for their own time, whatever else is recomputed."""
+        sizes = self.numbered[1]
+        value = {
+            n: sizes[self._numbers[n]] / max(self._maker[self._numbers[n]].price, 1e-9)
+            for n in self.candidates
+        }
+        return sorted(self.candidates, key=lambda n: (-value[n], n))[:EXCHANGED]
+
     def _add_without(self, start: frozenset[str], banned: str, target_bytes: int) -> frozenset[str] | None:
         """`start` and at most two more values, none of them `banned`, that meet the target."""
         chosen = start
         for _ in range(2):
             now = self.cost(chosen, target_bytes)
             options = []
-            for name in self.candidates:
+            for name in self._cheap:
                 if name not in chosen and name != banned:
                     other = self.cost(chosen | {name}, target_bytes)
                     if other.over_bytes < now.over_bytes:
