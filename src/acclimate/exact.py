@@ -174,7 +174,7 @@ def _formulate(step: Step, target_bytes: int) -> tuple[_Model, dict[str, int]]:
                 model.at_most(Term(0.0, row), 1)
 
     born = {v: when[-1, t] for t, turn in enumerate(turns) for v in turn.outputs}
-    early_end, late_end = dict(born), {}
+    early_end, late_end = dict(born), dict[int, int]()
     for t, turn in enumerate(turns):
         for u in turn.inputs:
             (early_end if turn.early or u not in again else late_end)[u] = when[-1, t]
@@ -183,15 +183,15 @@ def _formulate(step: Step, target_bytes: int) -> tuple[_Model, dict[str, int]]:
     for v in step.kept:
         early_end[v] = len(slots)
     copies = {v: [when[v, t] for t in places[v]] for v in again}
-    needs = {u: sorted((when[w, t], runs[w, t]) for w in ws for t in places[w]) for u, ws in readers.items()}
+    reads = {u: sorted((when[w, t], runs[w, t]) for w in ws for t in places[w]) for u, ws in readers.items()}
     needed: dict[tuple[int, int], int] = {}
 
     def need(u: int, k: int) -> int:
         """Unknown: a copy reads `u` at its k-th such place or later."""
         if (u, k) not in needed:
             needed[u, k] = y = model.unknown()
-            model.at_most(Term(0.0, {needs[u][k][1]: 1.0, y: -1.0}), 0)
-            if k + 1 < len(needs[u]):
+            model.at_most(Term(0.0, {reads[u][k][1]: 1.0, y: -1.0}), 0)
+            if k + 1 < len(reads[u]):
                 model.at_most(Term(0.0, {need(u, k + 1): 1.0, y: -1.0}), 0)
         return needed[u, k]
 
@@ -208,8 +208,8 @@ def _formulate(step: Step, target_bytes: int) -> tuple[_Model, dict[str, int]]:
         present = Term(1.0, {again[u]: -1.0, **cumulative}) if u in again else Term(1.0)
         if g <= late_end.get(u, -1):
             return present
-        k = bisect_left(needs.get(u, ()), (g, -1))
-        if k == len(needs.get(u, ())):
+        k = bisect_left(reads.get(u, ()), (g, -1))
+        if k == len(reads.get(u, ())):
             return Term()
         if (u, ran, k) not in alive:
             alive[u, ran, k] = m = model.unknown()
@@ -218,7 +218,7 @@ def _formulate(step: Step, target_bytes: int) -> tuple[_Model, dict[str, int]]:
         return Term(0.0, {alive[u, ran, k]: 1.0})
 
     ends = {
-        u: max(early_end[u], late_end.get(u, -1), *(g for g, _ in needs.get(u, ())), -1) for u in early_end
+        u: max(early_end[u], late_end.get(u, -1), *(g for g, _ in reads.get(u, ())), -1) for u in early_end
     }
     living: set[int] = set(step.fed)
     for g, (v, t) in enumerate(slots):

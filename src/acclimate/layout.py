@@ -274,9 +274,8 @@ def place(buffers: list[Buffer], bound: int, tries: int = 400) -> int:
     Largest first is right nearly always. Where it is not, buffers that stick out above the bound are moved towards
     the front of the best order found so far, some of them, by a fixed random sequence, and all are placed again.
     """
-    best, offsets, order = -1, [], []
-    high: list[Buffer] = []
-    near: list[Buffer] = []
+    best, offsets = -1, list[int]()
+    order, high, near = list[Buffer](), list[Buffer](), list[Buffer]()
     goal = _goal(bound)
     random = Random(len(buffers))
     for attempt in range(len(KEYS) + tries):
