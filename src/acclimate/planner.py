@@ -428,12 +428,12 @@ def _macs(counts: Mapping[str, int]) -> int:
 
 def node_us(plan: Plan, graph: Graph, node: Node) -> float:
     """Estimated time of one more run of a node."""
-    return plan.device.latency_us(node_work(graph, node))
+    return plan.device.latency_us(node_work(graph, node), plan.threads)
 
 
 def latency_us(plan: Plan, way: Choice) -> float:
     """Estimated time of a training step run in one way."""
-    return plan.device.latency_us(step_work(way.layouts, way.parts))
+    return plan.device.latency_us(step_work(way.layouts, way.parts), plan.threads)
 
 
 def _mixes_samples(model: Graph) -> str:
