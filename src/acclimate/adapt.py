@@ -248,12 +248,17 @@ def will_it_fit(
         error = None if plan.fits else cannot_fit(plan)
     named = {} if isinstance(recompute, str) else {"recompute": "auto"}  # other schemes have other values
     rows = [dict(r) for r in plan.tried] or _scheme_rows(model, tell, extra, **options | named)
+    own = plan.row()
+    rows = [{**r, **own} if r["scheme"] == own["scheme"] else r for r in rows]
     return {
         "kind": "plan",
         "fits": error is None,
         "scheme": plan.update_set.scheme,
         "schemes": rows,
         "fixes": [] if error is None else list(error.fixes),
+        "recomputed": own["recomputed"],
+        "recompute_us": own["recompute_us"],
+        "micro_batches": own["micro_batches"],
         "explanation": plan.explanation,
         "loss_name": loss,
         "notes": [n for n in (note, plan.explanation) if n],

@@ -380,9 +380,7 @@ class Learner:
                 action=hint,
             )
         if x.dtype != np.float32:
-            with np.errstate(
-                over="ignore"
-            ):  # what is beyond float32 becomes infinite, and is refused as such
+            with np.errstate(over="ignore"):  # beyond float32 it becomes infinite, and is refused as such
                 x = x.astype(np.float32)
         if not np.isfinite(x).all():
             rows = np.unique(np.argwhere(~np.isfinite(x))[:, 0])
