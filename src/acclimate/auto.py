@@ -48,10 +48,10 @@ def plan(
     optimizer: a name or SGD(...), Adam(...), AdamW(...). memory_bytes: a limit on peak_bytes below the device's own.
     threads: that fast kernels share work among, 1 to 64; None is 1. recompute: what is not kept for the backward part
     but computed again, the same bits at more time: "auto" (only where it would not fit otherwise), "none", "exact"
-    (by an integer program, with the extra "exact"), or names of values. micro_batches: parts that a batch is learned in, with the same mean gradient up to
-    rounding; None: only where it would not fit otherwise, and the model has no batch statistics. data: (x, y), on
-    which "auto" holds a short race between the schemes that fit; without it the one that lets most weights learn is
-    taken. callback: told of each contender, a row of figures.
+    (by an integer program, with the extra "exact"), or names of values. micro_batches: parts that a batch is learned
+    in, with the same mean gradient up to rounding; None: only where it would not fit otherwise, and the model has no
+    batch statistics. data: (x, y), on which "auto" holds a short race between the schemes that fit; without it the one
+    that lets most weights learn is taken. callback: told of each contender, a row of figures.
 
     Raises CannotFit, with the cheapest `fixes`, where nothing asked for fits; WrongUse for impossible arguments.
     """

@@ -163,9 +163,7 @@ def _gelu_slope(x: Any, a: Any) -> Any:
 
 def _elu_shape(a: Any, x: Type) -> list[Type]:
     if a["alpha"] < 0:
-        raise BadInput(
-            "elu takes an alpha from zero: below, its output does not tell its slope", where=str(x)
-        )
+        raise BadInput("elu takes an alpha from zero: below, its output does not tell its slope", where=str(x))
     return [x]
 
 
