@@ -204,6 +204,31 @@ def test_plan_that_cannot_fit_gives_fixes_that_do(run, files):
         assert again.code == 0 and again.json["fits"]
 
 
+def test_plan_trades_memory_for_time(run, files, tmp_path):
+    """What does not fit as it is fits by recomputing, and the curve says what each limit costs."""
+    asked = ("plan", files.digits_onnx, "--device", "nano33ble", "--scheme", "full", "--batch", "8")
+    asked += ("--json",)
+    plain = next(r for r in run(*asked, "--recompute", "none").json["schemes"] if r["scheme"] == "full")
+    limit = plain["peak_bytes"] - plain["arena_bytes"] // 5
+    refused = run(*asked, "--recompute", "none", "--micro-batches", "1", "--memory", str(limit))
+    assert refused.code == 3 and all(f["saved_bytes"] > 0 for f in refused.json["fixes"])
+    options = [f["option"] for f in refused.json["fixes"]]
+    assert "--micro-batches 4" in options and any(o.startswith("--recompute ") for o in options)
+    again = [("--micro-batches", "1"), ("--recompute", "none")]
+    done = [run(*asked, "--memory", str(limit), *words).json for words in again]
+    assert done[0]["recomputed"] and done[0]["recompute_us"] > 0 and done[0]["micro_batches"] == 1
+    assert not done[1]["recomputed"] and done[1]["micro_batches"] == 4
+    done = run(*asked, "--curve", "--out", str(tmp_path / "page"))
+    rows = done.json["curve"]
+    assert done.code == 0 and len(rows) > 1 and rows[0]["peak_bytes"] > rows[-1]["peak_bytes"]
+    page = (tmp_path / "page" / "report.html").read_text("utf-8")
+    assert "Peak RAM against the time of a step" in page and "time of a step" in page
+    shown = run(*asked[:-1], "--curve")
+    assert shown.code == 0 and "Memory against time" in shown.out
+    assert run(*asked, "--recompute", "nothing").code == 2
+    assert run(*asked, "--micro-batches", "3").code == 2
+
+
 def test_plan_where_nothing_fits(run, files):
     done = run("plan", files.digits_onnx, "--device", "nano33ble", "--memory", "3KB", "--json")
     assert (

@@ -213,8 +213,14 @@ def will_it_fit(
     batch_size: int = 1,
     seed: int = 0,
     tell: Tell = silent,
+    recompute: str | Sequence[str] = "auto",
+    micro_batches: int | None = None,
+    curve: bool = False,
 ) -> tuple[dict[str, Any], CannotFit | None]:
-    """Figures of every scheme and of the one asked for; and the error, with fixes, where it does not fit."""
+    """Figures of every scheme and of the one asked for; and the error, with fixes, where it does not fit.
+
+    curve: also what memory costs in time, by recomputing and micro-batches.
+    """
     loss, note = _loss_for(model, None if dataset is None else dataset.y, loss)
     options: dict[str, Any] = {
         "device": device,
@@ -222,6 +228,8 @@ def will_it_fit(
         "optimizer": optimizer_of(optimizer, lr),
         "batch_size": batch_size,
         "memory_bytes": memory_bytes,
+        "recompute": recompute,
+        "micro_batches": micro_batches,
     }
     error: CannotFit | None = None
     extra = None
@@ -238,19 +246,26 @@ def will_it_fit(
         extra = schemes.resolve(scheme)
         plan = compile_plan(model, scheme=extra, must_fit=False, **options)
         error = None if plan.fits else cannot_fit(plan)
-    rows = [dict(r) for r in plan.tried] or _scheme_rows(model, tell, extra, **options)
+    named = {} if isinstance(recompute, str) else {"recompute": "auto"}  # other schemes have other values
+    rows = [dict(r) for r in plan.tried] or _scheme_rows(model, tell, extra, **options | named)
+    own = plan.row()
+    rows = [{**r, **own} if r["scheme"] == own["scheme"] else r for r in rows]
     return {
         "kind": "plan",
         "fits": error is None,
         "scheme": plan.update_set.scheme,
         "schemes": rows,
         "fixes": [] if error is None else list(error.fixes),
+        "recomputed": own["recomputed"],
+        "recompute_us": own["recompute_us"],
+        "micro_batches": own["micro_batches"],
         "explanation": plan.explanation,
         "loss_name": loss,
         "notes": [n for n in (note, plan.explanation) if n],
         "device": device_facts(plan),
         "model": model_facts(model, name),
         "plan": plan_facts(plan),
+        "curve": plan.curve(tell=lambda done, total: tell("curve", done, total, "")) if curve else [],
     }, error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ def plan(
     batch_size: int = 1,
     memory_bytes: int | None = None,
     threads: int | None = None,
+    recompute: str | Sequence[str] = "auto",
+    micro_batches: int | None = None,
     data: tuple[np.ndarray, np.ndarray] | None = None,
     seed: int = 0,
     callback: Callable[[Mapping[str, Any]], None] | None = None,
@@ -44,9 +46,12 @@ def plan(
     "last", "last-3", "bias", "norm", "block:a,b", "match:*.bn*", a dict of tensors and channels, an UpdateSet, or an
     object with `label` and `choose(graph)`. loss: a name or CrossEntropy(...), BinaryCrossEntropy(...), MSE().
     optimizer: a name or SGD(...), Adam(...), AdamW(...). memory_bytes: a limit on peak_bytes below the device's own.
-    threads: that fast kernels share work among, 1 to 64; None is 1. data: (x, y), on which "auto" holds a short race
-    between the schemes that fit; without it the one that lets most weights learn is taken. callback: told of each
-    contender, a row of figures.
+    threads: that fast kernels share work among, 1 to 64; None is 1. recompute: what is not kept for the backward part
+    but computed again, the same bits at more time: "auto" (only where it would not fit otherwise), "none", "exact"
+    (by an integer program, with the extra "exact"), or names of values. micro_batches: parts that a batch is learned
+    in, with the same mean gradient up to rounding; None: only where it would not fit otherwise, and the model has no
+    batch statistics. data: (x, y), on which "auto" holds a short race between the schemes that fit; without it the one
+    that lets most weights learn is taken. callback: told of each contender, a row of figures.
 
     Raises CannotFit, with the cheapest `fixes`, where nothing asked for fits; WrongUse for impossible arguments.
     """
@@ -61,6 +66,8 @@ def plan(
         "batch_size": batch_size,
         "memory_bytes": memory_bytes,
         "threads": threads,
+        "recompute": recompute,
+        "micro_batches": micro_batches,
     }
     if not (isinstance(scheme, str) and scheme == "auto"):
         return compile_plan(model, scheme=scheme, **args)

@@ -113,6 +113,23 @@ Memory = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch", metavar="N", help="Samples a training step.")]
+Recompute = Annotated[
+    str,
+    typer.Option(
+        "--recompute",
+        metavar="R",
+        help="What runs again instead of being kept: auto (where it does not fit otherwise), none, exact, or VALUE,...",
+    ),
+]
+MicroBatches = Annotated[
+    int | None,
+    typer.Option(
+        "--micro-batches",
+        metavar="N",
+        help="Parts that a batch is learned in; by default as many as it takes to fit.",
+        show_default=False,
+    ),
+]
 Loss = Annotated[
     str | None,
     typer.Option(
@@ -317,6 +334,17 @@ def plan(
     scheme: Scheme = "auto",
     memory: Memory = None,
     batch: Batch = 1,
+    recompute: Recompute = "auto",
+    micro_batches: MicroBatches = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Also bytes against time, as memory shrinks.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FOLDER", help="Also write run.json and report.html.", show_default=False
+        ),
+    ] = None,
     loss: Loss = None,
     optimizer: OptimizerName = "sgd",
     lr: Rate = None,
@@ -331,15 +359,33 @@ def plan(
 
     MODEL is an .onnx or .pt2 file. Where it cannot fit, the cheapest changes that do, and exit code 3.
     """
-    from .adapt import will_it_fit
+    from .adapt import will_it_fit, write_run
+    from .planner import RECOMPUTE
 
     limit = None if memory is None else memory_bytes(memory)
     graph = _model(model)
     dataset = None if data is None else _dataset(data, graph, seed, label, mean, std, resize)
     with _progress() as tell:
         figures, error = will_it_fit(
-            graph, model.stem, device, scheme, dataset, limit, loss, optimizer, lr, batch, seed, tell
+            graph,
+            model.stem,
+            device,
+            scheme,
+            dataset,
+            limit,
+            loss,
+            optimizer,
+            lr,
+            batch,
+            seed,
+            tell,
+            recompute if recompute in RECOMPUTE else [name.strip() for name in recompute.split(",")],
+            micro_batches,
+            curve,
         )
+    if out is not None:
+        figures["report"] = str(write_run(figures, out))
+        _point_at(figures, as_json)
     _show(figures, as_json, error)
 
 

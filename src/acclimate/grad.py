@@ -18,6 +18,8 @@ from .ir import DTYPES, Graph, Node, Value, reachable
 from .objective import Loss, Optimizer
 from .ops import TABLE, emit, infer, parse
 
+GRADIENT = ".gradient"  # what the state that accumulates a tensor's gradient is called after its name
+
 
 @dataclass(frozen=True)
 class Channels:
@@ -295,7 +297,7 @@ def step_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Opti
         _apply(tape, parts, optimizer)
         return {"step": graph}
     for name, (grad, _, _) in parts.items():
-        tape.update("accumulate", tape.state(f"{name}.gradient", graph.shape(grad)), grad)
+        tape.update("accumulate", tape.state(f"{name}{GRADIENT}", graph.shape(grad)), grad)
     return {"accumulate": graph, "apply": _apply_graph(graph, parts, optimizer)}
 
 
@@ -305,13 +307,17 @@ def _apply_graph(source: Graph, parts: Mapping[str, tuple[str, str, int]], optim
     tape = Tape(graph)
     means = {}
     for name, (_, index, axis) in parts.items():
-        for n in (name, f"{name}.gradient", index):
+        for n in (name, f"{name}{GRADIENT}", index):
             if n and n not in graph.values:
                 graph.add(source.values[n])
-        means[name] = (tape.emit("affine", f"{name}.gradient", scale=1.0 / optimizer.accumulate), index, axis)
+        means[name] = (
+            tape.emit("affine", f"{name}{GRADIENT}", scale=1.0 / optimizer.accumulate),
+            index,
+            axis,
+        )
     _apply(tape, means, optimizer)
     for name in parts:
-        tape.update("clear", f"{name}.gradient")
+        tape.update("clear", f"{name}{GRADIENT}")
     return graph
 
 

@@ -7,6 +7,7 @@ order can be smaller.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class Layout:
 
     def live_bytes(self) -> list[int]:
         """Bytes alive while each node runs: the memory timeline."""
-        return _live(self.buffers, len(self.nodes))
+        return live_bytes_of(self.buffers, len(self.nodes))
 
 
 def _in_arena(graph: Graph, name: str) -> bool:
@@ -60,7 +61,7 @@ def _dependencies(graph: Graph) -> list[set[int]]:
     readers: dict[str, set[int]] = defaultdict(set)
     for i, node in enumerate(graph.nodes):
         for name in node.inputs:
-            readers[_root(graph, made, name)].add(i)
+            readers[root_of(graph, made, name)].add(i)
     loss = made.get(graph.outputs.get("loss", ""))
     needs = []
     for i, node in enumerate(graph.nodes):
@@ -74,7 +75,7 @@ def _dependencies(graph: Graph) -> list[set[int]]:
     return needs
 
 
-def _root(graph: Graph, made: dict[str, int], name: str) -> str:
+def root_of(graph: Graph, made: dict[str, int], name: str) -> str:
     """The value that `name` is a view of."""
     while name in made and TABLE[graph.nodes[made[name]].op].view:
         name = graph.nodes[made[name]].inputs[0]
@@ -103,9 +104,9 @@ def _greedy(graph: Graph, needs: list[set[int]], patience: int) -> list[int]:
     made = {n: i for i, node in enumerate(graph.nodes) for n in node.outputs if n}
     left: dict[str, int] = defaultdict(int)
     for node in graph.nodes:
-        for name in {_root(graph, made, n) for n in node.inputs if n}:
+        for name in {root_of(graph, made, n) for n in node.inputs if n}:
             left[name] += 1
-    keep = {_root(graph, made, n) for n in graph.outputs.values()}
+    keep = {root_of(graph, made, n) for n in graph.outputs.values()}
 
     def delta(i: int) -> int:
         node = graph.nodes[i]
@@ -114,7 +115,7 @@ def _greedy(graph: Graph, needs: list[set[int]], patience: int) -> list[int]:
             if TABLE[node.op].view
             else sum(graph.type(n).size_bytes for n in node.outputs if n and (left[n] or n in keep))
         )
-        for name in {_root(graph, made, n) for n in node.inputs if n}:
+        for name in {root_of(graph, made, n) for n in node.inputs if n}:
             if left[name] == 1 and name not in keep and _in_arena(graph, name):
                 grows -= graph.type(name).size_bytes
         return grows
@@ -131,7 +132,7 @@ def _greedy(graph: Graph, needs: list[set[int]], patience: int) -> list[int]:
         i = free[0] if free else min(ready[:patience], key=lambda k: (delta(k), k))
         ready.remove(i)
         order.append(i)
-        for name in {_root(graph, made, n) for n in graph.nodes[i].inputs if n}:
+        for name in {root_of(graph, made, n) for n in graph.nodes[i].inputs if n}:
             left[name] -= 1
         for j in users[i]:
             missing[j] -= 1
@@ -213,7 +214,8 @@ def _overwritable(graph: Graph, node: Node, name: str, home: dict[str, Buffer], 
     return None
 
 
-def _live(buffers: list[Buffer], count: int) -> list[int]:
+def live_bytes_of(buffers: list[Buffer], count: int) -> list[int]:
+    """Bytes alive while each of `count` nodes runs."""
     change = [0] * (count + 2)
     for b in buffers:
         change[max(b.start, 0)] += b.size_bytes
@@ -228,24 +230,27 @@ def _live(buffers: list[Buffer], count: int) -> list[int]:
 # -- placement -----------------------------------------------------------------------------------------------------
 
 
-def _place(order: list[Buffer]) -> int:
-    """Give each buffer, in the given order, the lowest offset free for its whole life. Returns the arena's size."""
-    placed: list[Buffer] = []
+def _place(order: list[Buffer], limit: int) -> int:
+    """Give each buffer, in the given order, the lowest offset free for its whole life. Returns the arena's size.
+
+    Gives up, with what is needed so far, as soon as that is more than `limit`.
+    """
+    placed: list[tuple[int, int, int, int]] = []  # offset, its end, start, end of life; sorted
     top = 0
     for b in order:
-        at = 0
-        for other in placed:  # sorted by offset
-            if other.start <= b.end and b.start <= other.end:
-                if other.offset - at >= b.size_bytes:
+        at, size, start, end = 0, b.size_bytes, b.start, b.end
+        for low, high, first, last in placed:
+            if first <= end and start <= last:
+                if low - at >= size:
                     break
-                at = max(at, other.offset + other.size_bytes)
+                if high > at:
+                    at = high
         b.offset = at
-        top = max(top, at + b.size_bytes)
-        low, high = 0, len(placed)
-        while low < high:
-            mid = (low + high) // 2
-            low, high = (mid + 1, high) if placed[mid].offset <= at else (low, mid)
-        placed.insert(low, b)
+        if at + size > top:
+            top = at + size
+            if top > limit:
+                return top
+        insort(placed, (at, at + size, start, end))
     return top
 
 
@@ -263,13 +268,14 @@ def _goal(bound: int) -> int:
     return bound + bound // 2000
 
 
-def place(buffers: list[Buffer], bound: int, tries: int = 150) -> int:
+def place(buffers: list[Buffer], bound: int, tries: int = 400) -> int:
     """Choose offsets; returns the arena's size. Stops as soon as the lower bound is met.
 
     Largest first is right nearly always. Where it is not, buffers that stick out above the bound are moved towards
     the front of the best order found so far, some of them, by a fixed random sequence, and all are placed again.
     """
-    best, offsets, order = -1, [], []
+    best, offsets = -1, list[int]()
+    order, high, near = list[Buffer](), list[Buffer](), list[Buffer]()
     goal = _goal(bound)
     random = Random(len(buffers))
     for attempt in range(len(KEYS) + tries):
@@ -277,14 +283,14 @@ def place(buffers: list[Buffer], bound: int, tries: int = 150) -> int:
             trial = sorted(buffers, key=KEYS[attempt])
         else:
             trial = list(order)
-            high = [b for b, at in zip(buffers, offsets, strict=True) if at + b.size_bytes > goal]
-            near = [b for b in trial if any(b is h or (b.start <= h.end and h.start <= b.end) for h in high)]
             for b in {id(b): b for b in (random.choice(high), random.choice(near))}.values():
-                at = trial.index(b)
+                at = next(i for i, other in enumerate(trial) if other is b)
                 trial.insert(random.randrange(at + 1), trial.pop(at))
-        top = _place(trial)
+        top = _place(trial, best if best >= 0 else sum(b.size_bytes for b in buffers))
         if best < 0 or top <= best:
             best, offsets, order = top, [b.offset for b in buffers], trial
+            high = [b for b in buffers if b.offset + b.size_bytes > goal]
+            near = [b for b in order if any(b.start <= h.end and h.start <= b.end for h in high)]
         if best <= goal:
             break
     for b, offset in zip(buffers, offsets, strict=True):
@@ -304,7 +310,7 @@ def arrange(graph: Graph) -> Layout:
         assert len(order) == len(graph.nodes), "an order lost a node"
         nodes = [graph.nodes[i] for i in order]
         buffers = buffers_of(graph, nodes)
-        live = _live(buffers, len(nodes))
+        live = live_bytes_of(buffers, len(nodes))
         bound = max(live, default=0)
         if best is not None and bound >= best.arena_bytes:
             continue

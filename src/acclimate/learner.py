@@ -10,7 +10,7 @@ import numpy as np
 
 from . import delta
 from .errors import BadInput, WrongUse
-from .grad import Channels, Tape
+from .grad import GRADIENT, Channels, Tape
 from .ir import Graph, Type
 from .ops import evaluate
 from .planner import Plan
@@ -47,7 +47,8 @@ class Learner:
         self.loss_history: list[float] = []
         self._main = Session(plan.program, threads=plan.threads, kernels=kernels)
         self._sessions: dict[tuple[str, int], Session] = {
-            (kind, plan.batch_size): self._main for kind in ("train", "predict")
+            (kind, plan.micro_batch_size if kind == "predict" else plan.batch_size): self._main
+            for kind in ("train", "predict")
         }
         model = plan.model
         self._sample_shape = tuple(int(n) for n in model.shape(model.inputs["x"])[1:])
@@ -111,14 +112,33 @@ class Learner:
 
     def _step(self, x: np.ndarray, y: np.ndarray, rate: float) -> float:
         session = self._session("train", len(x))
-        if self.plan.train_entry == "step":
-            return float(session.run("step", x=x, y=y, lr=rate)["loss"][0])
+        if self.plan.optimizer.accumulate == 1:
+            return self._whole_step(session, x, y, rate)
         loss = float(session.run("accumulate", x=x, y=y)["loss"][0])
         self._pending += 1
         if self._pending == self.plan.optimizer.accumulate:
             self._main.run("apply", lr=rate)
             self._pending = 0
         return loss
+
+    def _whole_step(self, session: Session, x: np.ndarray, y: np.ndarray, rate: float) -> float:
+        """One update from x; the mean loss. The session's micro-batches are run one after another."""
+        if "step" in session.program.entries:
+            return float(session.run("step", x=x, y=y, lr=rate)["loss"][0])
+        size = session.program.entries["accumulate"]["x"].type.shape[0]
+        losses = []
+        with session.lock:
+            try:
+                for i in range(0, len(x), size):
+                    out = session.run("accumulate", x=x[i : i + size], y=y[i : i + size])
+                    losses.append(out["loss"][0])
+            except BaseException:  # a step that stops on the way leaves no part of its gradient behind
+                for name in session.state_names():
+                    if name.endswith(GRADIENT):
+                        session.view(STATE_ENTRY, name)[...] = 0
+                raise
+            session.run("apply", lr=rate)
+        return float(np.mean(losses))
 
     def gradients(self, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
         """Gradient of the mean loss over x for each tensor of the update set, by name; nothing is updated.
@@ -144,7 +164,7 @@ class Learner:
     def decision_function(self, x: np.ndarray) -> np.ndarray:
         """The model's raw output (logits), float32 (n, ...)."""
         x = self._samples(x)
-        sample_bytes = self.plan.layouts["predict"].arena_bytes // self.plan.batch_size + 1
+        sample_bytes = self.plan.layouts["predict"].arena_bytes // self.plan.micro_batch_size + 1
         step = max(self.plan.batch_size, min(PREDICT_BATCH, PREDICT_BYTES // sample_bytes))
         parts = []
         for i in range(0, len(x), step):
@@ -202,7 +222,7 @@ class Learner:
 
     def measured_peak_bytes(self, x: np.ndarray, y: np.ndarray) -> int:
         """Bytes of the arena that a training step on the first batch of x really touches; what was learned stays."""
-        n = self.plan.batch_size
+        n = self.plan.micro_batch_size
         x = self._samples(x)
         y = self._targets(y, len(x))
         if len(x) < n:
@@ -212,6 +232,8 @@ class Learner:
         if entry == "step":
             feeds["lr"] = self.lr
         touched = self._main.touched_bytes(entry, **feeds)
+        if entry != "step":
+            touched = max(touched, self._main.touched_bytes("apply", lr=self.lr))
         return max(touched, self._main.touched_bytes("predict", x=x[:n]))
 
     # -- keeping -------------------------------------------------------------------------------------------------
@@ -358,7 +380,7 @@ class Learner:
                 action=hint,
             )
         if x.dtype != np.float32:
-            with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused as such
+            with np.errstate(over="ignore"):  # beyond float32 it becomes infinite, and is refused as such
                 x = x.astype(np.float32)
         if not np.isfinite(x).all():
             rows = np.unique(np.argwhere(~np.isfinite(x))[:, 0])

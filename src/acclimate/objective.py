@@ -40,6 +40,11 @@ class CrossEntropy:
                 number=f"smoothing {self.smoothing}, weights {self.class_weights}",
             )
 
+    @property
+    def mean_of_parts(self) -> bool:
+        """Whether the mean over equal parts of a batch is the mean over the batch."""
+        return self.class_weights is None
+
     def target(self, output: Type) -> Type:
         """Type of y for a model output of the given type."""
         _classes_of(output)
@@ -108,6 +113,11 @@ class BinaryCrossEntropy:
 
     masked: bool = False
 
+    @property
+    def mean_of_parts(self) -> bool:
+        """Whether the mean over equal parts of a batch is the mean over the batch."""
+        return not self.masked
+
     def target(self, output: Type) -> Type:
         return output
 
@@ -142,6 +152,11 @@ class BinaryCrossEntropy:
 @dataclass(frozen=True)
 class MSE:
     """Mean squared error over all elements."""
+
+    @property
+    def mean_of_parts(self) -> bool:
+        """Whether the mean over equal parts of a batch is the mean over the batch."""
+        return True
 
     def target(self, output: Type) -> Type:
         return output

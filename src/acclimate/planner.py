@@ -6,7 +6,7 @@ cheapest changes that would, each of them planned in full and so known to the by
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from . import device as devices
+from . import recompute as recomputing
 from . import schemes
 from .device import Device
 from .errors import CannotFit, WrongUse
 from .grad import UpdateSet, gradient_graph, predict_graph, step_graphs
-from .ir import Graph
+from .ir import Dim, Graph, Node
 from .layout import Layout, arrange, persistent_layout
 from .objective import LOSSES, OPTIMIZERS, SGD, Loss, Optimizer, resolve
 from .ops import TABLE, cost, with_batch
@@ -28,6 +29,9 @@ from .program import Program, build
 
 MAX_BATCH = 65536
 MAX_THREADS = 64  # AC_MAX_THREADS
+RECOMPUTE = ("auto", "none", "exact")
+NAMED_VALUES = 3  # a fix names the values that it recomputes where there are no more
+SEARCHED_SPLITS = 3  # numbers of micro-batches for which recomputing is searched, those that need it least
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,36 @@ class Plan:
     batch_size: int = 1
     memory_bytes: int | None = None
     threads: int = 1
+    recompute: str | tuple[str, ...] = "auto"  # or "none", "exact", or names of values
+    micro_batches: int | None = None  # a batch is learned in so many parts; None: as many as is quickest
     explanation: str = ""  # why this scheme, where it was chosen automatically
     tried: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)  # rows of what else was tried
 
     # -- compiled ------------------------------------------------------------------------------------------------
     @cached_property
+    def _choice(self) -> Choice:
+        """The quickest way that fits, by micro-batches and by recomputing; where none does, the plain one."""
+        return choose(self)
+
+    @property
     def layouts(self) -> dict[str, Layout]:
         """Entry name -> order and places: "predict" and "step" (or "accumulate" and "apply")."""
-        model = self._prepared(self.batch_size)
-        steps = step_graphs(model, self.update_set, self.loss, self.optimizer)
-        return _arranged({"predict": predict_graph(model), **steps})
+        return self._choice.layouts
+
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """The values that a training step computes again instead of keeping them for its backward part."""
+        return self._choice.recomputed
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches that a batch is learned in; their mean gradient makes one step."""
+        return self._choice.parts
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples that one run of the Program takes."""
+        return self.batch_size // self.parts
 
     @cached_property
     def state_layout(self) -> tuple[dict[str, int], int]:
@@ -84,13 +108,33 @@ class Plan:
         return prepare(with_batch(self.model, batch_size), set(self.update_set.tensors))
 
     def with_batch_size(self, batch_size: int) -> Plan:
-        """The same plan for another batch size, without its limits."""
-        return replace(self, batch_size=batch_size, memory_bytes=None)
+        """The same plan for another batch size, without its limits: the same micro-batches or smaller ones."""
+        part = next(n for n in range(self.micro_batch_size, 0, -1) if batch_size % n == 0)
+        parts = batch_size // part if self.parts > 1 else 1
+        return replace(
+            self,
+            batch_size=batch_size,
+            memory_bytes=None,
+            micro_batches=parts,
+            recompute=self.recomputed or "none",
+        )
+
+    @cached_property
+    def cannot_split(self) -> str:
+        """Why a batch cannot be learned in micro-batches with the same mean gradient; empty where it can."""
+        op = _mixes_samples(self.model)
+        if op:
+            return f"{op} depends on the batch as a whole (module.eval() freezes batch norm and dropout)"
+        if not self.loss.mean_of_parts:
+            return "the loss weighs samples, so its mean over a batch is not the mean over parts"
+        if self.optimizer.accumulate > 1:
+            return "the optimizer accumulates micro-batches already"
+        return ""
 
     @property
     def train_entry(self) -> str:
         """The entry that takes a batch with labels."""
-        return "step" if "step" in self.layouts else "accumulate"
+        return self._choice.entry
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -132,12 +176,17 @@ class Plan:
     @cached_property
     def counts(self) -> dict[str, int]:
         """Work of one training step by the device's classes."""
-        return count_work([p for name, p in self.layouts.items() if name != "predict"])
+        return step_work(self.layouts, self.parts)
 
     @property
     def macs_per_step(self) -> int:
         """Multiply-accumulates of forward, backward and update for one batch."""
-        return self.counts["mac"] + self.counts["dw_mac"]
+        return _macs(self.counts)
+
+    @property
+    def recompute_us(self) -> float:
+        """What latency_us holds for recomputing, which is also counted in macs_per_step."""
+        return self._choice.recompute_us
 
     @property
     def latency_us(self) -> float:
@@ -174,6 +223,10 @@ class Plan:
             "update_bytes": self.update_bytes,
             "trainable": self.update_set.size(self.model),
             "batch_size": self.batch_size,
+            "micro_batches": self.parts,
+            "recomputed": list(self.recomputed),
+            "recompute_us": self.recompute_us,
+            "recompute_proven": self._choice.proven,
         }
 
     def timeline(self) -> list[dict[str, Any]]:
@@ -196,6 +249,14 @@ class Plan:
                 out.append((b.values[-1], b.size_bytes, f"until {last.op}" if last else "an output"))
         return sorted(out, key=lambda t: -t[1])
 
+    def curve(self, points: int = 12, tell: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
+        """Bytes against time: what the step takes as memory shrinks, by recomputing and by micro-batches.
+
+        Rows from most bytes to least, none of which another beats in both. Each was planned in full. points: limits
+        tried for each number of micro-batches. tell: told of (done, in all), since this may take a while.
+        """
+        return trade(self, points, tell)
+
     def __str__(self) -> str:
         weights = self.update_set.size(self.model)
         total = sum(v.type.size for v in self.model.parameters().values())
@@ -210,6 +271,12 @@ class Plan:
             f"{self.energy_uj / 1e3:.3f} mJ (estimates)",
             f"  {'tensor':40s} {'learns':>16s}  why",
         ]
+        if self.parts > 1:
+            lines.insert(-1, f"  micro-batches {self.parts} of {self.micro_batch_size} samples")
+        if self.recomputed:
+            share = self.recompute_us / (self.latency_us - self.recompute_us)
+            proof = ", the least for this order" if self._choice.proven else ""
+            lines.insert(-1, f"  recomputes    {len(self.recomputed)} values, {share:+.1%} time{proof}")
         for name, channels in self.update_set.tensors.items():
             shape = self.model.shape(name)
             what = (
@@ -221,6 +288,162 @@ class Plan:
         if self.explanation:
             lines.append(f"  {self.explanation}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """One way of running a plan's training step."""
+
+    layouts: dict[str, Layout]
+    parts: int = 1
+    recomputed: tuple[str, ...] = ()
+    recompute_us: float = 0.0
+    proven: bool = False  # in this order of nodes, recomputing cannot be had for less time
+
+    @property
+    def arena_bytes(self) -> int:
+        return max(p.arena_bytes for p in self.layouts.values())
+
+    @property
+    def entry(self) -> str:
+        """The entry that takes samples with labels."""
+        return "step" if "step" in self.layouts else "accumulate"
+
+
+def choose(plan: Plan) -> Choice:
+    """The way that fits at the least time. Without a limit that matters this is the plain one, and costs nothing.
+
+    More micro-batches save bytes at little time, so the fewest that fit as they are compete with fewer of them and
+    values recomputed.
+    """
+    plain: list[Choice] = []
+    for parts in splits(plan):
+        way = _plain(plan, parts)
+        if isinstance(plan.recompute, tuple):
+            return _recomputed(plan, way, 0)
+        plain.append(way)
+        if way.arena_bytes <= _room(plan, way):
+            break  # more parts only take longer
+    found = [way for way in plain[-1:] if way.arena_bytes <= _room(plan, way)]
+    if plan.recompute != "none":
+        for way in [w for w in plain if w not in found][-SEARCHED_SPLITS:]:
+            if not found or latency_us(plan, way) < latency_us(plan, found[0]):
+                less = _recomputed(plan, way, _room(plan, way))
+                found += [] if less is way else [less]
+    return min(found, key=lambda w: latency_us(plan, w)) if found else plain[0]
+
+
+def splits(plan: Plan) -> list[int]:
+    """Numbers of micro-batches to try, fewest first."""
+    if plan.micro_batches is not None:
+        return [plan.micro_batches]
+    if plan.batch_size == 1 or plan.cannot_split:
+        return [1]
+    return [n for n in range(1, plan.batch_size + 1) if plan.batch_size % n == 0]
+
+
+def _plain(plan: Plan, parts: int) -> Choice:
+    """Nothing recomputed."""
+    optimizer = plan.optimizer if parts == 1 else replace(plan.optimizer, accumulate=parts)
+    model = plan._prepared(plan.batch_size // parts)
+    steps = step_graphs(model, plan.update_set, plan.loss, optimizer)
+    return Choice(_arranged({"predict": predict_graph(model), **steps}), parts)
+
+
+def _room(plan: Plan, way: Choice) -> int:
+    """Bytes that the limit leaves to the arena."""
+    state = persistent_layout([p.graph for p in way.layouts.values()])[1]
+    return plan.ram_limit_bytes - state - plan.device.runtime_ram_bytes
+
+
+def _recomputed(plan: Plan, way: Choice, room_bytes: int) -> Choice:
+    """`way` with values recomputed: those that the plan names, or such that it fits; `way` itself where none do."""
+    entry = way.entry
+    if not isinstance(plan.recompute, tuple) and room_bytes < max(
+        p.arena_bytes for name, p in way.layouts.items() if name != entry
+    ):
+        return way
+    step = _step(plan, way)
+    if isinstance(plan.recompute, tuple):
+        done = recomputing.apply(step, plan.recompute)
+    else:
+        found = recomputing.fit(step, room_bytes, plan.recompute)
+        if found is None:
+            return way
+        done = found
+    return _with(way, step, done)
+
+
+def _with(way: Choice, step: recomputing.Step, done: recomputing.Fit) -> Choice:
+    time_us = way.parts * step.cost(frozenset(done.recomputed)).time_us
+    layouts = {**way.layouts, way.entry: done.layout}
+    return Choice(layouts, way.parts, done.recomputed, time_us, done.proven)
+
+
+def _step(plan: Plan, way: Choice) -> recomputing.Step:
+    """What could be recomputed in `way`, which must be plain."""
+    return recomputing.Step(way.layouts[way.entry], lambda graph, node: node_us(plan, graph, node))
+
+
+def trade(plan: Plan, points: int, tell: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
+    """See Plan.curve."""
+    ways: list[Choice] = []
+    tried = splits(plan)
+    for k, parts in enumerate(tried):
+        way = _plain(plan, parts)
+        ways.append(way)
+        step = _step(plan, way)
+        others = max(p.arena_bytes for name, p in way.layouts.items() if name != way.entry)
+        floor = max(others, min(step.cost(s).peak_bytes for s in (frozenset(), *step.segments)))
+        for i in range(1, points + 1):
+            room = way.arena_bytes - (way.arena_bytes - floor) * i // points
+            less = recomputing.fit(step, room) if room < way.arena_bytes else None
+            if less is not None:
+                ways.append(_with(way, step, less))
+            if tell is not None:
+                tell(k * points + i, len(tried) * points)
+    whole = latency_us(plan, ways[0])
+    rows = [
+        {
+            "arena_bytes": way.arena_bytes,
+            "peak_bytes": way.arena_bytes + plan.ram_limit_bytes - _room(plan, way),
+            "latency_us": latency_us(plan, way),
+            "extra_time": latency_us(plan, way) / whole - 1,
+            "macs_per_step": _macs(step_work(way.layouts, way.parts)),
+            "micro_batches": way.parts,
+            "recomputed": list(way.recomputed),
+        }
+        for way in ways
+    ]
+    best: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda r: (r["latency_us"], r["peak_bytes"])):
+        if not best or row["peak_bytes"] < best[-1]["peak_bytes"]:
+            best.append(row)
+    return best
+
+
+def _macs(counts: Mapping[str, int]) -> int:
+    return counts["mac"] + counts["dw_mac"]
+
+
+def node_us(plan: Plan, graph: Graph, node: Node) -> float:
+    """Estimated time of one more run of a node."""
+    return plan.device.latency_us(node_work(graph, node), plan.threads)
+
+
+def latency_us(plan: Plan, way: Choice) -> float:
+    """Estimated time of a training step run in one way."""
+    return plan.device.latency_us(step_work(way.layouts, way.parts), plan.threads)
+
+
+def _mixes_samples(model: Graph) -> str:
+    """The op, if any, that makes one thing of a whole batch or counts batches: micro-batches would change it."""
+    for node in model.nodes:
+        scales = any(isinstance(s, Dim) for n in node.inputs if n for s in model.shape(n))
+        kept = all(any(isinstance(s, Dim) for s in model.shape(n)) for n in node.outputs if n)
+        if TABLE[node.op].effects is not None or (scales and not kept):
+            return node.op
+    return ""
 
 
 def _arranged(graphs: Mapping[str, Graph]) -> dict[str, Layout]:
@@ -235,23 +458,38 @@ def kib(n: int) -> str:
     return f"{n} B"
 
 
+def node_work(graph: Graph, node: Node) -> dict[str, int]:
+    """Work of running one node once, by the classes of device.OP_CLASSES."""
+    if TABLE[node.op].view:
+        return {}
+    c = cost(graph, node)
+    counts = {
+        "mac": c.mac,
+        "dw_mac": c.dw_mac,
+        "elementwise": c.elementwise,
+        "transcendental": c.transcendental,
+        "call": 1,
+    }
+    if not (c.mac or c.dw_mac or c.elementwise or c.transcendental):
+        counts["byte"] = sum(graph.type(n).size_bytes for n in node.outputs if n)
+    return counts
+
+
 def count_work(layouts: list[Layout]) -> dict[str, int]:
-    """Work of running each of the layouts once, by the classes of device.OP_CLASSES."""
+    """Work of running each of the layouts once."""
     counts = dict.fromkeys(devices.OP_CLASSES, 0)
     for layout in layouts:
-        graph = layout.graph
         for node in layout.nodes:
-            if TABLE[node.op].view:
-                continue
-            c = cost(graph, node)
-            counts["mac"] += c.mac
-            counts["dw_mac"] += c.dw_mac
-            counts["elementwise"] += c.elementwise
-            counts["transcendental"] += c.transcendental
-            counts["call"] += 1
-            if not (c.mac or c.dw_mac or c.elementwise or c.transcendental):
-                counts["byte"] += sum(graph.type(n).size_bytes for n in node.outputs if n)
+            for name, units in node_work(layout.graph, node).items():
+                counts[name] += units
     return counts
+
+
+def step_work(layouts: Mapping[str, Layout], parts: int) -> dict[str, int]:
+    """Work of one training step, whose batch is learned in so many parts."""
+    each = count_work([p for name, p in layouts.items() if name in ("step", "accumulate")])
+    once = count_work([p for name, p in layouts.items() if name == "apply"])
+    return {name: parts * each[name] + once[name] for name in each}
 
 
 def compile_plan(
@@ -264,11 +502,14 @@ def compile_plan(
     memory_bytes: int | None = None,
     threads: int | None = None,
     must_fit: bool = True,
+    recompute: str | Sequence[str] = "auto",
+    micro_batches: int | None = None,
 ) -> Plan:
     """Compile one scheme. Raises CannotFit, with `fixes`, where it does not fit and `must_fit` is left on.
 
     model: a Graph. device: a name of acclimate.devices() or a Device. memory_bytes: a limit on peak RAM below the
-    device's own. The other arguments are those of acclimate.plan.
+    device's own. micro_batches: parts that a batch is learned in; None: as the limit asks. The other arguments are
+    those of acclimate.plan.
     """
     whole = isinstance(batch_size, (int, np.integer)) and not isinstance(batch_size, bool)
     if not whole or not 1 <= batch_size <= MAX_BATCH:
@@ -289,10 +530,55 @@ def compile_plan(
         int(batch_size),
         memory_bytes,
         threads or 1,
+        _recompute(recompute),
+        micro_batches,
     )
+    if micro_batches is not None:
+        _check_split(plan, micro_batches)
+    if isinstance(plan.recompute, tuple):
+        _check_names(plan)
     if must_fit and not plan.fits:
         raise cannot_fit(plan)
     return plan
+
+
+def _recompute(given: str | Sequence[str]) -> str | tuple[str, ...]:
+    if isinstance(given, str):
+        if given not in RECOMPUTE:
+            raise WrongUse(
+                "recompute is a way of choosing or a list of values",
+                number=repr(given),
+                action=f"one of {', '.join(RECOMPUTE)}, or names such as plan.at_peak() gives",
+            )
+        return given
+    return tuple(dict.fromkeys(str(n) for n in given)) or "none"
+
+
+def _check_names(plan: Plan) -> None:
+    unknown = [n for n in plan.recompute if n not in plan.recomputed]
+    if unknown:
+        known = _step(plan, _plain(plan, plan.parts)).candidates
+        raise WrongUse(
+            "this value cannot be recomputed: the forward part does not make it, or nothing needs it again",
+            where=", ".join(unknown[:4]),
+            action=f"of {', '.join(known[:8])}{' ...' if len(known) > 8 else ''}",
+        )
+
+
+def _check_split(plan: Plan, parts: int) -> None:
+    if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1 or plan.batch_size % parts:
+        raise WrongUse(
+            "micro_batches must divide the batch",
+            number=f"{parts} parts of {plan.batch_size} samples",
+            action="a divisor of batch_size, or None to have it chosen",
+        )
+    if parts > 1 and plan.cannot_split:
+        raise WrongUse(
+            "this cannot be learned in micro-batches",
+            where=plan.cannot_split,
+            number=f"micro_batches={parts}",
+            action="micro_batches=1; recompute works with every model",
+        )
 
 
 def cannot_fit(plan: Plan) -> CannotFit:
@@ -325,11 +611,26 @@ def cannot_fit(plan: Plan) -> CannotFit:
     )
 
 
+def _levers(plan: Plan, other: Plan) -> str:
+    """The options by which `other` uses levers that `plan` was not allowed."""
+    out = []
+    if other.parts > 1 and plan.micro_batches is not None:
+        out.append(f"--micro-batches {other.parts}")
+    if other.recomputed and plan.recompute != "auto":
+        few = len(other.recomputed) <= NAMED_VALUES
+        out.append(f"--recompute {','.join(other.recomputed) if few else 'auto'}")
+    return " ".join(out)
+
+
 def fixes(plan: Plan, limit: int = 3) -> list[dict[str, Any]]:
     """Changes that make it fit, each compiled and checked: those that keep most weights learning come first."""
     options: list[tuple[str, dict[str, Any]]] = []
+    if plan.micro_batches is not None:
+        options.append(("", {"micro_batches": None}))
+    if plan.recompute != "auto":
+        options.append(("", {"recompute": "auto"}))
     if plan.batch_size > 1:
-        options.append(("--batch 1", {"batch_size": 1}))
+        options.append(("--batch 1", {"batch_size": 1, "micro_batches": None}))
     if getattr(plan.optimizer, "momentum", 0) or hasattr(plan.optimizer, "betas"):
         options.append(("--optimizer sgd", {"optimizer": SGD(lr=plan.optimizer.lr)}))
     for scheme in schemes.candidates(plan.model):
@@ -338,7 +639,7 @@ def fixes(plan: Plan, limit: int = 3) -> list[dict[str, Any]]:
             options.append(
                 (
                     f"--scheme {scheme.label} --batch 1",
-                    {"update_set": scheme.choose(plan.model), "batch_size": 1},
+                    {"update_set": scheme.choose(plan.model), "batch_size": 1, "micro_batches": None},
                 )
             )
     found: list[dict[str, Any]] = []
@@ -346,13 +647,16 @@ def fixes(plan: Plan, limit: int = 3) -> list[dict[str, Any]]:
         other = replace(plan, **change)
         if other.fits:
             saved = plan.peak_bytes - other.peak_bytes
+            more = other.latency_us / plan.latency_us - 1
+            text = " ".join(filter(None, (text, _levers(plan, other))))
             found.append(
                 {
-                    "text": f"{text} ({saved / 1024:.1f} KiB less RAM)",
+                    "text": f"{text} ({saved / 1024:.1f} KiB less RAM, {more:+.1%} time)",
                     "option": text,
                     "peak_bytes": other.peak_bytes,
                     "flash_bytes": other.flash_bytes,
                     "saved_bytes": saved,
+                    "latency_us": other.latency_us,
                     "trainable": other.update_set.size(plan.model),
                     "changes": len(text.split("--")) - 1,
                 }

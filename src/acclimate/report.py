@@ -124,7 +124,19 @@ class Curve:
     marks: tuple[tuple[int, str], ...] = ()
 
 
-Block = Table | Facts | Note | Parts | Timeline | Scatter | Bars | Curve
+@dataclass(frozen=True)
+class Trade:
+    """Peak RAM against the time of a step: (bytes, microseconds, micro-batches), from most bytes to least.
+
+    `limit_bytes`: what the device or the caller leaves.
+    """
+
+    title: str
+    points: tuple[tuple[int, float, int], ...]
+    limit_bytes: int
+
+
+Block = Table | Facts | Note | Parts | Timeline | Scatter | Bars | Curve | Trade
 
 
 @dataclass(frozen=True)
@@ -421,7 +433,11 @@ def _plan(data: Row) -> Report:
                 f"lower bound {_size(plan['lower_bound_bytes'])}",
             ),
             ("flash", _size(plan["flash_bytes"]), f"of {_size(device['flash_bytes'])}"),
-            ("a step", text(plan["latency_us"], "us"), f"{text(plan['energy_uj'], 'uj')}, estimates"),
+            (
+                "a step",
+                text(plan["latency_us"], "us"),
+                f"{text(plan['energy_uj'], 'uj')}, estimates{_levers(plan)}",
+            ),
         )
     )
     blocks: list[Block] = [facts, _scheme_table(data), *(Note(n) for n in data["notes"])]
@@ -443,10 +459,50 @@ def _plan(data: Row) -> Report:
         _model_line(data["model"]),
         (
             Section("", tuple(blocks)),
+            Section("Memory against time", _trade_blocks(data["curve"], device)),
             Section("Memory", _memory_blocks(plan, device)),
             Section("Plan", (_tensor_table(plan),)),
         ),
         data,
+    )
+
+
+def _levers(plan: Row) -> str:
+    """What the plan does to need less memory."""
+    said = ""
+    if plan["micro_batches"] > 1:
+        said += f"; in {plan['micro_batches']} micro-batches"
+    if plan["recomputed"]:
+        share = plan["recompute_us"] / (plan["latency_us"] - plan["recompute_us"])
+        said += f"; {len(plan['recomputed'])} values are recomputed, {text(share, 'share')} more time"
+    return said
+
+
+def _trade_blocks(curve: Sequence[Row], device: Row) -> tuple[Block, ...]:
+    """What memory costs in time, where it was asked for."""
+    if not curve:
+        return ()
+    rows = tuple({**r, "values": len(r["recomputed"])} for r in curve)
+    return (
+        Table(
+            "Memory against time",
+            (
+                Column("peak_bytes", "peak RAM", "bytes"),
+                Column("arena_bytes", "arena", "bytes"),
+                Column("latency_us", "time", "us"),
+                Column("extra_time", "more time", "share"),
+                Column("macs_per_step", "MACs", "macs"),
+                Column("micro_batches", "micro-batches", "count"),
+                Column("values", "recomputed", "count"),
+            ),
+            rows,
+            caption="Each row was planned in full. Bytes and MACs are exact, times are estimates.",
+        ),
+        Trade(
+            "Peak RAM against the time of a step",
+            tuple((int(r["peak_bytes"]), float(r["latency_us"]), int(r["micro_batches"])) for r in curve),
+            device["limit_bytes"],
+        ),
     )
 
 

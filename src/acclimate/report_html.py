@@ -25,6 +25,7 @@ from .report import (
     Section,
     Table,
     Timeline,
+    Trade,
     sound,
     text,
     thin,
@@ -535,6 +536,30 @@ def curve_svg(block: Curve) -> str:
     return _svg(block.title, said, height + LINE * len(lines), [*body, *lines])
 
 
+def trade_svg(block: Trade) -> str:
+    """Peak RAM against time, a point a plan; a line through them, and a dashed one for the limit."""
+    points = [p for p in block.points if finite(p[0]) and finite(p[1])]
+    times, most = [p[1] for p in points], max([p[0] for p in points], default=1)
+    frame = _Frame((0, 1.12 * most), _range(times, 0.15, low=0), 280)
+    body = frame.axes("peak RAM", "bytes", "time of a step", "us", x_steps=BYTE_STEPS)
+    if block.limit_bytes <= 1.12 * most:
+        x = frame.x(block.limit_bytes)
+        body += [_line(x, frame.top, x, frame.bottom, "before"), _text(x - 5, frame.top + 8, "limit", "end")]
+    body.append(_path([(frame.x(b), frame.y(t)) for b, t, _ in points], "thick"))
+    for size, time, parts in points:
+        split = f", {parts} micro-batches" if parts > 1 else ""
+        body.append(
+            _dot(
+                frame.x(size), frame.y(time), 4.5, "dot", f"{text(size, 'bytes')}: {text(time, 'us')}{split}"
+            )
+        )
+    said = f"{len(points)} plans"
+    if points:
+        ends = [f"{text(b, 'bytes')} at {text(t, 'us')}" for b, t, _ in (points[0], points[-1])]
+        said += f", from {ends[0]} to {ends[1]}"
+    return _svg(block.title, said, 280, body)
+
+
 def _mean(values: Sequence[float]) -> float:
     known = [v for v in values if math.isfinite(v)]
     return sum(known) / len(known) if known else math.nan
@@ -606,6 +631,7 @@ _DRAW: dict[type, Callable[[Any], str]] = {
     Scatter: _figure(scatter_svg),
     Bars: _figure(bars_svg),
     Curve: _figure(curve_svg),
+    Trade: _figure(trade_svg),
 }
 
 
@@ -618,7 +644,7 @@ def _section(section: Section) -> str:
     out: list[str] = []
     figures: list[str] = []
     for block in (*section.blocks, None):
-        if isinstance(block, (Parts, Timeline, Scatter, Bars, Curve)) or (
+        if isinstance(block, (Parts, Timeline, Scatter, Bars, Curve, Trade)) or (
             figures and isinstance(block, Table) and block.detail
         ):
             figures.append(_block(block))

@@ -5,6 +5,7 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed (the test extra)")
 from models import MODELS, batch, exported
+from overlaps import assert_no_overlap, value_lifetimes
 
 import acclimate
 from acclimate.layout import Buffer, place
@@ -18,33 +19,6 @@ def plan_for(name, scheme, n=4, train=False, **more):
     return acclimate.plan(exported(name, train)[1], scheme=scheme, loss=MODELS[name][3], batch_size=n, **more)
 
 
-def value_lifetimes(layout):
-    """First and last node that touches each arena value, found anew from the nodes alone."""
-    first, last = {}, {}
-    for name in layout.graph.inputs.values():
-        first[name] = last[name] = -1
-    for i, node in enumerate(layout.nodes):
-        for name in node.outputs:
-            if name in layout.offsets:
-                first.setdefault(name, i)
-                last.setdefault(name, i)
-        for name in node.inputs:
-            if name in layout.offsets:
-                last[name] = i
-    for name in layout.graph.outputs.values():
-        last[name] = len(layout.nodes)
-    return first, last
-
-
-def roots(layout):
-    """What each value is a view of."""
-    out = {}
-    for node in layout.nodes:
-        if TABLE[node.op].view:
-            out[node.outputs[0]] = out.get(node.inputs[0], node.inputs[0])
-    return out
-
-
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", MODELS)
@@ -54,28 +28,7 @@ def test_no_two_live_values_overlap(name, scheme, train):
         pytest.skip("its biases are not all in the loss")
     plan = plan_for(name, scheme, train=train)
     for layout in plan.layouts.values():
-        first, last = value_lifetimes(layout)
-        view_of = roots(layout)
-        maker = {n: node for node in layout.nodes for n in node.outputs if n}
-        names = [n for n in layout.offsets if n in first]
-        for a in names:
-            for b in names:
-                if a >= b or view_of.get(a, a) == view_of.get(b, b):
-                    continue
-                if first[a] > last[b] or first[b] > last[a]:
-                    continue
-                end_a = layout.offsets[a] + layout.graph.type(a).size_bytes
-                end_b = layout.offsets[b] + layout.graph.type(b).size_bytes
-                if layout.offsets[a] >= end_b or layout.offsets[b] >= end_a:
-                    continue
-                new, old = (a, b) if first[a] >= first[b] else (b, a)
-                node = maker[new]
-                allowed = [node.inputs[i] for i in TABLE[node.op].in_place if i < len(node.inputs)]
-                assert (
-                    first[new] == last[old]
-                    and layout.offsets[new] == layout.offsets[old]
-                    and any(view_of.get(i, i) == view_of.get(old, old) for i in allowed)
-                ), f"{a} and {b} overlap"
+        assert_no_overlap(layout)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -230,25 +230,29 @@ def infer(row: Row, attrs: Mapping[str, Any], types: Sequence[Type | None], wher
     inputs, outputs = parse(row.signature)
     if inputs and inputs[-1].repeated and types:
         inputs = inputs + (inputs[-1],) * (len(types) - len(inputs))
-    place = f"{row.name}({', '.join('-' if t is None else str(t) for t in types)}) {where}".strip()
+    given = types
+
+    def place() -> str:
+        return f"{row.name}({', '.join('-' if t is None else str(t) for t in given)}) {where}".strip()
+
     if len(types) > len(inputs) or len(types) > MAX_ARGS - len(outputs):
-        raise BadInput("too many inputs", where=place, number=f"{len(types)}, at most {len(inputs)}")
+        raise BadInput("too many inputs", where=place(), number=f"{len(types)}, at most {len(inputs)}")
     types = list(types) + [None] * (len(inputs) - len(types))
     bound: dict[str, Any] = {}
     for i, (pattern, type_) in enumerate(zip(inputs, types, strict=True)):
         if type_ is None:
             if not pattern.optional:
-                raise BadInput(f"input {i} is missing", where=place)
+                raise BadInput(f"input {i} is missing", where=place())
             continue
         if len(type_.shape) > MAX_RANK:
             raise BadInput(
                 f"input {i} has too many dimensions",
-                where=place,
+                where=place(),
                 number=f"{len(type_.shape)}, at most {MAX_RANK}",
             )
         reason = _match(pattern, type_, bound)
         if reason:
-            raise BadInput(f"input {i} {reason}", where=place)
+            raise BadInput(f"input {i} {reason}", where=place())
     if row.shape is not None:
         return list(row.shape(attrs, *types))
     return [
