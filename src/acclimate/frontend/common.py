@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import BadInput, Unsupported
 from ..ir import Dim, Graph, Node, reachable
-from ..ops import TABLE, emit, parse, verify, with_batch
+from ..ops import TABLE, emit, parse, verify, with_batch, without_unread
 from ..ops.row import MAX_ARGS
 
 #: Graphs are built at this batch, which no size of a model equals or divides, and re-instantiated at the end.
@@ -30,10 +30,7 @@ LARGE = 1e30
 MOST_COPIES = 1024
 
 
-#: Rewrites that both front ends name.
-RECURRENT = (
-    "recurrent layers are not taken yet; a 1-D convolution or attention over the sequence needs less memory"
-)
+#: A rewrite that both front ends name.
 OUTSIDE = "do it on the model's output, outside of the model"
 #: What a foreign node that could not be taken stands for.
 LOST = object()
@@ -275,7 +272,7 @@ class Builder:
             raise BadInput("the model's output does not depend on its input", where=source)
         g = self.graph
         g.outputs = {"output": str(output)}
-        g.nodes = reachable(g, [output])
+        g.nodes = without_unread(reachable(g, [output]), [output])
         used = {n for node in g.nodes for n in (*node.inputs, *node.outputs)} | {output, *g.inputs.values()}
         g.values = {k: v for k, v in g.values.items() if k in used}
         g.aliases = {k: v for k, v in aliases.items() if v in g.values}

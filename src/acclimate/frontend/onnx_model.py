@@ -371,6 +371,7 @@ _WEIGHTS = {
     "MatMul": (0, 1),
     "Einsum": (0, 1),
     "PRelu": (1,),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), (1, 2, 3)),
     **dict.fromkeys(
         ("BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization"), (1, 2)
     ),

@@ -413,6 +413,70 @@ def _depth_to_space(b: Builder, n: Node) -> Any:
     return c.view(b, y, [batch, channels // (r * r), h * r, w * r])
 
 
+#: operator -> row, its gates in ONNX's order by their number in ours, activations that are taken
+_CELLS: dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {
+    "LSTM": ("lstm", (0, 3, 1, 2), ("sigmoid", "tanh", "tanh")),
+    "GRU": ("gru", (1, 0, 2), ("sigmoid", "tanh")),
+    "RNN": ("rnn", (0,), ("tanh",)),
+}
+
+
+def _recurrent(b: Builder, n: Node) -> Any:
+    """LSTM, GRU and RNN: outputs (T, D, N, H) and the last states (D, N, H); with layout 1, N comes first."""
+    cell, order, usual = _CELLS[n.op]
+    x, first = n.x, bool(n.attr("layout", 0))
+    x = x if first else c.swap(b, x, 0, 1)
+    w, r, bias = n.get(1), n.get(2), n.get(3)
+    directions, size = b.length(r, 0), b.length(r, 2)
+    acts = [v.decode().lower() if isinstance(v, bytes) else v.lower() for v in n.attrs.get("activations", [])]
+    attrs: dict[str, int] = {}
+    if cell == "rnn" and acts and set(acts) == {"relu"}:
+        attrs["relu"], usual = 1, ("relu",)
+    if acts and tuple(acts) != usual * directions:
+        raise Untaken(f"activations {', '.join(acts)}")
+    for name in ("clip", "input_forget", "activation_alpha", "activation_beta"):
+        if n.attr(name):
+            raise Untaken(f"the attribute {name}")
+    if n.get(7) is not None and (isinstance(n.get(7), Ref) or np.any(n.get(7))):
+        raise Untaken("peepholes")
+    lengths = n.get(4)
+    if lengths is not None and (isinstance(lengths, Ref) or np.any(np.asarray(lengths) != b.length(x, 1))):
+        raise Untaken("sequences of different lengths")
+    if cell == "gru":
+        attrs["reset_after"] = n.attr("linear_before_reset", 0)
+
+    def side(thing: Any, i: int) -> Any:
+        return squeeze_first(thing) if directions == 1 else c.select(b, thing, 0, i)
+
+    def squeeze_first(thing: Any) -> Any:
+        return f.squeeze_exactly(b, thing, 0)
+
+    def ours(thing: Any) -> Any:
+        """Rows of gates in our order."""
+        parts = [
+            c.slice_axis(b, thing, 0, i * size, (i + 1) * size) for i in map(order.index, range(len(order)))
+        ]
+        return c.concat(b, parts, 0) if len(order) > 1 else thing
+
+    outs = []
+    for i in range(directions):
+        weights = [ours(side(w, i)), ours(side(r, i)), None, None]
+        if bias is not None:
+            both, half = side(bias, i), len(order) * size
+            weights[2:] = [ours(c.slice_axis(b, both, 0, j * half, (j + 1) * half)) for j in (0, 1)]
+        starts = [n.get(5)] if cell != "lstm" else [n.get(5), n.get(6)]
+        starts = [None if s is None else c.select(b, s, 1 if first else 0, i) for s in starts]
+        backwards = i == 1 or n.attr("direction", "forward") == "reverse"
+        outs.append(f.recurrent(b, cell, x, weights, starts, backwards, **attrs))
+    axis = 2 if first else 1  # (N, T, H) -> (N, T, D, H) or (T, D, N, H)
+    ys = [c.unsqueeze(b, y if first else c.swap(b, y, 0, 1), [axis]) for y, _ in outs]
+    last = [
+        c.concat(b, [c.unsqueeze(b, s, [1 if first else 0]) for s in kind], 1 if first else 0)
+        for kind in zip(*(ends for _, ends in outs), strict=True)
+    ]
+    return [c.concat(b, ys, axis), *last]
+
+
 def _attention(b: Builder, n: Node) -> Any:
     q, k, v = n.things[:3]
     if len(b.shape(q)) != 4 or len(n.things) > 4 or b.shape(q)[1] != b.shape(k)[1]:
@@ -459,6 +523,7 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "Gemm": _gemm,
     "MatMul": lambda b, n: f.matmul(b, n.x, n.get(1)),
     "Attention": _attention,
+    **dict.fromkeys(_CELLS, _recurrent),
     "Einsum": lambda b, n: f.einsum(b, n.attr("equation"), n.things),
     "BatchNormalization": _batch_norm,
     "LayerNormalization": _layer_norm,
@@ -559,7 +624,7 @@ _QUANTISED = "bring the float model; acclimate.quantize makes an int8 graph of i
 #: operator -> the nearest thing that is taken
 REWRITES: dict[str, str] = {
     "ConvTranspose": "Resize by nearest and a convolution",
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), c.RECURRENT),
+    **dict.fromkeys(_CELLS, "the usual activations, sequences of one length, no clip and no peepholes"),
     **dict.fromkeys(
         (
             "QuantizeLinear",
