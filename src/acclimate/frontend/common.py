@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -138,7 +138,7 @@ class Builder:
 
     `baked`: the batch that the foreign model's literal shapes hold, None where they hold none.
     `choices`: which reading to take at each ambiguous shape; `readings`: which was taken, out of how many;
-    `settled`: fail rather than try another one.
+    `settled`: fail rather than try another one. `fixed`: no axis is the batch.
     """
 
     baked: int | None = None
@@ -148,6 +148,7 @@ class Builder:
     stem: str = ""
     failures: list[UnsupportedNode] = field(default_factory=list)
     settled: bool = False
+    fixed: bool = False
     readings: list[tuple[int, int]] = field(default_factory=list)
     made: dict[str, Node] = field(default_factory=dict)
     learned: set[str] = field(default_factory=set)  # values that depend on a parameter
@@ -156,7 +157,10 @@ class Builder:
     dropouts: int = 0
 
     # -- values ------------------------------------------------------------------------------------------------
-    def input(self, shape: Sequence[int]) -> Ref:
+    def input(self, shape: Sequence[int], name: str = "") -> Ref:
+        """The input, called x; where nothing is the batch, one of several, by its own name."""
+        if self.fixed:
+            return Ref(self.graph.input(name, tuple(map(int, shape))))
         return Ref(self.graph.input("x", (Size(1), *(int(s) for s in shape[1:]))))
 
     def parameter(self, name: str, data: np.ndarray) -> Ref:
@@ -263,6 +267,19 @@ class Builder:
         while readings[-1][0] + 1 >= readings[-1][1]:
             readings.pop()
         return (*(c for c, _ in readings[:-1]), readings[-1][0] + 1)
+
+    def finish_fixed(self, results: Mapping[str, Any], source: str) -> Graph:
+        """The verified Graph of all results by their names."""
+        if not self.failures and any(r is LOST for r in results.values()):
+            self.fail("output", Untaken("a further output that is not computed here"))
+        if not self.failures and not all(isinstance(r, Ref) for r in results.values()):
+            self.fail("output", Untaken("a result that does not depend on the input"))
+        if self.failures:
+            raise unsupported(self.failures, source)
+        g, kept = self.graph, [str(r) for r in results.values()]
+        g.batch, g.outputs = 1, dict(zip(results, kept, strict=True))
+        g.nodes = without_unread(reachable(g, kept), kept)
+        return verify(g, "import")
 
     def finish(self, output: Any, batch: int, aliases: dict[str, str], source: str) -> Graph:
         """The verified Graph at the given batch, without what the output does not need."""

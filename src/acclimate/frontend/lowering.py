@@ -439,10 +439,14 @@ def attention(
 ) -> Any:
     """Scaled dot-product attention over (..., L, D): softmax(q k' scale + bias) v. A boolean bias says what to keep."""
     scores = matmul(b, affine(b, q, b.shape(q)[-1] ** -0.5 if scale is None else scale), swap(b, k, -1, -2))
-    if causal:
-        bias = np.tril(np.ones((b.length(q, -2), b.length(k, -2)), np.bool_))
+    kept = np.tril(np.ones((b.length(q, -2), b.length(k, -2)), np.bool_)) if causal else None
     if bias is not None and not isinstance(bias, Ref) and np.asarray(bias).dtype == np.bool_:
-        bias = np.where(bias, 0.0, -LARGE).astype(np.float32)
+        kept, bias = np.asarray(bias) if kept is None else np.asarray(bias) & kept, None
+    if kept is not None:
+        if not kept.any(-1).all():
+            raise Untaken("a row of the attention mask that keeps nothing")
+        mask_bias = np.where(kept, 0.0, -LARGE).astype(np.float32)
+        bias = mask_bias if bias is None else binary(b, "add", bias, mask_bias)
     if bias is not None:
         scores = binary(b, "add", scores, bias)
     return matmul(b, dropout(b, softmax(b, scores, -1), dropout_p), v)

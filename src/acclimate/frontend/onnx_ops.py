@@ -377,8 +377,19 @@ def _resize(b: Builder, n: Node) -> Any:
     from onnx import helper
 
     shape, x = b.shape(n.x), n.x
-    scales = n.get(1) if n.op == "Upsample" else n.get(2)
-    sizes = n.get(3)
+    for name, usual in (("antialias", 0), ("keep_aspect_ratio_policy", "stretch")):
+        if n.attr(name, usual) != usual:
+            raise Untaken(f"{n.op} with {name}")
+    axes = [a % len(shape) for a in n.attr("axes", range(len(shape)))]
+    scales, sizes = (
+        None
+        if v is None or len(v) == 0
+        else [dict(zip(axes, v, strict=True)).get(i, d) for i, d in enumerate(full)]
+        for v, full in (
+            (n.get(1) if n.op == "Upsample" else n.get(2), [1.0] * len(shape)),
+            (n.get(3), shape),
+        )
+    )
     goal = (
         list(sizes)
         if sizes is not None
@@ -392,7 +403,7 @@ def _resize(b: Builder, n: Node) -> Any:
         if size == goal[i]:
             continue
         proto = helper.make_node("Resize", ["x", "", "scales"], ["y"], **attrs)
-        factor = np.float32(goal[i] / size if scales is None or len(scales) == 0 else scales[axis])
+        factor = np.float32(goal[i] / size if scales is None else scales[axis])
         matrix = evaluated(
             Node(proto, max(n.opset, 13)),
             {"x": np.eye(size, dtype=np.float32), "scales": np.array([1, factor], np.float32)},
@@ -481,6 +492,9 @@ def _attention(b: Builder, n: Node) -> Any:
     q, k, v = n.things[:3]
     if len(b.shape(q)) != 4 or len(n.things) > 4 or b.shape(q)[1] != b.shape(k)[1]:
         raise Untaken("attention on three axes, with a cache, or with fewer heads for keys")
+    more = [k for k, v in n.attrs.items() if k not in ("is_causal", "scale", "softmax_precision") and v]
+    if more:
+        raise Untaken(f"attention with {', '.join(sorted(more))}")
     return f.attention(b, q, k, v, n.get(3), bool(n.attr("is_causal", 0)), 0.0, n.attr("scale"))
 
 
@@ -493,7 +507,8 @@ def _cast(b: Builder, n: Node) -> Any:
 def _lp_normalization(b: Builder, n: Node) -> Any:
     if n.attr("p", 2) != 2:
         raise Untaken("normalisation by another norm than the second")
-    return f.binary(b, "div", n.x, f.unary(b, "sqrt", _sum_of("square")(b, n.x, [n.attr("axis", -1)], True)))
+    norm = f.unary(b, "sqrt", _sum_of("square")(b, n.x, [n.attr("axis", -1)], True))
+    return f.binary(b, "div", n.x, f.clamp(b, norm, 1e-30, None))  # zeros stay zeros
 
 
 def _cumsum(b: Builder, n: Node) -> Any:
