@@ -270,10 +270,16 @@ class Builder:
 
     def finish_fixed(self, results: Mapping[str, Any], source: str) -> Graph:
         """The verified Graph of all results by their names."""
-        if not self.failures and any(r is LOST for r in results.values()):
-            self.fail("output", Untaken("a further output that is not computed here"))
-        if not self.failures and not all(isinstance(r, Ref) for r in results.values()):
-            self.fail("output", Untaken("a result that does not depend on the input"))
+        for name, result in results.items():
+            self.where = name
+            try:
+                if result is None or result is LOST and not self.failures:
+                    raise Untaken("a further output that is not computed here")
+                if not isinstance(result, Ref) and result is not LOST:
+                    self.value(result)
+                    raise Untaken("a result that does not depend on the input")
+            except Untaken as error:
+                self.fail("output", error)
         if self.failures:
             raise unsupported(self.failures, source)
         g, kept = self.graph, [str(r) for r in results.values()]

@@ -386,7 +386,7 @@ def matmul(b: Builder, x: Any, y: Any) -> Any:
     if not isinstance(x, Ref) and not isinstance(y, Ref):
         return np.matmul(x, y)
     if len(b.shape(x)) == 1:
-        return squeeze_exactly(b, matmul(b, unsqueeze(b, x, [0]), y), -2)
+        return squeeze_exactly(b, matmul(b, unsqueeze(b, x, [0]), y), -2 if len(b.shape(y)) > 1 else -1)
     if len(b.shape(y)) == 1:
         return squeeze_exactly(b, matmul(b, x, unsqueeze(b, y, [1])), -1)
     lead = b.shape(y)[:-2]

@@ -151,10 +151,14 @@ def _batch_norm(b: Builder, n: Node) -> Any:
 
 
 def _layer_norm(b: Builder, n: Node) -> Any:
-    shape = b.shape(n.x)
-    return f.normalize(
-        b, n.x, shape[n.attr("axis", -1) % len(shape) :], n.get(1), n.get(2), n.attr("epsilon", 1e-5)
-    )
+    shape, eps = b.shape(n.x), n.attr("epsilon", 1e-5)
+    first = n.attr("axis", -1) % len(shape)
+    y = f.normalize(b, n.x, shape[first:], n.get(1), n.get(2), eps)
+    if len(n.outputs) == 1:
+        return y
+    axes = range(first, len(shape))
+    spread = f.affine(b, f.variance(b, n.x, axes, 0, True), 1.0, eps)
+    return [y, f.reduce(b, "mean", n.x, axes, True), f.power(b, spread, -0.5)]
 
 
 def _rms_norm(b: Builder, n: Node) -> Any:
@@ -201,16 +205,22 @@ def _global(largest: bool) -> Callable[..., Any]:
 
 def _dropout(b: Builder, n: Node) -> Any:
     training = f.number(n.get(2)) if n.get(2) is not None else 0
-    ratio = n.attr("ratio", 0.5) if n.get(1) is None else f.number(n.get(1)) or 0.0
+    ratio = (_number(n, 1, "ratio") if n.get(1) is not None else n.attr("ratio", 0.5)) or 0.0
     return [f.dropout(b, n.x, ratio) if training else n.x, LOST]
 
 
 def _number(n: Node, i: int, name: str) -> float | None:
-    """A bound that newer opsets give as input i."""
+    """A number that newer opsets give as input i."""
+    if isinstance(n.get(i), Ref):
+        raise Untaken(f"{name} depends on the data")
     return n.attr(name) if n.get(i) is None else f.number(n.get(i))
 
 
 def _clip(b: Builder, n: Node) -> Any:
+    low, high = n.get(1), n.get(2)
+    if isinstance(low, Ref) or isinstance(high, Ref):
+        x = n.x if low is None else f.larger(b, n.x, low)
+        return x if high is None else f.larger(b, x, high, -1.0)
     return f.clamp(b, n.x, _number(n, 1, "min"), _number(n, 2, "max"))
 
 
@@ -380,6 +390,8 @@ def _resize(b: Builder, n: Node) -> Any:
     for name, usual in (("antialias", 0), ("keep_aspect_ratio_policy", "stretch")):
         if n.attr(name, usual) != usual:
             raise Untaken(f"{n.op} with {name}")
+    if n.attr("coordinate_transformation_mode", "") == "tf_crop_and_resize":
+        raise Untaken(f"{n.op} with crops")
     axes = [a % len(shape) for a in n.attr("axes", range(len(shape)))]
     scales, sizes = (
         None
