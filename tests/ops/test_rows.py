@@ -11,8 +11,8 @@ from acclimate.layout import Buffer, Layout, arrange
 from acclimate.ops import TABLE, cost, emit, evaluate, infer, parse, verify
 from acclimate.runtime import best_isa
 
-ROWS = 83
-DIFFERENTIABLE = 43
+ROWS = 89
+DIFFERENTIABLE = 46
 
 
 def test_count():

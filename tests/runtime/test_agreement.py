@@ -217,7 +217,7 @@ def makes_sense(case: Case) -> bool:
         op, ins, outs = FORWARD[case.row.name]
         row = TABLE[op]
         try:
-            made = infer(row, {k: case.attrs[k] for k in row.attrs}, ins(case))
+            made = infer(row, row.fill({k: v for k, v in case.attrs.items() if k in row.attrs}), ins(case))
         except (BadInput, ValueError, IndexError, TypeError):
             return False
         return [(tuple(t.shape), t.dtype) for t in made] == [(tuple(t.shape), t.dtype) for t in outs(case)]
@@ -470,7 +470,7 @@ def far_geometry(draw) -> Case | None:
         "groups": 1,
         "include_pad": draw(st.integers(0, 1)),
     }
-    attrs = {k: v for k, v in attrs.items() if k in row.attrs}
+    attrs = row.fill({k: v for k, v in attrs.items() if k in row.attrs})
     x, d, w = (
         Type((1, channels, *size)),
         Type((1, 2 if conv else channels, *out)),

@@ -52,6 +52,15 @@ def load_onnx(path: str | PathLike[str]) -> Graph:
         raise
 
 
+def fixed_graph(proto: Any, source: str) -> Graph:
+    """The Graph of a ModelProto as it stands: its own inputs and outputs by their names, fixed shapes, no batch.
+
+    For checking operators by themselves; a model that is to learn is read by `load_onnx`. Raises as that does.
+    """
+    model = Model(proto, source, fixed=True)
+    return _Walk(Builder(fixed=True), model).run()
+
+
 def _read(file: Any) -> Any:
     """The checked ModelProto with all tensors loaded and local functions inlined."""
     try:
@@ -104,7 +113,8 @@ class _Walk:
     def run(self) -> Graph:
         for name, array in self.model.parameters.items():
             self.env[name] = self.b.parameter(name, array)
-        self.env[self.model.input] = self.b.input(self.model.shape)
+        for name, shape in self.model.inputs:
+            self.env[name] = self.b.input(shape, name)
         for node in self.model.nodes:
             results = self._call(node)
             for name, value in zip(node.outputs, results, strict=False):
@@ -112,8 +122,11 @@ class _Walk:
                 if self.model.uses[name] > 1 and isinstance(value, Ref):
                     self.b.shared.add(value)
         self.b.where = ""
-        batch = self.model.baked or 1
-        return self.b.finish(self.env.get(self.model.output), batch, self.model.aliases, self.model.source)
+        results = {name: self.env.get(name) for name in self.model.outputs}
+        if self.b.fixed:
+            return self.b.finish_fixed(results, self.model.source)
+        (output,) = results.values()
+        return self.b.finish(output, self.model.baked or 1, self.model.aliases, self.model.source)
 
     def _call(self, node: Node) -> Sequence[Any]:
         """The node's results; LOST where it could not be taken."""
@@ -123,7 +136,7 @@ class _Walk:
         things = [self.env.get(n, LOST) if n else None for n in node.inputs]
         node.things, node.wanted = (
             things,
-            sum(self.model.uses[o] > 0 or o == self.model.output for o in node.outputs),
+            sum(self.model.uses[o] > 0 or o in self.model.outputs for o in node.outputs),
         )
         if any(t is LOST for t in things):
             if not taken:

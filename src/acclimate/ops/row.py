@@ -56,7 +56,7 @@ class Example:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     domain: Mapping[int, str] = field(
         default_factory=dict
-    )  # "positive", "below:K" (integers), "bits", "step"
+    )  # "positive", "small", "below:K" (integers), "bits", "step"
 
 
 @dataclass(frozen=True)

@@ -160,3 +160,58 @@ ac_status ac_check_sgd(const ac_call *call) {
 ac_status ac_check_adam(const ac_call *call) {
     return check_update(call, ((const ac_attr_adam *)call->attr)->axis, 2);
 }
+
+/* ---- recurrent layers ---- */
+
+/* x (N, T, F) is input `x`; a cell has `gates` rows of weight and `record` floats a unit and step, and `states` state
+ * vectors. The signature has bound N, T, F, G and H, of which G = gates H is still to show. `saved` may be NULL;
+ * `work` has `fixed` vectors of H and so many of a segment. */
+static ac_status check_recurrent(const ac_call *call, uint32_t x, int32_t segment, int gates,
+                                 int record, int states, const ac_tensor *saved,
+                                 const ac_tensor *work, int fixed, int of_segment) {
+    const ac_tensor *in = AC_IN_T(call, x), *w = AC_IN_T(call, x + 2);
+    const int64_t t = in->dim[1], h = w->dim[1];
+    if (segment < 0 || segment > t)
+        return AC_E_OP;
+    if (w->dim[0] != gates * h || work->dim[0] != (fixed + (int64_t)of_segment * segment) * h)
+        return AC_E_SHAPE;
+    if (!saved)
+        return AC_OK;
+    return fits(saved->dim[0] == in->dim[0] &&
+                saved->dim[1] == (segment ? (t + segment - 1) / segment : t) &&
+                saved->dim[2] == (segment ? states : record) * h);
+}
+
+ac_status ac_check_lstm(const ac_call *call) {
+    return check_recurrent(call, 0, ((const ac_attr_lstm *)call->attr)->segment, 4, 5, 2,
+                           AC_OUT_T(call, 3), AC_OUT_T(call, 1), 5, 0);
+}
+ac_status ac_check_gru(const ac_call *call) {
+    return check_recurrent(call, 0, ((const ac_attr_gru *)call->attr)->segment, 3, 4, 1,
+                           AC_OUT_T(call, 2), AC_OUT_T(call, 1), 4, 0);
+}
+ac_status ac_check_rnn(const ac_call *call) {
+    return check_recurrent(call, 0, ((const ac_attr_rnn *)call->attr)->segment, 1, 1, 1,
+                           AC_OUT_T(call, 2), AC_OUT_T(call, 1), 1, 0);
+}
+
+/* Backward reads what was saved, and without segments the outputs too. */
+static ac_status check_recurrent_grad(const ac_call *call, int32_t segment, int gates, int record,
+                                      int states) {
+    const uint32_t y = (uint32_t)(6 + states), work = (uint32_t)(5 + states);
+    const ac_tensor *saved = AC_IN_T(call, y + 1);
+    if (!saved || (!segment && !AC_IN_T(call, y)))
+        return AC_E_OP;
+    return check_recurrent(call, 1, segment, gates, record, states, saved, AC_OUT_T(call, work),
+                           2 * gates + 2, record + 1);
+}
+
+ac_status ac_check_lstm_grad(const ac_call *call) {
+    return check_recurrent_grad(call, ((const ac_attr_lstm_grad *)call->attr)->segment, 4, 5, 2);
+}
+ac_status ac_check_gru_grad(const ac_call *call) {
+    return check_recurrent_grad(call, ((const ac_attr_gru_grad *)call->attr)->segment, 3, 4, 1);
+}
+ac_status ac_check_rnn_grad(const ac_call *call) {
+    return check_recurrent_grad(call, ((const ac_attr_rnn_grad *)call->attr)->segment, 1, 1, 1);
+}

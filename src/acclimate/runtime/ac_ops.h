@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x9339B2A2u
+#define AC_TABLE_HASH 0xD15009E7u
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -55,42 +55,48 @@ typedef enum {
     AC_OP_SOFTMAX_GRAD = 45,
     AC_OP_LOG_SOFTMAX = 46,
     AC_OP_LOG_SOFTMAX_GRAD = 47,
-    AC_OP_MAX_POOL = 48,
-    AC_OP_MAX_POOL_GRAD = 49,
-    AC_OP_AVG_POOL = 50,
-    AC_OP_AVG_POOL_GRAD = 51,
-    AC_OP_BATCH_NORM = 52,
-    AC_OP_BATCH_NORM_INPUT_GRAD = 53,
-    AC_OP_BATCH_NORM_GAMMA_GRAD = 54,
-    AC_OP_BATCH_NORM_TRAIN = 55,
-    AC_OP_BATCH_NORM_TRAIN_GRAD = 56,
-    AC_OP_LAYER_NORM = 57,
-    AC_OP_LAYER_NORM_GRAD = 58,
-    AC_OP_DROPOUT = 59,
-    AC_OP_RESHAPE = 60,
-    AC_OP_TRANSPOSE = 61,
-    AC_OP_EXPAND = 62,
-    AC_OP_CONCAT = 63,
-    AC_OP_SLICE = 64,
-    AC_OP_SLICE_GRAD = 65,
-    AC_OP_SLICE_ADD = 66,
-    AC_OP_PAD = 67,
-    AC_OP_TAKE = 68,
-    AC_OP_CROSS_ENTROPY = 69,
-    AC_OP_CROSS_ENTROPY_GRAD = 70,
-    AC_OP_BINARY_CROSS_ENTROPY = 71,
-    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 72,
-    AC_OP_MSE = 73,
-    AC_OP_MSE_GRAD = 74,
-    AC_OP_SGD = 75,
-    AC_OP_ADAM = 76,
-    AC_OP_EMA = 77,
-    AC_OP_ACCUMULATE = 78,
-    AC_OP_CLEAR = 79,
-    AC_OP_INCREMENT = 80,
-    AC_OP_SUM_SQUARES = 81,
-    AC_OP_CLIP_SCALE = 82,
-    AC_OP_COUNT = 83
+    AC_OP_LSTM = 48,
+    AC_OP_LSTM_GRAD = 49,
+    AC_OP_GRU = 50,
+    AC_OP_GRU_GRAD = 51,
+    AC_OP_RNN = 52,
+    AC_OP_RNN_GRAD = 53,
+    AC_OP_MAX_POOL = 54,
+    AC_OP_MAX_POOL_GRAD = 55,
+    AC_OP_AVG_POOL = 56,
+    AC_OP_AVG_POOL_GRAD = 57,
+    AC_OP_BATCH_NORM = 58,
+    AC_OP_BATCH_NORM_INPUT_GRAD = 59,
+    AC_OP_BATCH_NORM_GAMMA_GRAD = 60,
+    AC_OP_BATCH_NORM_TRAIN = 61,
+    AC_OP_BATCH_NORM_TRAIN_GRAD = 62,
+    AC_OP_LAYER_NORM = 63,
+    AC_OP_LAYER_NORM_GRAD = 64,
+    AC_OP_DROPOUT = 65,
+    AC_OP_RESHAPE = 66,
+    AC_OP_TRANSPOSE = 67,
+    AC_OP_EXPAND = 68,
+    AC_OP_CONCAT = 69,
+    AC_OP_SLICE = 70,
+    AC_OP_SLICE_GRAD = 71,
+    AC_OP_SLICE_ADD = 72,
+    AC_OP_PAD = 73,
+    AC_OP_TAKE = 74,
+    AC_OP_CROSS_ENTROPY = 75,
+    AC_OP_CROSS_ENTROPY_GRAD = 76,
+    AC_OP_BINARY_CROSS_ENTROPY = 77,
+    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 78,
+    AC_OP_MSE = 79,
+    AC_OP_MSE_GRAD = 80,
+    AC_OP_SGD = 81,
+    AC_OP_ADAM = 82,
+    AC_OP_EMA = 83,
+    AC_OP_ACCUMULATE = 84,
+    AC_OP_CLEAR = 85,
+    AC_OP_INCREMENT = 86,
+    AC_OP_SUM_SQUARES = 87,
+    AC_OP_CLIP_SCALE = 88,
+    AC_OP_COUNT = 89
 } ac_op;
 
 typedef struct {
@@ -177,6 +183,40 @@ typedef struct {
     float low;
     float high;
 } ac_attr_matmul;
+
+typedef struct {
+    int32_t reverse;
+    int32_t segment;
+} ac_attr_lstm;
+
+typedef struct {
+    int32_t reverse;
+    int32_t segment;
+} ac_attr_lstm_grad;
+
+typedef struct {
+    int32_t reverse;
+    int32_t segment;
+    int32_t reset_after;
+} ac_attr_gru;
+
+typedef struct {
+    int32_t reverse;
+    int32_t segment;
+    int32_t reset_after;
+} ac_attr_gru_grad;
+
+typedef struct {
+    int32_t reverse;
+    int32_t segment;
+    int32_t relu;
+} ac_attr_rnn;
+
+typedef struct {
+    int32_t reverse;
+    int32_t segment;
+    int32_t relu;
+} ac_attr_rnn_grad;
 
 typedef struct {
     int32_t kernel[2];
@@ -371,6 +411,12 @@ ac_status AC_KERNEL(softmax)(const ac_call *call);
 ac_status AC_KERNEL(softmax_grad)(const ac_call *call);
 ac_status AC_KERNEL(log_softmax)(const ac_call *call);
 ac_status AC_KERNEL(log_softmax_grad)(const ac_call *call);
+ac_status AC_KERNEL(lstm)(const ac_call *call);
+ac_status AC_KERNEL(lstm_grad)(const ac_call *call);
+ac_status AC_KERNEL(gru)(const ac_call *call);
+ac_status AC_KERNEL(gru_grad)(const ac_call *call);
+ac_status AC_KERNEL(rnn)(const ac_call *call);
+ac_status AC_KERNEL(rnn_grad)(const ac_call *call);
 ac_status AC_KERNEL(max_pool)(const ac_call *call);
 ac_status AC_KERNEL(max_pool_grad)(const ac_call *call);
 ac_status AC_KERNEL(avg_pool)(const ac_call *call);
@@ -419,6 +465,12 @@ ac_status ac_check_softmax(const ac_call *call);
 ac_status ac_check_softmax_grad(const ac_call *call);
 ac_status ac_check_log_softmax(const ac_call *call);
 ac_status ac_check_log_softmax_grad(const ac_call *call);
+ac_status ac_check_lstm(const ac_call *call);
+ac_status ac_check_lstm_grad(const ac_call *call);
+ac_status ac_check_gru(const ac_call *call);
+ac_status ac_check_gru_grad(const ac_call *call);
+ac_status ac_check_rnn(const ac_call *call);
+ac_status ac_check_rnn_grad(const ac_call *call);
 ac_status ac_check_max_pool(const ac_call *call);
 ac_status ac_check_max_pool_grad(const ac_call *call);
 ac_status ac_check_avg_pool(const ac_call *call);
