@@ -6,7 +6,12 @@ from models import MODELS, batch, exported
 import acclimate
 from acclimate import passes
 from acclimate.learner import Learner
+from acclimate.ops import TABLE
 from acclimate.schemes import Full, Last, Norm, candidates
+
+
+#: Models in which each activation that clamps follows an op that does so
+FUSED = ("residual", "inverted")
 
 
 @pytest.fixture
@@ -47,7 +52,9 @@ def test_whole_models(name, train, scheme, unfused, monkeypatch):
         results.append(compile_plan(work))
     (plan, *bits), (before, *want) = results
     assert bits == want
-    assert plan.arena_bytes <= before.arena_bytes
+    assert plan.lower_bound_bytes <= before.lower_bound_bytes
+    assert plan.arena_bytes <= before.arena_bytes + before.arena_bytes // 2000  # as near as a layout searches
     assert plan.macs_per_step == before.macs_per_step
     assert plan.counts["elementwise"] == before.counts["elementwise"]
-    assert plan.counts["call"] <= before.counts["call"]
+    activations = sum(bool(TABLE[n.op].bounds) for n in before.layouts[before.train_entry].nodes)
+    assert plan.counts["call"] + activations * (name in FUSED) <= before.counts["call"]

@@ -91,6 +91,7 @@ PIECEWISE = (
         tuple(Example((e.inputs[0], e.inputs[0]), {"slope": 0.1}, {1: "bits"}) for e in _SHAPES),
         attrs={"slope": Attr("f", 0.0)},
         in_place=(0,),
+        gates=True,
         no_grad="second derivatives are not needed",
     ),
 )

@@ -100,17 +100,33 @@ ac_status ac_check_log_softmax_grad(const ac_call *call) { return check_rows(cal
 
 /* ---- normalisation ---- */
 
-ac_status ac_check_batch_norm(const ac_call *call) { return check_same(call); }
-ac_status ac_check_batch_norm_input_grad(const ac_call *call) { return check_same(call); }
-ac_status ac_check_batch_norm_train(const ac_call *call) { return check_same(call); }
+/* An argument that may be absent has the shape of `a`. */
+static int alike(const ac_tensor *a, const ac_tensor *b) { return !b || same_shape(a, b); }
 
-ac_status ac_check_batch_norm_gamma_grad(const ac_call *call) {
-    return fits(same_shape(AC_IN_T(call, 0), AC_IN_T(call, 1)));
+ac_status ac_check_batch_norm(const ac_call *call) {
+    const ac_tensor *x = AC_IN_T(call, 0);
+    return fits(same_shape(x, AC_OUT_T(call, 0)) && alike(x, AC_OUT_T(call, 1)));
+}
+
+ac_status ac_check_batch_norm_train(const ac_call *call) {
+    const ac_tensor *x = AC_IN_T(call, 0);
+    return fits(same_shape(x, AC_OUT_T(call, 0)) && alike(x, AC_OUT_T(call, 3)));
+}
+
+/* The gradient of x is made from gamma and var, that of gamma from x, mean and var. */
+ac_status ac_check_batch_norm_grad(const ac_call *call) {
+    const ac_tensor *d = AC_IN_T(call, 0), *x = AC_IN_T(call, 2), *dx = AC_OUT_T(call, 0);
+    if (dx && !(AC_IN_T(call, 3) && AC_IN_T(call, 5)))
+        return AC_E_OP;
+    if (AC_OUT_T(call, 1) && !(x && AC_IN_T(call, 4) && AC_IN_T(call, 5)))
+        return AC_E_OP;
+    return fits(alike(d, AC_IN_T(call, 1)) && alike(d, x) && alike(d, dx));
 }
 
 ac_status ac_check_batch_norm_train_grad(const ac_call *call) {
-    const ac_tensor *d = AC_IN_T(call, 0), *dx = AC_OUT_T(call, 0);
-    return fits(same_shape(d, AC_IN_T(call, 1)) && (!dx || same_shape(d, dx)));
+    const ac_tensor *d = AC_IN_T(call, 0);
+    return fits(same_shape(d, AC_IN_T(call, 1)) && alike(d, AC_IN_T(call, 5)) &&
+                alike(d, AC_OUT_T(call, 0)));
 }
 
 /* y as x; mean and rstd without the last dimension */

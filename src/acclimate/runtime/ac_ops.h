@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x9339B2A2u
+#define AC_TABLE_HASH 0x9024AF6Du
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -60,37 +60,36 @@ typedef enum {
     AC_OP_AVG_POOL = 50,
     AC_OP_AVG_POOL_GRAD = 51,
     AC_OP_BATCH_NORM = 52,
-    AC_OP_BATCH_NORM_INPUT_GRAD = 53,
-    AC_OP_BATCH_NORM_GAMMA_GRAD = 54,
-    AC_OP_BATCH_NORM_TRAIN = 55,
-    AC_OP_BATCH_NORM_TRAIN_GRAD = 56,
-    AC_OP_LAYER_NORM = 57,
-    AC_OP_LAYER_NORM_GRAD = 58,
-    AC_OP_DROPOUT = 59,
-    AC_OP_RESHAPE = 60,
-    AC_OP_TRANSPOSE = 61,
-    AC_OP_EXPAND = 62,
-    AC_OP_CONCAT = 63,
-    AC_OP_SLICE = 64,
-    AC_OP_SLICE_GRAD = 65,
-    AC_OP_SLICE_ADD = 66,
-    AC_OP_PAD = 67,
-    AC_OP_TAKE = 68,
-    AC_OP_CROSS_ENTROPY = 69,
-    AC_OP_CROSS_ENTROPY_GRAD = 70,
-    AC_OP_BINARY_CROSS_ENTROPY = 71,
-    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 72,
-    AC_OP_MSE = 73,
-    AC_OP_MSE_GRAD = 74,
-    AC_OP_SGD = 75,
-    AC_OP_ADAM = 76,
-    AC_OP_EMA = 77,
-    AC_OP_ACCUMULATE = 78,
-    AC_OP_CLEAR = 79,
-    AC_OP_INCREMENT = 80,
-    AC_OP_SUM_SQUARES = 81,
-    AC_OP_CLIP_SCALE = 82,
-    AC_OP_COUNT = 83
+    AC_OP_BATCH_NORM_GRAD = 53,
+    AC_OP_BATCH_NORM_TRAIN = 54,
+    AC_OP_BATCH_NORM_TRAIN_GRAD = 55,
+    AC_OP_LAYER_NORM = 56,
+    AC_OP_LAYER_NORM_GRAD = 57,
+    AC_OP_DROPOUT = 58,
+    AC_OP_RESHAPE = 59,
+    AC_OP_TRANSPOSE = 60,
+    AC_OP_EXPAND = 61,
+    AC_OP_CONCAT = 62,
+    AC_OP_SLICE = 63,
+    AC_OP_SLICE_GRAD = 64,
+    AC_OP_SLICE_ADD = 65,
+    AC_OP_PAD = 66,
+    AC_OP_TAKE = 67,
+    AC_OP_CROSS_ENTROPY = 68,
+    AC_OP_CROSS_ENTROPY_GRAD = 69,
+    AC_OP_BINARY_CROSS_ENTROPY = 70,
+    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 71,
+    AC_OP_MSE = 72,
+    AC_OP_MSE_GRAD = 73,
+    AC_OP_SGD = 74,
+    AC_OP_ADAM = 75,
+    AC_OP_EMA = 76,
+    AC_OP_ACCUMULATE = 77,
+    AC_OP_CLEAR = 78,
+    AC_OP_INCREMENT = 79,
+    AC_OP_SUM_SQUARES = 80,
+    AC_OP_CLIP_SCALE = 81,
+    AC_OP_COUNT = 82
 } ac_op;
 
 typedef struct {
@@ -214,19 +213,19 @@ typedef struct {
 
 typedef struct {
     float eps;
+    float low;
+    float high;
 } ac_attr_batch_norm;
 
 typedef struct {
     float eps;
-} ac_attr_batch_norm_input_grad;
-
-typedef struct {
-    float eps;
-} ac_attr_batch_norm_gamma_grad;
+} ac_attr_batch_norm_grad;
 
 typedef struct {
     float eps;
     float momentum;
+    float low;
+    float high;
 } ac_attr_batch_norm_train;
 
 typedef struct {
@@ -376,8 +375,7 @@ ac_status AC_KERNEL(max_pool_grad)(const ac_call *call);
 ac_status AC_KERNEL(avg_pool)(const ac_call *call);
 ac_status AC_KERNEL(avg_pool_grad)(const ac_call *call);
 ac_status AC_KERNEL(batch_norm)(const ac_call *call);
-ac_status AC_KERNEL(batch_norm_input_grad)(const ac_call *call);
-ac_status AC_KERNEL(batch_norm_gamma_grad)(const ac_call *call);
+ac_status AC_KERNEL(batch_norm_grad)(const ac_call *call);
 ac_status AC_KERNEL(batch_norm_train)(const ac_call *call);
 ac_status AC_KERNEL(batch_norm_train_grad)(const ac_call *call);
 ac_status AC_KERNEL(layer_norm)(const ac_call *call);
@@ -424,8 +422,7 @@ ac_status ac_check_max_pool_grad(const ac_call *call);
 ac_status ac_check_avg_pool(const ac_call *call);
 ac_status ac_check_avg_pool_grad(const ac_call *call);
 ac_status ac_check_batch_norm(const ac_call *call);
-ac_status ac_check_batch_norm_input_grad(const ac_call *call);
-ac_status ac_check_batch_norm_gamma_grad(const ac_call *call);
+ac_status ac_check_batch_norm_grad(const ac_call *call);
 ac_status ac_check_batch_norm_train(const ac_call *call);
 ac_status ac_check_batch_norm_train_grad(const ac_call *call);
 ac_status ac_check_layer_norm(const ac_call *call);
