@@ -223,7 +223,7 @@ ROWS = (
     Row(
         "batch_norm_grad",
         "NC~, NC~:bit?, NC~?, C?, C?, C? -> NC~?, C?, C?",
-        "Gradients of batch norm with given statistics: input, gamma, beta. From d (where the bits, if given, are set), "
+        "Gradients of batch norm with given statistics: input, gamma, beta. From d where the bits, if given, are set; "
         "x, gamma, mean and var: gamma for the first, x and mean for the second, var for both.",
         _batch_norm_grad_ref,
         tuple(Example((s[0], None, *s[:1], *s[1:4]), {}, {5: "positive"}) for s in _CH)

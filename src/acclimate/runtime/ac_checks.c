@@ -19,6 +19,9 @@ static int same_shape(const ac_tensor *a, const ac_tensor *b) {
     return is_shape(a, b->dim, b->rank);
 }
 
+/* An argument that may be absent has the shape of `a`. */
+static int alike(const ac_tensor *a, const ac_tensor *b) { return !b || same_shape(a, b); }
+
 /* ---- arithmetic ---- */
 
 /* numpy's rule: dimensions are compared from the last; one of them is 1, or they are equal. */
@@ -38,7 +41,11 @@ static ac_status check_broadcast(const ac_call *call) {
     return AC_OK;
 }
 
-ac_status ac_check_add(const ac_call *call) { return check_broadcast(call); }
+ac_status ac_check_add(const ac_call *call) {
+    const ac_status status = check_broadcast(call);
+    return status != AC_OK ? status : fits(alike(AC_OUT_T(call, 0), AC_OUT_T(call, 1)));
+}
+
 ac_status ac_check_sub(const ac_call *call) { return check_broadcast(call); }
 ac_status ac_check_mul(const ac_call *call) { return check_broadcast(call); }
 ac_status ac_check_div(const ac_call *call) { return check_broadcast(call); }
@@ -99,9 +106,6 @@ ac_status ac_check_softmax_grad(const ac_call *call) { return check_rows(call); 
 ac_status ac_check_log_softmax_grad(const ac_call *call) { return check_rows(call); }
 
 /* ---- normalisation ---- */
-
-/* An argument that may be absent has the shape of `a`. */
-static int alike(const ac_tensor *a, const ac_tensor *b) { return !b || same_shape(a, b); }
 
 ac_status ac_check_batch_norm(const ac_call *call) {
     const ac_tensor *x = AC_IN_T(call, 0);

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x9024AF6Du
+#define AC_TABLE_HASH 0xF71F2B68u
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -126,6 +126,11 @@ typedef struct {
 typedef struct {
     float alpha;
 } ac_attr_elu_grad;
+
+typedef struct {
+    float low;
+    float high;
+} ac_attr_add;
 
 typedef struct {
     float scale;

@@ -36,7 +36,7 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"abs_grad", "*, * -> *", 2, 1, 0, 0, AC_KERNEL(abs_grad), NULL},
     {"reciprocal", "* -> *", 1, 1, 0, 0, AC_KERNEL(reciprocal), NULL},
     {"reciprocal_grad", "*, * -> *", 2, 1, 0, 0, AC_KERNEL(reciprocal_grad), NULL},
-    {"add", "~, ~ -> ~", 2, 1, 0, 0, AC_KERNEL(add), ac_check_add},
+    {"add", "~, ~ -> ~, ~:bit?", 2, 2, 2, 0, AC_KERNEL(add), ac_check_add},
     {"sub", "~, ~ -> ~", 2, 1, 0, 0, AC_KERNEL(sub), ac_check_sub},
     {"mul", "~, ~ -> ~", 2, 1, 0, 0, AC_KERNEL(mul), ac_check_mul},
     {"div", "~, ~ -> ~", 2, 1, 0, 0, AC_KERNEL(div), ac_check_div},
