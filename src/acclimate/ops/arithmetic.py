@@ -139,6 +139,7 @@ ROWS = (
             grad=_add_grad(1.0),
             in_place=(0, 1),
             check=True,
+            fast=True,
         ),
         bits=True,
     ),

@@ -217,6 +217,7 @@ ROWS = (
             cost=_per_element(2),
             roles=_ROLES,
             fold=_fold,
+            fast=True,
         ),
         bits=True,
     ),
@@ -237,6 +238,7 @@ ROWS = (
         gated=1,
         cost=_batch_norm_grad_cost,
         in_place=(0,),
+        fast=True,
     ),
     clamping(
         Row(
@@ -286,6 +288,7 @@ ROWS = (
         cost=_per_element(6),
         in_place=(0,),
         roles=_ROLES,
+        fast=True,
     ),
     Row(
         "layer_norm_grad",

@@ -189,14 +189,14 @@ AC_INLINE void grad_channels(const int sums, const int dense, const block_grad *
 /* With d zero where the bits, if any, are not set: dx = d gamma / sqrt(var + eps), d_beta = sum d,
  * d_gamma = sum of d (x - mean) / sqrt(var + eps) over each channel. Each may be absent, and with it what only it is
  * made from. d, x, dx (N, C, ...), the others (C). */
-ac_status AC_KERNEL(batch_norm_grad)(const ac_call *call) {
+void AC_KERNEL(batch_norm_grad_of)(const ac_call *call, size_t first, size_t last) {
     const float *d = AC_IN(call, 0), *x = AC_IN(call, 2), *gamma = AC_IN(call, 3);
     const float *mean = AC_IN(call, 4), *var = AC_IN(call, 5);
     float *dx = AC_OUT(call, 0), *d_gamma = AC_OUT(call, 1), *d_beta = AC_OUT(call, 2);
     const float eps = ((const ac_attr_batch_norm_grad *)call->attr)->eps;
     const channel_shape shape = channels_of(AC_IN_T(call, 0));
-    for (size_t c = 0; c < shape.channels; c += TOGETHER) {
-        const size_t n = shape.channels - c < TOGETHER ? shape.channels - c : TOGETHER;
+    for (size_t c = first; c < last; c += TOGETHER) {
+        const size_t n = last - c < TOGETHER ? last - c : TOGETHER;
         block_grad b[TOGETHER];
         float rstd[TOGETHER];
         double sum[TOGETHER], dot[TOGETHER];
@@ -214,6 +214,10 @@ ac_status AC_KERNEL(batch_norm_grad)(const ac_call *call) {
         for (size_t j = 0; d_gamma && j < n; j++)
             d_gamma[c + j] = (float)dot[j] * rstd[j];
     }
+}
+
+ac_status AC_KERNEL(batch_norm_grad)(const ac_call *call) {
+    AC_KERNEL(batch_norm_grad_of)(call, 0, (size_t)AC_IN_T(call, 0)->dim[1]);
     return AC_OK;
 }
 
