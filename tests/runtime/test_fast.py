@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import arrays, one_node, run_c
+from cases import arrays as inputs_of
+from cases import one_node, run_c
 from runtime.fast_cases import cases, program_of, run
 from runtime.native import ROOT, call
 from runtime.nets import plans, samples
@@ -70,7 +71,7 @@ def test_threads_do_not_change_a_bit(isa):
 def test_all_outputs_of_divided_ops(op, attrs, example):
     """Masks, positions and statistics too are the plain kernel's, where a word of bits would be two threads'."""
     row = TABLE[op]
-    graph, feeds = one_node(row, replace(example, attrs=attrs), arrays(row, example, dtype=np.float32))
+    graph, feeds = one_node(row, replace(example, attrs=attrs), inputs_of(row, example, dtype=np.float32))
     want = run_c(graph, feeds)
     for threads in (2, 3, 5):
         got = run_c(graph, feeds, kernels="fast", threads=threads)
