@@ -19,6 +19,9 @@ static int same_shape(const ac_tensor *a, const ac_tensor *b) {
     return is_shape(a, b->dim, b->rank);
 }
 
+/* An argument that may be absent has the shape of `a`. */
+static int alike(const ac_tensor *a, const ac_tensor *b) { return !b || same_shape(a, b); }
+
 /* ---- arithmetic ---- */
 
 /* numpy's rule: dimensions are compared from the last; one of them is 1, or they are equal. */
@@ -38,7 +41,11 @@ static ac_status check_broadcast(const ac_call *call) {
     return AC_OK;
 }
 
-ac_status ac_check_add(const ac_call *call) { return check_broadcast(call); }
+ac_status ac_check_add(const ac_call *call) {
+    const ac_status status = check_broadcast(call);
+    return status != AC_OK ? status : fits(alike(AC_OUT_T(call, 0), AC_OUT_T(call, 1)));
+}
+
 ac_status ac_check_sub(const ac_call *call) { return check_broadcast(call); }
 ac_status ac_check_mul(const ac_call *call) { return check_broadcast(call); }
 ac_status ac_check_div(const ac_call *call) { return check_broadcast(call); }
@@ -100,17 +107,30 @@ ac_status ac_check_log_softmax_grad(const ac_call *call) { return check_rows(cal
 
 /* ---- normalisation ---- */
 
-ac_status ac_check_batch_norm(const ac_call *call) { return check_same(call); }
-ac_status ac_check_batch_norm_input_grad(const ac_call *call) { return check_same(call); }
-ac_status ac_check_batch_norm_train(const ac_call *call) { return check_same(call); }
+ac_status ac_check_batch_norm(const ac_call *call) {
+    const ac_tensor *x = AC_IN_T(call, 0);
+    return fits(same_shape(x, AC_OUT_T(call, 0)) && alike(x, AC_OUT_T(call, 1)));
+}
 
-ac_status ac_check_batch_norm_gamma_grad(const ac_call *call) {
-    return fits(same_shape(AC_IN_T(call, 0), AC_IN_T(call, 1)));
+ac_status ac_check_batch_norm_train(const ac_call *call) {
+    const ac_tensor *x = AC_IN_T(call, 0);
+    return fits(same_shape(x, AC_OUT_T(call, 0)) && alike(x, AC_OUT_T(call, 3)));
+}
+
+/* The gradient of x is made from gamma and var, that of gamma from x, mean and var. */
+ac_status ac_check_batch_norm_grad(const ac_call *call) {
+    const ac_tensor *d = AC_IN_T(call, 0), *x = AC_IN_T(call, 2), *dx = AC_OUT_T(call, 0);
+    if (dx && !(AC_IN_T(call, 3) && AC_IN_T(call, 5)))
+        return AC_E_OP;
+    if (AC_OUT_T(call, 1) && !(x && AC_IN_T(call, 4) && AC_IN_T(call, 5)))
+        return AC_E_OP;
+    return fits(alike(d, AC_IN_T(call, 1)) && alike(d, x) && alike(d, dx));
 }
 
 ac_status ac_check_batch_norm_train_grad(const ac_call *call) {
-    const ac_tensor *d = AC_IN_T(call, 0), *dx = AC_OUT_T(call, 0);
-    return fits(same_shape(d, AC_IN_T(call, 1)) && (!dx || same_shape(d, dx)));
+    const ac_tensor *d = AC_IN_T(call, 0);
+    return fits(same_shape(d, AC_IN_T(call, 1)) && alike(d, AC_IN_T(call, 5)) &&
+                alike(d, AC_OUT_T(call, 0)));
 }
 
 /* y as x; mean and rstd without the last dimension */

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0xD15009E7u
+#define AC_TABLE_HASH 0x19A5B92Au
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -66,37 +66,36 @@ typedef enum {
     AC_OP_AVG_POOL = 56,
     AC_OP_AVG_POOL_GRAD = 57,
     AC_OP_BATCH_NORM = 58,
-    AC_OP_BATCH_NORM_INPUT_GRAD = 59,
-    AC_OP_BATCH_NORM_GAMMA_GRAD = 60,
-    AC_OP_BATCH_NORM_TRAIN = 61,
-    AC_OP_BATCH_NORM_TRAIN_GRAD = 62,
-    AC_OP_LAYER_NORM = 63,
-    AC_OP_LAYER_NORM_GRAD = 64,
-    AC_OP_DROPOUT = 65,
-    AC_OP_RESHAPE = 66,
-    AC_OP_TRANSPOSE = 67,
-    AC_OP_EXPAND = 68,
-    AC_OP_CONCAT = 69,
-    AC_OP_SLICE = 70,
-    AC_OP_SLICE_GRAD = 71,
-    AC_OP_SLICE_ADD = 72,
-    AC_OP_PAD = 73,
-    AC_OP_TAKE = 74,
-    AC_OP_CROSS_ENTROPY = 75,
-    AC_OP_CROSS_ENTROPY_GRAD = 76,
-    AC_OP_BINARY_CROSS_ENTROPY = 77,
-    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 78,
-    AC_OP_MSE = 79,
-    AC_OP_MSE_GRAD = 80,
-    AC_OP_SGD = 81,
-    AC_OP_ADAM = 82,
-    AC_OP_EMA = 83,
-    AC_OP_ACCUMULATE = 84,
-    AC_OP_CLEAR = 85,
-    AC_OP_INCREMENT = 86,
-    AC_OP_SUM_SQUARES = 87,
-    AC_OP_CLIP_SCALE = 88,
-    AC_OP_COUNT = 89
+    AC_OP_BATCH_NORM_GRAD = 59,
+    AC_OP_BATCH_NORM_TRAIN = 60,
+    AC_OP_BATCH_NORM_TRAIN_GRAD = 61,
+    AC_OP_LAYER_NORM = 62,
+    AC_OP_LAYER_NORM_GRAD = 63,
+    AC_OP_DROPOUT = 64,
+    AC_OP_RESHAPE = 65,
+    AC_OP_TRANSPOSE = 66,
+    AC_OP_EXPAND = 67,
+    AC_OP_CONCAT = 68,
+    AC_OP_SLICE = 69,
+    AC_OP_SLICE_GRAD = 70,
+    AC_OP_SLICE_ADD = 71,
+    AC_OP_PAD = 72,
+    AC_OP_TAKE = 73,
+    AC_OP_CROSS_ENTROPY = 74,
+    AC_OP_CROSS_ENTROPY_GRAD = 75,
+    AC_OP_BINARY_CROSS_ENTROPY = 76,
+    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 77,
+    AC_OP_MSE = 78,
+    AC_OP_MSE_GRAD = 79,
+    AC_OP_SGD = 80,
+    AC_OP_ADAM = 81,
+    AC_OP_EMA = 82,
+    AC_OP_ACCUMULATE = 83,
+    AC_OP_CLEAR = 84,
+    AC_OP_INCREMENT = 85,
+    AC_OP_SUM_SQUARES = 86,
+    AC_OP_CLIP_SCALE = 87,
+    AC_OP_COUNT = 88
 } ac_op;
 
 typedef struct {
@@ -133,6 +132,11 @@ typedef struct {
 typedef struct {
     float alpha;
 } ac_attr_elu_grad;
+
+typedef struct {
+    float low;
+    float high;
+} ac_attr_add;
 
 typedef struct {
     float scale;
@@ -254,19 +258,19 @@ typedef struct {
 
 typedef struct {
     float eps;
+    float low;
+    float high;
 } ac_attr_batch_norm;
 
 typedef struct {
     float eps;
-} ac_attr_batch_norm_input_grad;
-
-typedef struct {
-    float eps;
-} ac_attr_batch_norm_gamma_grad;
+} ac_attr_batch_norm_grad;
 
 typedef struct {
     float eps;
     float momentum;
+    float low;
+    float high;
 } ac_attr_batch_norm_train;
 
 typedef struct {
@@ -360,7 +364,9 @@ typedef struct {
 } ac_attr_clip_scale;
 
 ac_status AC_KERNEL(relu)(const ac_call *call);
+ac_status AC_FAST_KERNEL(relu)(const ac_call *call);
 ac_status AC_KERNEL(hard_tanh)(const ac_call *call);
+ac_status AC_FAST_KERNEL(hard_tanh)(const ac_call *call);
 ac_status AC_KERNEL(leaky_relu)(const ac_call *call);
 ac_status AC_KERNEL(gate)(const ac_call *call);
 ac_status AC_KERNEL(gate_bits)(const ac_call *call);
@@ -369,7 +375,9 @@ ac_status AC_KERNEL(sigmoid_grad)(const ac_call *call);
 ac_status AC_KERNEL(tanh)(const ac_call *call);
 ac_status AC_KERNEL(tanh_grad)(const ac_call *call);
 ac_status AC_KERNEL(gelu)(const ac_call *call);
+ac_status AC_FAST_KERNEL(gelu)(const ac_call *call);
 ac_status AC_KERNEL(gelu_grad)(const ac_call *call);
+ac_status AC_FAST_KERNEL(gelu_grad)(const ac_call *call);
 ac_status AC_KERNEL(silu)(const ac_call *call);
 ac_status AC_KERNEL(silu_grad)(const ac_call *call);
 ac_status AC_KERNEL(hard_swish)(const ac_call *call);
@@ -393,6 +401,7 @@ ac_status AC_KERNEL(abs_grad)(const ac_call *call);
 ac_status AC_KERNEL(reciprocal)(const ac_call *call);
 ac_status AC_KERNEL(reciprocal_grad)(const ac_call *call);
 ac_status AC_KERNEL(add)(const ac_call *call);
+ac_status AC_FAST_KERNEL(add)(const ac_call *call);
 ac_status AC_KERNEL(sub)(const ac_call *call);
 ac_status AC_KERNEL(mul)(const ac_call *call);
 ac_status AC_KERNEL(div)(const ac_call *call);
@@ -408,7 +417,9 @@ ac_status AC_FAST_KERNEL(conv_weight_grad)(const ac_call *call);
 ac_status AC_KERNEL(matmul)(const ac_call *call);
 ac_status AC_FAST_KERNEL(matmul)(const ac_call *call);
 ac_status AC_KERNEL(softmax)(const ac_call *call);
+ac_status AC_FAST_KERNEL(softmax)(const ac_call *call);
 ac_status AC_KERNEL(softmax_grad)(const ac_call *call);
+ac_status AC_FAST_KERNEL(softmax_grad)(const ac_call *call);
 ac_status AC_KERNEL(log_softmax)(const ac_call *call);
 ac_status AC_KERNEL(log_softmax_grad)(const ac_call *call);
 ac_status AC_KERNEL(lstm)(const ac_call *call);
@@ -418,15 +429,20 @@ ac_status AC_KERNEL(gru_grad)(const ac_call *call);
 ac_status AC_KERNEL(rnn)(const ac_call *call);
 ac_status AC_KERNEL(rnn_grad)(const ac_call *call);
 ac_status AC_KERNEL(max_pool)(const ac_call *call);
+ac_status AC_FAST_KERNEL(max_pool)(const ac_call *call);
 ac_status AC_KERNEL(max_pool_grad)(const ac_call *call);
 ac_status AC_KERNEL(avg_pool)(const ac_call *call);
+ac_status AC_FAST_KERNEL(avg_pool)(const ac_call *call);
 ac_status AC_KERNEL(avg_pool_grad)(const ac_call *call);
+ac_status AC_FAST_KERNEL(avg_pool_grad)(const ac_call *call);
 ac_status AC_KERNEL(batch_norm)(const ac_call *call);
-ac_status AC_KERNEL(batch_norm_input_grad)(const ac_call *call);
-ac_status AC_KERNEL(batch_norm_gamma_grad)(const ac_call *call);
+ac_status AC_FAST_KERNEL(batch_norm)(const ac_call *call);
+ac_status AC_KERNEL(batch_norm_grad)(const ac_call *call);
+ac_status AC_FAST_KERNEL(batch_norm_grad)(const ac_call *call);
 ac_status AC_KERNEL(batch_norm_train)(const ac_call *call);
 ac_status AC_KERNEL(batch_norm_train_grad)(const ac_call *call);
 ac_status AC_KERNEL(layer_norm)(const ac_call *call);
+ac_status AC_FAST_KERNEL(layer_norm)(const ac_call *call);
 ac_status AC_KERNEL(layer_norm_grad)(const ac_call *call);
 ac_status AC_KERNEL(dropout)(const ac_call *call);
 ac_status AC_KERNEL(transpose)(const ac_call *call);
@@ -476,8 +492,7 @@ ac_status ac_check_max_pool_grad(const ac_call *call);
 ac_status ac_check_avg_pool(const ac_call *call);
 ac_status ac_check_avg_pool_grad(const ac_call *call);
 ac_status ac_check_batch_norm(const ac_call *call);
-ac_status ac_check_batch_norm_input_grad(const ac_call *call);
-ac_status ac_check_batch_norm_gamma_grad(const ac_call *call);
+ac_status ac_check_batch_norm_grad(const ac_call *call);
 ac_status ac_check_batch_norm_train(const ac_call *call);
 ac_status ac_check_batch_norm_train_grad(const ac_call *call);
 ac_status ac_check_layer_norm(const ac_call *call);
