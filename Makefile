@@ -13,6 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 EXTENSION := src/acclimate/runtime/_core.abi3.so
 C_FILES = $(filter-out %/ac_ops.h %/ac_table.inc %/ac_table.c,$(wildcard src/acclimate/runtime/*.[ch] src/acclimate/runtime/*/*.[ch]))
 PYTEST_ARGS ?=
+PREFIX ?= build/c-library-installed
 
 # The first of these that is new enough; override with `make PYTHON=...`.
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -29,7 +30,7 @@ endif
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH :=
 
-.PHONY: help demo test test-slow lint smoke inplace generate format check-types hooks install clean FORCE
+.PHONY: help demo test test-slow lint smoke inplace generate format check-types hooks c-library install clean FORCE
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s $$'\t' 2>/dev/null \
@@ -76,6 +77,11 @@ check-types: $(VENV)/.tools-dev  ## mypy
 
 hooks: $(VENV)/.tools-dev  ## have the quick checks run at each git commit
 	$(VENV)/bin/pre-commit install
+
+c-library: $(VENV)/.tools-run  ## build libacclimate and install it: make c-library PREFIX=/usr/local
+	meson setup build/c-library --prefix=$(abspath $(PREFIX)) --libdir=lib -Dlibrary=true -Db_ndebug=if-release \
+		$(if $(wildcard build/c-library/build.ninja),--reconfigure)
+	meson install -C build/c-library
 
 install: $(VENV)/.installed  ## build the package and install it into .venv
 

@@ -13,7 +13,17 @@ from runtime.native import ROOT, SANITIZE, STRICT, Harness, call, compile_all, c
 @pytest.fixture(scope="session")
 def plain_objects(tmp_path_factory) -> list[Path]:
     """The runtime as a board compiles it; a warning is an error."""
-    return compile_all(sources(), tmp_path_factory.mktemp("plain"), [*STRICT, "-O2", "-fstack-usage"])
+    return compile_all(
+        sources(), tmp_path_factory.mktemp("plain"), [*STRICT, "-O2", "-fPIC", "-fstack-usage"]
+    )
+
+
+@pytest.fixture(scope="session")
+def library(plain_objects, tmp_path_factory) -> Path:
+    """The same files as a shared library: what an installed libacclimate.so has, but for the fast kernels."""
+    path = tmp_path_factory.mktemp("library") / "libacclimate.so"
+    call(compiler(), "-shared", *plain_objects, "-o", path)
+    return path
 
 
 def build_harness(folder: Path, *more: str) -> Harness:
