@@ -1,4 +1,4 @@
-"""The delta in C: it reads what Python writes and the other way round, refuses what Python refuses, and never half-loads."""
+"""The delta in C: reads what Python writes and the other way round, refuses what Python refuses, never half-loads."""
 
 import ctypes
 import struct
