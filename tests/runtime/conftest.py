@@ -34,10 +34,12 @@ def build_harness(folder: Path, *more: str) -> Harness:
         pytest.skip(f"{cc} cannot build with {' '.join(flags)}")
     objects = compile_all([*sources(), ROOT / "fuzz/fuzz.c"], folder, [*STRICT, *flags])
     call(cc, *flags, *objects, "-o", folder / "fuzz")
-    seeds = folder / "seeds.bin"
+    objects, (delta,) = objects[:-1], compile_all([ROOT / "fuzz/delta.c"], folder, [*STRICT, *flags])
+    call(cc, *flags, *objects, delta, "-o", folder / "delta")
+    seeds, pairs = folder / "seeds.bin", folder / "pairs.bin"
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    call(sys.executable, ROOT / "fuzz/seeds.py", seeds, env={**os.environ, "PYTHONPATH": path})
-    return Harness(folder / "fuzz", objects, flags, seeds)
+    call(sys.executable, ROOT / "fuzz/seeds.py", seeds, pairs, env={**os.environ, "PYTHONPATH": path})
+    return Harness(folder / "fuzz", [*objects, folder / "fuzz.o"], flags, seeds, folder / "delta", pairs)
 
 
 @pytest.fixture(scope="session")

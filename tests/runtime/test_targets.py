@@ -30,7 +30,10 @@ TARGETS = {
 def corpus(tmp_path_factory) -> Path:
     """Every op's examples, whole training steps of the tests' nets, and the digits of examples/c."""
     path = tmp_path_factory.mktemp("bits") / "corpus.bin"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
     code = (
         "import sys; sys.path += sys.argv[1:3]\n"
         "import seeds, make_program\n"
@@ -49,7 +52,9 @@ def build(command: list[str], folder: Path, *flags: str) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(corpus, tmp_path_factory) -> list[str]:
-    lines = call(build([compiler()], tmp_path_factory.mktemp("host"), "-O2"), corpus, STEPS).stdout.splitlines()
+    lines = call(
+        build([compiler()], tmp_path_factory.mktemp("host"), "-O2"), corpus, STEPS
+    ).stdout.splitlines()
     assert len(lines) > 150 and len(set(lines)) > 0.9 * len(lines), "the checksums tell Programs apart"
     trained = [line for line in lines if line.split()[1] != "00000000"]
     assert len(trained) >= 8 and all(line.endswith(" 0") for line in trained[-8:]), "no step was refused"
@@ -58,7 +63,11 @@ def expected(corpus, tmp_path_factory) -> list[str]:
 
 def differences(lines: list[str], expected: list[str]) -> list[str]:
     assert len(lines) == len(expected)
-    return [f"Program {i}: {a}, must be {b}" for i, (a, b) in enumerate(zip(lines, expected, strict=True)) if a != b]
+    return [
+        f"Program {i}: {a}, must be {b}"
+        for i, (a, b) in enumerate(zip(lines, expected, strict=True))
+        if a != b
+    ]
 
 
 @pytest.mark.slow
