@@ -23,10 +23,6 @@ def run(*args: object, **more) -> str:
     return done.stdout
 
 
-def tracked() -> set[str]:
-    return set(run("git", "ls-files", cwd=ROOT).splitlines())
-
-
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory) -> Path:
     """A source distribution of a clean copy, and the wheel that is built from it."""
