@@ -115,7 +115,7 @@ static size_t mutate(uint8_t *raw, size_t size) {
         if (end > size) break; /* an earlier change moved the fields */
         switch (kind) {
         case 1: raw[p + 2] = (uint8_t)below(4); break;
-        case 2: raw[p + 3] = (uint8_t)(below(3) ? below(below(2) ? 5 : 256) : 255); break;
+        case 2: raw[p + 3] = (uint8_t)(k ? below(below(2) ? 4 : 256) : 255 - below(2)); break;
         case 3: set(raw + p + 4 + 4 * below(2), nudged(get(raw + p + 4 + 4 * below(2)))); break;
         case 4: raw[p + (below(2) ? 0 : 1)] = (uint8_t)any(); break;
         case 5:

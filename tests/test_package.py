@@ -1,4 +1,4 @@
-"""The wheel and the source distribution: what they hold, and that the wheel learns where there is numpy and nothing else."""
+"""The wheel and the source distribution: what they hold, and that the wheel learns with numpy and nothing else."""
 
 import re
 import subprocess

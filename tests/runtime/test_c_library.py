@@ -1,4 +1,4 @@
-"""libacclimate as `make c-library` installs it: what it exports, that a product builds against it and learns, its size."""
+"""libacclimate as `make c-library` installs it: what it exports, and that a product builds against it and learns."""
 
 import re
 import sys
@@ -106,7 +106,8 @@ def test_the_example_by_its_makefile(prefix, digits, tmp_path):
 
 def test_in_c_plus_plus(prefix, tmp_path):
     (tmp_path / "a.cc").write_text(
-        "#include <acclimate.h>\n#include <ac_threads.h>\nint main() { ac_program p; ac_workers_close(ac_workers_open(2));"
+        "#include <acclimate.h>\n#include <ac_threads.h>\nint main() { ac_program p;"
+        " ac_workers_close(ac_workers_open(2));"
         " return ac_load(&p, &p, 0) == AC_E_TRUNCATED ? 0 : 1; }\n"
     )
     library = prefix / "lib"
