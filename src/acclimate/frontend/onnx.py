@@ -5,6 +5,7 @@ What a file holds is in `onnx_model`, what each operator becomes in `onnx_ops`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -17,6 +18,9 @@ from . import common as c
 from .common import LOST, Builder, Ref, Retry, Untaken
 from .onnx_model import RANDOM, Model, Node, evaluated, has_graph
 from .onnx_ops import REWRITES, SIZES, TABLE, settled
+
+MOST_NODES = 1 << 18
+DEEPEST_CALLS = 100
 
 
 def load_onnx(path: str | PathLike[str]) -> Graph:
@@ -82,6 +86,10 @@ def _read(file: Any) -> Any:
             action="export the model again",
         ) from error
     try:
+        for name in _external(proto):
+            path = file.parent / name
+            if "\0" in name or file.parent.resolve() not in path.resolve().parents or not path.is_file():
+                raise OSError(f"{name!r} is no file in the model's folder")
         onnx.load_external_data_for_model(proto, str(file.parent))
     except Exception as error:
         names = ", ".join(sorted(_external(proto)))
@@ -91,13 +99,42 @@ def _read(file: Any) -> Any:
             number=c.first_line(error),
             action=f"copy {names} next to {file.name}: the export wrote both",
         ) from error
-    return inliner.inline_local_functions(proto) if proto.functions else proto
+    if not proto.functions:
+        return proto
+    if (count := _inlined_nodes(proto)) > MOST_NODES:
+        raise BadInput(
+            "this ONNX file is too large once its functions are written out",
+            where=str(file),
+            number=f"more than {MOST_NODES} nodes" if count == math.inf else f"{count} nodes",
+            action="export the model without functions that call each other",
+        )
+    return inliner.inline_local_functions(proto)
 
 
 def _external(proto: Any) -> set[str]:
     """The files that a model's tensors lie in besides its own."""
-    tensors = (t for t in proto.graph.initializer if t.data_location == 1)
-    return {e.value for t in tensors for e in t.external_data if e.key == "location"}
+    nodes = [*proto.graph.node, *(n for f in proto.functions for n in f.node)]
+    tensors = [*proto.graph.initializer, *(t for n in nodes for a in n.attribute for t in (a.t, *a.tensors))]
+    return {e.value for t in tensors if t.data_location == 1 for e in t.external_data if e.key == "location"}
+
+
+def _inlined_nodes(proto: Any) -> float:
+    """Nodes once functions are written out; infinite where they call themselves, or each other very deeply."""
+    functions = {(f.domain, f.name): f for f in proto.functions}
+    known: dict[tuple[str, str], float] = {}
+
+    def count(nodes: Any, depth: int) -> float:
+        return sum(size((n.domain, n.op_type), depth) for n in nodes)
+
+    def size(key: tuple[str, str], depth: int) -> float:
+        if key not in functions:
+            return 1
+        if key not in known:
+            known[key] = math.inf  # until it is known: one that calls itself
+            known[key] = count(functions[key].node, depth + 1) if depth < DEEPEST_CALLS else math.inf
+        return known[key]
+
+    return count(proto.graph.node, 0)
 
 
 # -- the walk over a file ----------------------------------------------------------------------------------------------
