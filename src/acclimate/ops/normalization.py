@@ -25,10 +25,12 @@ def _rest(x: Any) -> tuple[int, ...]:
     return (0, *range(2, x.ndim))
 
 
-def _alike(d: Type, x: Type, out: list[Type]) -> list[Type]:
-    if d.shape != x.shape:
-        raise BadInput("a gradient must have the shape of its value", where=f"{d} and {x}")
-    return out
+def _alike(d: Type, others: Any, outputs: list[Type]) -> list[Type]:
+    """`outputs`, where all of `others` that are there have the shape of d."""
+    for other in others:
+        if other is not None and other.shape != d.shape:
+            raise BadInput("a gradient must have the shape of its value", where=f"{d} and {other}")
+    return outputs
 
 
 # -- frozen statistics --------------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def _layer_norm_shape(a: Any, x: Type, gamma: Any = None, beta: Any = None) -> l
 def _layer_norm_grad_shape(a: Any, d: Type, x: Type, mean: Type, rstd: Type, *_: Any) -> list[Type]:
     if mean.shape != x.shape[:-1] or rstd.shape != x.shape[:-1]:
         raise BadInput("mean and rstd must have one number a row", where=f"{x}", number=f"{mean} and {rstd}")
-    return _alike(d, x, [x, Type(x.shape[-1:]), Type(x.shape[-1:])])
+    return _alike(d, (x,), [x, Type(x.shape[-1:]), Type(x.shape[-1:])])
 
 
 def _layer_norm_grad(tape: Any, node: Any, d: str, *_: str) -> list[str]:
@@ -232,7 +234,9 @@ ROWS = (
             Example((s[0], s[0], *s[:1], *s[1:4]), {}, {1: "bits", 5: "positive"}) for s in (*_CH, *_BITS)
         ),
         attrs=_EPS,
-        shape=lambda a, d, *_: [d, Type(d.shape[1:2]), Type(d.shape[1:2])],
+        shape=lambda a, d, bits=None, x=None, *_: _alike(
+            d, (bits, x), [d, Type(d.shape[1:2]), Type(d.shape[1:2])]
+        ),
         check=True,
         no_grad=_NO_SECOND,
         gated=1,
@@ -269,7 +273,7 @@ ROWS = (
         + tuple(Example((s[0], *s[:4], s[0]), {}, {4: "positive", 5: "bits"}) for s in (*_CH, *_BITS)),
         attrs=_EPS,
         check=True,
-        shape=lambda a, d, x, g, *_: _alike(d, x, [x, g, g]),
+        shape=lambda a, d, x, g, m, v, bits=None: _alike(d, (x, bits), [x, g, g]),
         no_grad=_NO_SECOND,
         gated=5,
         cost=lambda a, i, o: Cost(elementwise=(7 + (len(i) > 5)) * i[0].size),
