@@ -42,6 +42,8 @@ ac_status ac_check_add(const ac_call *call) { return check_broadcast(call); }
 ac_status ac_check_sub(const ac_call *call) { return check_broadcast(call); }
 ac_status ac_check_mul(const ac_call *call) { return check_broadcast(call); }
 ac_status ac_check_div(const ac_call *call) { return check_broadcast(call); }
+ac_status ac_check_greater(const ac_call *call) { return check_broadcast(call); }
+ac_status ac_check_keep(const ac_call *call) { return check_broadcast(call); }
 
 static ac_status check_reduction(const ac_call *call, int32_t axes, int32_t keep) {
     const ac_tensor *x = AC_IN_T(call, 0);

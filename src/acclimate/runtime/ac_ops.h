@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x9339B2A2u
+#define AC_TABLE_HASH 0x210635D4u
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -40,57 +40,71 @@ typedef enum {
     AC_OP_ABS_GRAD = 30,
     AC_OP_RECIPROCAL = 31,
     AC_OP_RECIPROCAL_GRAD = 32,
-    AC_OP_ADD = 33,
-    AC_OP_SUB = 34,
-    AC_OP_MUL = 35,
-    AC_OP_DIV = 36,
-    AC_OP_AFFINE = 37,
-    AC_OP_SUM = 38,
-    AC_OP_MEAN = 39,
-    AC_OP_CONV = 40,
-    AC_OP_CONV_INPUT_GRAD = 41,
-    AC_OP_CONV_WEIGHT_GRAD = 42,
-    AC_OP_MATMUL = 43,
-    AC_OP_SOFTMAX = 44,
-    AC_OP_SOFTMAX_GRAD = 45,
-    AC_OP_LOG_SOFTMAX = 46,
-    AC_OP_LOG_SOFTMAX_GRAD = 47,
-    AC_OP_MAX_POOL = 48,
-    AC_OP_MAX_POOL_GRAD = 49,
-    AC_OP_AVG_POOL = 50,
-    AC_OP_AVG_POOL_GRAD = 51,
-    AC_OP_BATCH_NORM = 52,
-    AC_OP_BATCH_NORM_INPUT_GRAD = 53,
-    AC_OP_BATCH_NORM_GAMMA_GRAD = 54,
-    AC_OP_BATCH_NORM_TRAIN = 55,
-    AC_OP_BATCH_NORM_TRAIN_GRAD = 56,
-    AC_OP_LAYER_NORM = 57,
-    AC_OP_LAYER_NORM_GRAD = 58,
-    AC_OP_DROPOUT = 59,
-    AC_OP_RESHAPE = 60,
-    AC_OP_TRANSPOSE = 61,
-    AC_OP_EXPAND = 62,
-    AC_OP_CONCAT = 63,
-    AC_OP_SLICE = 64,
-    AC_OP_SLICE_GRAD = 65,
-    AC_OP_SLICE_ADD = 66,
-    AC_OP_PAD = 67,
-    AC_OP_TAKE = 68,
-    AC_OP_CROSS_ENTROPY = 69,
-    AC_OP_CROSS_ENTROPY_GRAD = 70,
-    AC_OP_BINARY_CROSS_ENTROPY = 71,
-    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 72,
-    AC_OP_MSE = 73,
-    AC_OP_MSE_GRAD = 74,
-    AC_OP_SGD = 75,
-    AC_OP_ADAM = 76,
-    AC_OP_EMA = 77,
-    AC_OP_ACCUMULATE = 78,
-    AC_OP_CLEAR = 79,
-    AC_OP_INCREMENT = 80,
-    AC_OP_SUM_SQUARES = 81,
-    AC_OP_CLIP_SCALE = 82,
-    AC_OP_COUNT = 83
+    AC_OP_POW = 33,
+    AC_OP_POW_GRAD = 34,
+    AC_OP_ERF = 35,
+    AC_OP_ERF_GRAD = 36,
+    AC_OP_SIN = 37,
+    AC_OP_SIN_GRAD = 38,
+    AC_OP_ROUND = 39,
+    AC_OP_ADD = 40,
+    AC_OP_SUB = 41,
+    AC_OP_MUL = 42,
+    AC_OP_DIV = 43,
+    AC_OP_AFFINE = 44,
+    AC_OP_SUM = 45,
+    AC_OP_MEAN = 46,
+    AC_OP_GREATER = 47,
+    AC_OP_KEEP = 48,
+    AC_OP_CONV = 49,
+    AC_OP_CONV_INPUT_GRAD = 50,
+    AC_OP_CONV_WEIGHT_GRAD = 51,
+    AC_OP_MATMUL = 52,
+    AC_OP_SOFTMAX = 53,
+    AC_OP_SOFTMAX_GRAD = 54,
+    AC_OP_LOG_SOFTMAX = 55,
+    AC_OP_LOG_SOFTMAX_GRAD = 56,
+    AC_OP_MAX_POOL = 57,
+    AC_OP_MAX_POOL_GRAD = 58,
+    AC_OP_AVG_POOL = 59,
+    AC_OP_AVG_POOL_GRAD = 60,
+    AC_OP_BATCH_NORM = 61,
+    AC_OP_BATCH_NORM_INPUT_GRAD = 62,
+    AC_OP_BATCH_NORM_GAMMA_GRAD = 63,
+    AC_OP_BATCH_NORM_TRAIN = 64,
+    AC_OP_BATCH_NORM_TRAIN_GRAD = 65,
+    AC_OP_LAYER_NORM = 66,
+    AC_OP_LAYER_NORM_GRAD = 67,
+    AC_OP_DROPOUT = 68,
+    AC_OP_RESHAPE = 69,
+    AC_OP_TRANSPOSE = 70,
+    AC_OP_EXPAND = 71,
+    AC_OP_CONCAT = 72,
+    AC_OP_SLICE = 73,
+    AC_OP_SLICE_GRAD = 74,
+    AC_OP_SLICE_ADD = 75,
+    AC_OP_PAD = 76,
+    AC_OP_TAKE = 77,
+    AC_OP_TAKE_GRAD = 78,
+    AC_OP_EMBEDDING = 79,
+    AC_OP_EMBEDDING_GRAD = 80,
+    AC_OP_DETACH = 81,
+    AC_OP_ONE_HOT = 82,
+    AC_OP_CROSS_ENTROPY = 83,
+    AC_OP_CROSS_ENTROPY_GRAD = 84,
+    AC_OP_BINARY_CROSS_ENTROPY = 85,
+    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 86,
+    AC_OP_MSE = 87,
+    AC_OP_MSE_GRAD = 88,
+    AC_OP_SGD = 89,
+    AC_OP_ADAM = 90,
+    AC_OP_EMA = 91,
+    AC_OP_ACCUMULATE = 92,
+    AC_OP_CLEAR = 93,
+    AC_OP_INCREMENT = 94,
+    AC_OP_SUM_SQUARES = 95,
+    AC_OP_CLIP_SCALE = 96,
+    AC_OP_COUNT = 97
 } ac_op;
 
 typedef struct {
@@ -127,6 +141,18 @@ typedef struct {
 typedef struct {
     float alpha;
 } ac_attr_elu_grad;
+
+typedef struct {
+    float exponent;
+} ac_attr_pow;
+
+typedef struct {
+    float exponent;
+} ac_attr_pow_grad;
+
+typedef struct {
+    int32_t mode;
+} ac_attr_round;
 
 typedef struct {
     float scale;
@@ -279,6 +305,18 @@ typedef struct {
 } ac_attr_take;
 
 typedef struct {
+    int32_t axis;
+} ac_attr_take_grad;
+
+typedef struct {
+    int32_t padding;
+} ac_attr_embedding;
+
+typedef struct {
+    int32_t padding;
+} ac_attr_embedding_grad;
+
+typedef struct {
     float smoothing;
 } ac_attr_cross_entropy;
 
@@ -352,6 +390,13 @@ ac_status AC_KERNEL(abs)(const ac_call *call);
 ac_status AC_KERNEL(abs_grad)(const ac_call *call);
 ac_status AC_KERNEL(reciprocal)(const ac_call *call);
 ac_status AC_KERNEL(reciprocal_grad)(const ac_call *call);
+ac_status AC_KERNEL(pow)(const ac_call *call);
+ac_status AC_KERNEL(pow_grad)(const ac_call *call);
+ac_status AC_KERNEL(erf)(const ac_call *call);
+ac_status AC_KERNEL(erf_grad)(const ac_call *call);
+ac_status AC_KERNEL(sin)(const ac_call *call);
+ac_status AC_KERNEL(sin_grad)(const ac_call *call);
+ac_status AC_KERNEL(round)(const ac_call *call);
 ac_status AC_KERNEL(add)(const ac_call *call);
 ac_status AC_KERNEL(sub)(const ac_call *call);
 ac_status AC_KERNEL(mul)(const ac_call *call);
@@ -359,6 +404,8 @@ ac_status AC_KERNEL(div)(const ac_call *call);
 ac_status AC_KERNEL(affine)(const ac_call *call);
 ac_status AC_KERNEL(sum)(const ac_call *call);
 ac_status AC_KERNEL(mean)(const ac_call *call);
+ac_status AC_KERNEL(greater)(const ac_call *call);
+ac_status AC_KERNEL(keep)(const ac_call *call);
 ac_status AC_KERNEL(conv)(const ac_call *call);
 ac_status AC_FAST_KERNEL(conv)(const ac_call *call);
 ac_status AC_KERNEL(conv_input_grad)(const ac_call *call);
@@ -391,6 +438,10 @@ ac_status AC_KERNEL(slice_grad)(const ac_call *call);
 ac_status AC_KERNEL(slice_add)(const ac_call *call);
 ac_status AC_KERNEL(pad)(const ac_call *call);
 ac_status AC_KERNEL(take)(const ac_call *call);
+ac_status AC_KERNEL(take_grad)(const ac_call *call);
+ac_status AC_KERNEL(embedding)(const ac_call *call);
+ac_status AC_KERNEL(embedding_grad)(const ac_call *call);
+ac_status AC_KERNEL(one_hot)(const ac_call *call);
 ac_status AC_KERNEL(cross_entropy)(const ac_call *call);
 ac_status AC_KERNEL(cross_entropy_grad)(const ac_call *call);
 ac_status AC_KERNEL(binary_cross_entropy)(const ac_call *call);
@@ -411,6 +462,8 @@ ac_status ac_check_mul(const ac_call *call);
 ac_status ac_check_div(const ac_call *call);
 ac_status ac_check_sum(const ac_call *call);
 ac_status ac_check_mean(const ac_call *call);
+ac_status ac_check_greater(const ac_call *call);
+ac_status ac_check_keep(const ac_call *call);
 ac_status ac_check_conv(const ac_call *call);
 ac_status ac_check_conv_input_grad(const ac_call *call);
 ac_status ac_check_conv_weight_grad(const ac_call *call);
@@ -438,6 +491,9 @@ ac_status ac_check_slice_grad(const ac_call *call);
 ac_status ac_check_slice_add(const ac_call *call);
 ac_status ac_check_pad(const ac_call *call);
 ac_status ac_check_take(const ac_call *call);
+ac_status ac_check_take_grad(const ac_call *call);
+ac_status ac_check_embedding(const ac_call *call);
+ac_status ac_check_embedding_grad(const ac_call *call);
 ac_status ac_check_sgd(const ac_call *call);
 ac_status ac_check_adam(const ac_call *call);
 
