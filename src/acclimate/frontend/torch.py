@@ -105,16 +105,15 @@ def _example(torch: Any, example: Any) -> Any:
             number=type(example).__name__,
             action="a model with several inputs is not taken: join them to one tensor and split it inside",
         )
-    if not example.is_floating_point():
-        raise Unsupported("the model takes integers", number=str(example.dtype), action=_EMBED)
+    if example.is_complex():
+        raise Unsupported(
+            "the model takes complex numbers", number=str(example.dtype), action="split them in two"
+        )
     if example.dim() == 0 or example.shape[0] == 0:
         raise WrongUse(
             "axis 0 of the example is the batch, of one or more", number=f"shape {tuple(example.shape)}"
         )
-    return example.detach().to("cpu", torch.float32)
-
-
-_EMBED = "give the model float inputs: do the embedding outside of it, or pass x as one-hot floats"
+    return example.detach().to("cpu", torch.float32 if example.is_floating_point() else example.dtype)
 
 
 def _copied(torch: Any, module: Any, mode: str | None) -> Any:
@@ -208,9 +207,6 @@ def _user_input(program: Any, source: str) -> Any:
 def _convert(program: Any, baked: int | None, batch: int, source: str) -> Graph:
     """The Graph of an exported program."""
     entry = _user_input(program, source)
-    value = entry.meta["val"]
-    if not value.dtype.is_floating_point:
-        raise Unsupported("the model takes integers", where=source, number=str(value.dtype), action=_EMBED)
     outputs = [s for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
     if len(outputs) != 1:
         raise Unsupported(
@@ -298,7 +294,8 @@ class _Walk:
                     tensor = tensor.detach().clone()
                     setattr(tensor, _STEM, spec.target)
                 self.env[node] = tensor
-        self.env[self.entry] = self.b.input(self.entry.meta["val"].shape)
+        value = self.entry.meta["val"]
+        self.env[self.entry] = self.b.input(value.shape, whole=not value.dtype.is_floating_point)
 
     def _call(self, node: Any) -> Any:
         """What a node's result is; LOST where it could not be taken."""
