@@ -842,7 +842,7 @@ def embedding(b: Builder, table: Any, index: Any, padding: int = -1) -> Any:
 
 def detach(b: Builder, x: Any) -> Any:
     """x, which no gradient passes."""
-    return b.emit("detach", x) if isinstance(x, Ref) and x in b.learned else x
+    return b.emit("detach", x) if isinstance(x, Ref) else x
 
 
 def convolution_transposed(

@@ -22,7 +22,7 @@ from ..errors import BadInput, Unsupported, WrongUse, missing_extra
 from ..ir import Dim, Graph
 from . import common as c
 from .common import LOST, Builder, Ref, Untaken
-from .torch_ops import RANDOM, REWRITES, TABLE
+from .torch_ops import COMPARED, RANDOM, REWRITES, TABLE
 
 #: The attribute by which a buffer's tensor remembers its name.
 _STEM = "acclimate_name"
@@ -299,10 +299,9 @@ class _Walk:
 
     def _call(self, node: Any) -> Any:
         """What a node's result is; LOST where it could not be taken."""
-        args = _map(lambda n: self.env.get(n, n), node.args)
-        kwargs = _map(lambda n: self.env.get(n, n), node.kwargs)
         name = _name(node.target)
         self.b.where, self.b.stem = _where(node), _stem(node)
+        args, kwargs = (_map(lambda n: self._given(n, name), v) for v in (node.args, node.kwargs))
         if name == "getitem":
             if args[0] is LOST:
                 return LOST
@@ -332,6 +331,13 @@ class _Walk:
         except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
             self._fail(name, Untaken(f"its arguments are not understood ({c.first_line(error)})"))
         return LOST
+
+    def _given(self, node: Any, reader: str) -> Any:
+        """What a node's result is to an operator; a comparison becomes a value where it is not read as one."""
+        value = self.env.get(node, node)
+        if isinstance(value, c.Compared) and reader not in COMPARED:
+            value = self.env[node] = self.b.value(value)
+        return value
 
     def _fail(self, name: str, error: Untaken) -> None:
         self.b.fail(name, error, REWRITES.get(name.split(".")[0], ""))

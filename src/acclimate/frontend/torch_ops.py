@@ -997,6 +997,9 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
 }
 
 
+#: operators that look into a comparison rather than take it as numbers
+COMPARED = {"where", "masked_fill", "logical_not", "bitwise_not"}
+
 #: operator -> the nearest thing that is taken
 REWRITES: dict[str, str] = {
     "conv_transpose3d": "fold one spatial dimension into the channels and use conv_transpose2d",

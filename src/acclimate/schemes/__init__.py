@@ -230,7 +230,9 @@ class Explicit:
             isinstance(i, (int, np.integer)) for i in what
         ):
             raise WrongUse(
-                "channels are None, Channels, a share in (0, 1], or a list of indices", where=name, number=repr(what)
+                "channels are None, Channels, a share in (0, 1], or a list of indices",
+                where=name,
+                number=repr(what),
             )
         return Channels(axis, tuple(int(i) for i in what)), f"{len(what)} of {shape[axis]} channels, named"
 
