@@ -177,6 +177,23 @@ def reference(proto, x):
     return ReferenceEvaluator(proto).run(None, {"input": x})[0]
 
 
+def transposed(**attributes):
+    w = np.random.default_rng(2).normal(size=(3, 2, 3, 3)).astype(np.float32)
+    return (13, [("ConvTranspose", "input w b", "y", attributes)], {"w": w, "b": np.float32([0.3, -1])})
+
+
+def resized(target, **attributes):
+    return (
+        13,
+        [("Resize", "input _ _ s", "y", attributes)],
+        {"s": np.array([1, 3, *target])},
+    )
+
+
+def mapped(op, **attributes):
+    return (18, [(op, "input", "y", attributes)], {})
+
+
 W = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
 V = np.random.default_rng(1).normal(size=(8,)).astype(np.float32)
 BY_HAND = {
@@ -264,6 +281,67 @@ BY_HAND = {
         [("Resize", "input  s", "y", {"mode": "linear", "coordinate_transformation_mode": "asymmetric"})],
         {"s": np.array([1, 1, 1.5, 2], np.float32)},
     ),
+    "transposed": transposed(strides=[2, 2], pads=[1, 0, 0, 1], output_padding=[1, 0]),
+    "transposed_dilated": transposed(dilations=[2, 1], strides=[1, 3]),
+    "transposed_same": transposed(strides=[2, 2], auto_pad="SAME_UPPER"),
+    "transposed_to_shape": transposed(strides=[2, 2], output_shape=[17, 16]),
+    **{
+        op: mapped(op)
+        for op in ("Sin", "Cos", "Tan", "Sinh", "Cosh", "Floor", "Ceil", "Round", "Sign", "Erf", "HardSwish")
+    },
+    "ThresholdedRelu": mapped("ThresholdedRelu", alpha=0.3),
+    "Shrink": mapped("Shrink", lambd=0.4, bias=0.2),
+    "LeakyRelu": mapped("LeakyRelu", alpha=-0.4),
+    "LRN": mapped("LRN", size=3, alpha=0.2, beta=0.6, bias=1.5),
+    "SpaceToDepth": mapped("SpaceToDepth", blocksize=2),
+    "MeanVariance": mapped("MeanVarianceNormalization", axes=[2, 3]),
+    "ReduceLogSumExp": (13, [("ReduceLogSumExp", "input", "y", {"axes": [1, 3]})], {}),
+    "ReduceLogSum": (13, [("Abs", "input", "a", {}), ("ReduceLogSum", "a", "y", {"axes": [2]})], {}),
+    "power_any": (
+        13,
+        [
+            ("Abs", "input", "a", {}),
+            ("Pow", "a p", "b", {}),
+            ("Pow", "a q", "c", {}),
+            ("Add", "b c", "y", {}),
+        ],
+        {"p": np.float32(0.7), "q": np.abs(V)},
+    ),
+    "modulo": (13, [("Mod", "input p", "y", {"fmod": 1})], {"p": np.float32(0.7)}),
+    "clip_tensor": (13, [("Relu", "input", "a", {}), ("Max", "a p", "y", {})], {"p": V}),
+    "choices": (
+        16,
+        [
+            ("ReduceMean", "input", "m", {"axes": [3]}),
+            ("Greater", "input m", "a", {}),
+            ("LessOrEqual", "input p", "b", {}),
+            ("Or", "a b", "c", {}),
+            ("Not", "b", "d", {}),
+            ("And", "c d", "e", {}),
+            ("Xor", "e b", "g", {}),
+            ("Where", "g input m", "h", {}),
+            ("Cast", "a", "i", {"to": 1}),
+            ("Mul", "h i", "j", {}),
+            ("Round", "input", "k", {}),
+            ("Equal", "k z", "l", {}),
+            ("Where", "l j z", "y", {}),
+        ],
+        {"p": np.float32(-0.4), "z": np.float32(0)},
+    ),
+    "embedding": (
+        13,
+        [
+            ("Abs", "input", "a", {}),
+            ("Cast", "a", "i", {"to": 7}),
+            ("Gather", "t i", "g", {}),
+            ("ReduceSum", "g k", "y", {"keepdims": 0}),
+        ],
+        {"t": np.random.default_rng(3).normal(size=(9, 5)).astype(np.float32), "k": np.array([1, 2])},
+    ),
+    "resize_nearest_down": resized([5, 3], mode="nearest", nearest_mode="floor"),
+    "resize_half_pixel": resized([11, 5], mode="linear"),
+    "resize_corners": resized([15, 16], mode="linear", coordinate_transformation_mode="align_corners"),
+    "resize_cubic": resized([12, 16], mode="cubic", cubic_coeff_a=-0.5),
     "trilu_slice": (
         14,
         [("Trilu", "input", "a", {"upper": 0}), ("Slice", "a i j k l", "y", {})],

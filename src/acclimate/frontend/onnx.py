@@ -16,7 +16,7 @@ from ..ir import Graph
 from . import common as c
 from .common import LOST, Builder, Ref, Retry, Untaken
 from .onnx_model import RANDOM, Model, Node, evaluated, has_graph
-from .onnx_ops import REWRITES, SIZES, TABLE, settled
+from .onnx_ops import COMPARED, REWRITES, SIZES, TABLE, settled
 
 
 def load_onnx(path: str | PathLike[str]) -> Graph:
@@ -104,7 +104,7 @@ class _Walk:
     def run(self) -> Graph:
         for name, array in self.model.parameters.items():
             self.env[name] = self.b.parameter(name, array)
-        self.env[self.model.input] = self.b.input(self.model.shape)
+        self.env[self.model.input] = self.b.input(self.model.shape, self.model.whole)
         for node in self.model.nodes:
             results = self._call(node)
             for name, value in zip(node.outputs, results, strict=False):
@@ -120,6 +120,9 @@ class _Walk:
         b, lost = self.b, [LOST] * len(node.outputs)
         b.where, b.stem = node.where, node.scope
         taken = node.op in TABLE and node.domain in ("", "ai.onnx")
+        for name in node.inputs if node.op not in COMPARED else ():
+            if isinstance(self.env.get(name), c.Compared):
+                self.env[name] = b.value(self.env[name])
         things = [self.env.get(n, LOST) if n else None for n in node.inputs]
         node.things, node.wanted = (
             things,

@@ -22,6 +22,9 @@ MOST_ELEMENTS = 1 << 26  # of a constant that a file does not hold, but asks to 
 _ORIGINAL = "pkg.torch.onnx.original_node_name"
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
+#: element types of integers, which a float holds exactly up to 2^24
+WHOLE = (2, 3, 4, 5, 6, 7, 12, 13)
+
 
 def _metadata(proto: Any) -> dict[str, str]:
     return {p.key: p.value for p in getattr(proto, "metadata_props", ())}
@@ -135,12 +138,14 @@ class Model:
                 action="join them to one and split it inside the model",
             )
         tensor = given[0].type.tensor_type
-        if tensor.elem_type not in (1, 10, 11, 16):
+        if tensor.elem_type not in (1, 10, 11, 16, *WHOLE):
             raise Unsupported(
-                "the model takes integers",
+                "the model takes neither floats nor integers",
                 where=given[0].name,
-                action="do the embedding outside of the model and give it floats",
+                number=f"element type {tensor.elem_type}",
+                action="give it float32",
             )
+        self.whole = tensor.elem_type in WHOLE
         shape = [d.dim_value if d.dim_value > 0 else d.dim_param or "?" for d in tensor.shape.dim]
         if not shape or any(isinstance(s, str) for s in shape[1:]):
             raise Unsupported(
