@@ -37,6 +37,7 @@ from .common import (
 )
 
 MAX_WINDOW = 65535  # elements of a max-pool's window
+MOST_FACTORS = 64  # of a product, each of which is a node
 
 # -- picking by index --------------------------------------------------------------------------------------------------
 
@@ -78,6 +79,26 @@ def take_many(b: Builder, x: Any, index: Any) -> Any:
     shape = tuple(b.length(x, i) for i in range(k))
     flat = np.ravel_multi_index(tuple(np.moveaxis(index % np.array(shape), -1, 0)), shape)
     return take(b, flatten(b, x, 0, k - 1), 0, flat)
+
+
+def gather(b: Builder, x: Any, axis: int, index: Any) -> Any:
+    """Picks along one axis, by a constant index that is the same along all others."""
+    if isinstance(index, Ref):
+        stretched = b.producer(index, "expand")
+        index = b.graph.values[stretched.inputs[0]].data if stretched is not None else None
+    if index is None:
+        raise Untaken("an index that depends on the data")
+    shape = b.shape(x)
+    axis, index = axis % len(shape), np.asarray(index)
+    rows = np.moveaxis(index, axis, -1).reshape(-1, index.shape[axis])
+    whole = all(
+        n in (1, m) or (isinstance(m, Dim) and n == m.coefficient * (b.baked or 0))
+        for i, (n, m) in enumerate(zip(index.shape, shape, strict=True))
+        if i != axis
+    )
+    if not whole or (rows != rows[0]).any():
+        raise Untaken("an index that differs along another axis")
+    return take(b, x, axis, rows[0])
 
 
 def _runs(index: list[int]) -> list[tuple[int, int, int]]:
@@ -587,6 +608,35 @@ def einsum(b: Builder, equation: str, things: Sequence[Any]) -> Any:
     return transpose(b, z, [order.index(c) for c in out])
 
 
+def product(b: Builder, x: Any, axes: Sequence[int] | None, keep: bool) -> Any:
+    """The product over axes, of as many factors as they have elements."""
+    shape = b.shape(x)
+    rank = len(shape)
+    axes = sorted({a % rank for a in axes} if axes else range(rank))
+    y = flatten(b, transpose(b, x, [*(i for i in range(rank) if i not in axes), *axes]), rank - len(axes), -1)
+    if b.length(y, -1) > MOST_FACTORS:
+        raise Untaken(f"a product of more than {MOST_FACTORS} factors")
+    first, *more = (slice_axis(b, y, -1, i, i + 1) for i in range(b.length(y, -1)))
+    for factor in more:
+        first = binary(b, "mul", first, factor)
+    return view(b, first, [1 if i in axes else s for i, s in enumerate(shape) if keep or i not in axes])
+
+
+def remainder(b: Builder, x: Any, y: Any, mode: int) -> Any:
+    """x - y * (x / y, rounded by `mode` of the row "round")."""
+    quotient = unary(b, "round", binary(b, "div", x, y), mode=mode)
+    return binary(b, "sub", x, binary(b, "mul", quotient, y))
+
+
+def cosine(b: Builder, x: Any) -> Any:
+    return unary(b, "sin", affine(b, x, 1.0, math.pi / 2))
+
+
+def exp_pair(b: Builder, x: Any, op: str) -> Any:
+    """Half of exp(x) and exp(-x), added (cosh) or subtracted (sinh)."""
+    return binary(b, op, *(affine(b, unary(b, "exp", affine(b, x, s)), 0.5) for s in (1.0, -1.0)))
+
+
 def log_sum_exp(b: Builder, x: Any, axes: Sequence[int] | None, keep: bool) -> Any:
     """log(sum(exp(x))) over axes, from the largest one up."""
     shape = b.shape(x)
@@ -741,6 +791,13 @@ def pool(
     attrs["after"] = attrs["before"] if after is None else spread(after, rank)
     dilation = spread(dilation, rank)
     extra = _pool(b, x, attrs, ceil, dilation)
+    if (
+        op == "max_pool"
+        and math.prod(attrs["kernel"]) > MAX_WINDOW
+        and attrs["kernel"] == tuple(b.shape(x)[2:])
+        and not any((*attrs["before"], *attrs["after"]))
+    ):
+        return largest(b, x, range(-rank, 0), True)
     if op == "max_pool":
         attrs["after"] = tuple(a + e for a, e in zip(attrs["after"], extra, strict=True))
         return b.emit(op, x, **attrs, dilation=dilation)
@@ -754,8 +811,6 @@ def adaptive_pool(b: Builder, op: str, x: Any, sizes: Sequence[int | None]) -> A
     goal = [s if g is None else int(g) for g, s in zip(sizes, shape[-rank:], strict=True)]
     if op == "avg_pool" and goal == [1] * rank:
         return reduce(b, "mean", x, range(-rank, 0), True)
-    if op == "max_pool" and goal == [1] * rank:
-        return largest(b, x, range(-rank, 0), True)
     if not any(s % g for s, g in zip(shape[-rank:], goal, strict=True)):
         kernel = [s // g for s, g in zip(shape[-rank:], goal, strict=True)]
         return x if kernel == [1] * rank else pool(b, op, x, kernel, kernel, 0)

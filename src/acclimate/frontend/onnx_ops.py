@@ -323,27 +323,8 @@ def _local_response_norm(b: Builder, n: Node) -> Any:
     return f.binary(b, "mul", n.x, f.power(b, scale, -n.attr("beta", 0.75)))
 
 
-def _modulo(b: Builder, n: Node) -> Any:
-    quotient = f.unary(b, "round", f.binary(b, "div", n.x, n.get(1)), mode=3 if n.attr("fmod", 0) else 0)
-    return f.binary(b, "sub", n.x, f.binary(b, "mul", quotient, n.get(1)))
-
-
 def _logical(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda b, n: fn(b, n.x, n.get(1))
-
-
-def _cosine(b: Builder, n: Node) -> Any:
-    return f.unary(b, "sin", f.affine(b, n.x, 1.0, math.pi / 2))
-
-
-def _exp_pair(sign: float) -> Callable[..., Any]:
-    """(exp(x) + sign * exp(-x)) / 2."""
-
-    def rule(b: Builder, n: Node) -> Any:
-        left, right = (f.affine(b, f.unary(b, "exp", f.affine(b, n.x, s)), 0.5) for s in (1.0, -1.0))
-        return f.binary(b, "add" if sign > 0 else "sub", left, right)
-
-    return rule
 
 
 def _mean_variance(b: Builder, n: Node) -> Any:
@@ -594,10 +575,10 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "ThresholdedRelu": _thresholded_relu,
     "Shrink": _shrink,
     "Sin": _simple("sin"),
-    "Cos": _cosine,
-    "Tan": lambda b, n: f.binary(b, "div", f.unary(b, "sin", n.x), _cosine(b, n)),
-    "Sinh": _exp_pair(-1.0),
-    "Cosh": _exp_pair(1.0),
+    "Cos": lambda b, n: f.cosine(b, n.x),
+    "Tan": lambda b, n: f.binary(b, "div", f.unary(b, "sin", n.x), f.cosine(b, n.x)),
+    "Sinh": lambda b, n: f.exp_pair(b, n.x, "sub"),
+    "Cosh": lambda b, n: f.exp_pair(b, n.x, "add"),
     "Floor": lambda b, n: f.unary(b, "round", n.x, mode=0),
     "Ceil": lambda b, n: f.unary(b, "round", n.x, mode=1),
     "Round": lambda b, n: f.unary(b, "round", n.x, mode=2),
@@ -624,7 +605,7 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "Div": _binary("div"),
     "Neg": _affine(-1.0),
     "Pow": lambda b, n: f.power(b, n.x, n.get(1)),
-    "Mod": _modulo,
+    "Mod": lambda b, n: f.remainder(b, n.x, n.get(1), 3 if n.attr("fmod", 0) else 0),
     "Greater": lambda b, n: f.compare(b, n.x, n.get(1), True),
     "GreaterOrEqual": lambda b, n: f.compare(b, n.x, n.get(1), True, False),
     "Less": lambda b, n: f.compare(b, n.x, n.get(1), False),
@@ -647,6 +628,7 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
         lambda b, x, axes, keep: f.affine(b, f.largest(b, f.affine(b, x, -1.0), axes, keep), -1.0)
     ),
     "ReduceLogSum": _reduce(lambda b, x, axes, keep: f.unary(b, "log", f.reduce(b, "sum", x, axes, keep))),
+    "ReduceProd": _reduce(f.product),
     "ReduceL1": _reduce(_sum_of("abs")),
     "ReduceSumSquare": _reduce(_sum_of("square")),
     "ReduceL2": _reduce(lambda b, x, axes, keep: f.unary(b, "sqrt", _sum_of("square")(b, x, axes, keep))),
@@ -662,6 +644,7 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "Split": _split,
     "Gather": _gather,
     "GatherND": _gather_nd,
+    "GatherElements": lambda b, n: f.gather(b, n.x, n.attr("axis", 0), n.get(1)),
     "Expand": _expand,
     "Pad": _pad,
     "Shape": _shape,
@@ -699,6 +682,6 @@ REWRITES: dict[str, str] = {
     ),
     **dict.fromkeys(("If", "Loop", "Scan"), "export the one branch that is needed"),
     **dict.fromkeys(("ArgMax", "ArgMin", "TopK", "NonMaxSuppression"), c.OUTSIDE),
-    **dict.fromkeys(("GatherElements", "ScatterND", "ScatterElements"), "Slice and Concat"),
+    **dict.fromkeys(("ScatterND", "ScatterElements"), "Slice and Concat"),
     "Gather": "one constant index, Slice and Concat",
 }

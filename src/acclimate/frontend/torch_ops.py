@@ -198,16 +198,6 @@ def _logit(b: Builder, a: Any) -> Any:
     return f.unary(b, "log", f.binary(b, "div", x, f.affine(b, x, -1.0, 1.0)))
 
 
-def _exp_pair(sign: float) -> Callable[..., Any]:
-    """(exp(x) + sign * exp(-x)) / 2."""
-
-    def rule(b: Builder, a: Any) -> Any:
-        left, right = (f.affine(b, f.unary(b, "exp", f.affine(b, a.x, s)), 0.5) for s in (1.0, -1.0))
-        return f.binary(b, "add" if sign > 0 else "sub", left, right)
-
-    return rule
-
-
 def _pad(b: Builder, a: Any) -> Any:
     rank, mode = len(b.shape(a.x)), getattr(a, "mode", "constant")
     before, after = [0] * rank, [0] * rank
@@ -253,21 +243,6 @@ def _constant_index(b: Builder, a: Any) -> Any:
     return f.take(b, a.x, a.dim, np.asarray(a.index).reshape(-1))
 
 
-def _gather(b: Builder, a: Any) -> Any:
-    """Picks along one axis, by an index that is the same along all others."""
-    index = b.producer(a.index, "expand")
-    index = index and b.graph.values[index.inputs[0]].data if isinstance(a.index, Ref) else a.index
-    if index is None:
-        raise Untaken("an index that depends on the data")
-    axis, shape = a.dim % len(b.shape(a.x)), np.shape(index)
-    first = np.moveaxis(np.asarray(index), axis, -1).reshape(-1, shape[axis])
-    if (first != first[0]).any() or any(
-        n not in (1, m) for i, (n, m) in enumerate(zip(shape, b.shape(a.x), strict=True)) if i != axis
-    ):
-        raise Untaken("an index that differs along another axis")
-    return f.take(b, a.x, axis, first[0])
-
-
 def _embedding(b: Builder, a: Any) -> Any:
     if getattr(a, "scale_grad_by_freq", False):
         raise Untaken("an embedding whose gradient is scaled by frequency")
@@ -305,16 +280,8 @@ def _difference(b: Builder, a: Any) -> Any:
 
 
 def _product(b: Builder, a: Any) -> Any:
-    """The product along an axis, of as many factors as the axis is long."""
-    axis = getattr(a, "dim", None)
-    x = a.x if axis is not None else c.flatten(b, a.x, 0, -1)
-    axis = 0 if axis is None else axis
-    if b.length(x, axis) > 64:
-        raise Untaken("a product of more than 64 factors")
-    y, *more = (c.slice_axis(b, x, axis, i, i + 1) for i in range(b.length(x, axis)))
-    for factor in more:
-        y = f.binary(b, "mul", y, factor)
-    return y if getattr(a, "keepdim", False) else c.squeeze(b, y, [axis])
+    axes = [a.dim] if hasattr(a, "dim") else None
+    return f.product(b, a.x, axes, getattr(a, "keepdim", False))
 
 
 def _cosine_similarity(b: Builder, a: Any) -> Any:
@@ -379,11 +346,6 @@ def _rotate(b: Builder, a: Any) -> Any:
     for _ in range(a.k % 4):
         x = c.swap(b, f.take(b, x, j, np.arange(b.length(x, j))[::-1]), i, j)
     return x
-
-
-def _remainder(b: Builder, a: Any) -> Any:
-    quotient = f.unary(b, "round", f.binary(b, "div", a.x, a.other), mode=3 if a.truncated else 0)
-    return f.binary(b, "sub", a.x, f.binary(b, "mul", quotient, a.other))
 
 
 def _log_add_exp(b: Builder, a: Any) -> Any:
@@ -849,16 +811,14 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "addcdiv": _add_product("div"),
     "lerp": _lerp,
     "neg": lambda b, a: f.affine(b, a.x, -1.0),
-    "cos": lambda b, a: f.unary(b, "sin", f.affine(b, a.x, 1.0, math.pi / 2)),
-    "tan": lambda b, a: f.binary(
-        b, "div", f.unary(b, "sin", a.x), f.unary(b, "sin", f.affine(b, a.x, 1.0, math.pi / 2))
-    ),
+    "cos": lambda b, a: f.cosine(b, a.x),
+    "tan": lambda b, a: f.binary(b, "div", f.unary(b, "sin", a.x), f.cosine(b, a.x)),
     **{
         name: (lambda b, a, mode=mode: f.unary(b, "round", a.x, mode=mode))
         for mode, name in enumerate(("floor", "ceil", "round", "trunc"))
     },
-    "remainder": lambda b, a: _remainder(b, SimpleNamespace(**vars(a), truncated=False)),
-    "fmod": lambda b, a: _remainder(b, SimpleNamespace(**vars(a), truncated=True)),
+    "remainder": lambda b, a: f.remainder(b, a.x, a.other, 0),
+    "fmod": lambda b, a: f.remainder(b, a.x, a.other, 3),
     **dict.fromkeys(("sign", "sgn"), lambda b, a: f.sign(b, a.x)),
     "hypot": lambda b, a: f.unary(
         b, "sqrt", f.binary(b, "add", f.unary(b, "square", a.x), f.unary(b, "square", a.other))
@@ -866,8 +826,8 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "logaddexp": _log_add_exp,
     "xlogy": _x_log_y,
     "logit": _logit,
-    "sinh": _exp_pair(-1.0),
-    "cosh": _exp_pair(1.0),
+    "sinh": lambda b, a: f.exp_pair(b, a.x, "sub"),
+    "cosh": lambda b, a: f.exp_pair(b, a.x, "add"),
     "prod": _product,
     "diff": _difference,
     "cosine_similarity": _cosine_similarity,
@@ -950,7 +910,7 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "slice_scatter": _slice_scatter,
     "index": _index,
     "index_select": _constant_index,
-    "gather": _gather,
+    "gather": lambda b, a: f.gather(b, a.x, a.dim, a.index),
     "repeat_interleave": _repeat_interleave,
     "triu": _triangle(True),
     "tril": _triangle(False),
