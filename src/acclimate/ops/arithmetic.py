@@ -143,6 +143,7 @@ ROWS = (
         grad=_add_grad(1.0),
         in_place=(0, 1),
         check=True,
+        roles={0: "bias", 1: "bias"},
     ),
     Row(
         "sub",
@@ -165,6 +166,7 @@ ROWS = (
         grad=_mul_grad,
         in_place=(0, 1),
         check=True,
+        roles={0: "scale", 1: "scale"},
     ),
     Row(
         "div",

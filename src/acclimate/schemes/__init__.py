@@ -40,7 +40,9 @@ def layers(graph: Graph) -> list[Layer]:
         for i, name in enumerate(node.inputs):
             name = source.get(name, "")
             if name and name not in seen:
-                found[name] = TABLE[node.op].roles.get(i, "weight")
+                role = TABLE[node.op].roles.get(i, "weight")
+                vector = max(graph.shape(name), default=1) == graph.type(name).size
+                found[name] = role if vector else "weight"  # biases and scales are one number a channel
                 seen.add(name)
         if found:
             out.append(Layer(node.op, found))
