@@ -270,6 +270,7 @@ STEPS = (
         tuple(Example(((4, 37),), {"mode": m}) for m in range(len(_WHOLE))),
         attrs={"mode": Attr("i")},
         shape=_round_shape,
+        check=True,
         in_place=(0,),
         grad=lambda tape, node, d: [""],
     ),

@@ -19,6 +19,11 @@ static int same_shape(const ac_tensor *a, const ac_tensor *b) {
     return is_shape(a, b->dim, b->rank);
 }
 
+ac_status ac_check_round(const ac_call *call) {
+    const int32_t mode = ((const ac_attr_round *)call->attr)->mode;
+    return mode >= 0 && mode < 4 ? AC_OK : AC_E_OP;
+}
+
 /* ---- arithmetic ---- */
 
 /* numpy's rule: dimensions are compared from the last; one of them is 1, or they are equal. */

@@ -456,6 +456,7 @@ ac_status AC_KERNEL(clear)(const ac_call *call);
 ac_status AC_KERNEL(increment)(const ac_call *call);
 ac_status AC_KERNEL(sum_squares)(const ac_call *call);
 ac_status AC_KERNEL(clip_scale)(const ac_call *call);
+ac_status ac_check_round(const ac_call *call);
 ac_status ac_check_add(const ac_call *call);
 ac_status ac_check_sub(const ac_call *call);
 ac_status ac_check_mul(const ac_call *call);

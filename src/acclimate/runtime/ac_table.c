@@ -42,7 +42,7 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"erf_grad", "*, * -> *", 2, 1, 0, 0, AC_KERNEL(erf_grad), NULL},
     {"sin", "* -> *", 1, 1, 0, 0, AC_KERNEL(sin), NULL},
     {"sin_grad", "*, * -> *", 2, 1, 0, 0, AC_KERNEL(sin_grad), NULL},
-    {"round", "* -> *", 1, 1, 1, 0, AC_KERNEL(round), NULL},
+    {"round", "* -> *", 1, 1, 1, 0, AC_KERNEL(round), ac_check_round},
     {"add", "~, ~ -> ~", 2, 1, 0, 0, AC_KERNEL(add), ac_check_add},
     {"sub", "~, ~ -> ~", 2, 1, 0, 0, AC_KERNEL(sub), ac_check_sub},
     {"mul", "~, ~ -> ~", 2, 1, 0, 0, AC_KERNEL(mul), ac_check_mul},
