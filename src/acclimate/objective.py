@@ -189,7 +189,7 @@ class CrossEntropy(_Classes):
         return self.class_weights is None
 
     def build(self, tape: Any, output: str, target: str) -> str:
-        extra = ()
+        extra: tuple[str, ...] = ()
         if self.class_weights is not None:
             if len(self.class_weights) != tape.graph.shape(output)[1]:
                 raise WrongUse(
@@ -215,7 +215,7 @@ class Focal(_Classes):
         _require(_is_number(self.gamma, 0), "gamma is a finite number from zero", self.gamma)
         _require(
             self.alpha is None
-            or (not isinstance(self.alpha, float) and all(_is_number(a, 0) for a in self.alpha)),
+            or (isinstance(self.alpha, (tuple, list)) and all(_is_number(a, 0) for a in self.alpha)),
             "alpha is one finite number from zero a class",
             self.alpha,
         )

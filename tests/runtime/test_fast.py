@@ -33,7 +33,9 @@ def test_against_plain_kernels(isa):
         got = run(program, arrays, kernels="fast", isa=isa)
         # Rounding is that of the sums before a clamp.
         free = {k: v for k, v in attrs.items() if k not in ("low", "high")}
-        size = np.abs(want if free == attrs else run(program_of(op, arrays, free), arrays, kernels="plain")).max()
+        size = np.abs(
+            want if free == attrs else run(program_of(op, arrays, free), arrays, kernels="plain")
+        ).max()
         worst = np.abs(got - want).max() / max(size, 1.0)
         assert worst <= TOLERANCE, (op, [a.shape for a in arrays], attrs, worst)
         differ += got.tobytes() != want.tobytes()

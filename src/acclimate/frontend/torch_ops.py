@@ -348,6 +348,15 @@ def _rotate(b: Builder, a: Any) -> Any:
     return x
 
 
+def _round(mode: int) -> Callable[..., Any]:
+    def rule(b: Builder, a: Any) -> Any:
+        if getattr(a, "decimals", 0):
+            raise Untaken("rounding to decimals")
+        return f.unary(b, "round", a.x, mode=mode)
+
+    return rule
+
+
 def _log_add_exp(b: Builder, a: Any) -> Any:
     """The larger and log(1 + exp(-gap)): y + softplus(x - y)."""
     return f.binary(b, "add", a.other, f.softplus(b, f.binary(b, "sub", a.x, a.other)))
@@ -433,7 +442,7 @@ def _interpolate(mode: str) -> Callable[..., Any]:
         import torch
 
         matrices = []
-        factors = getattr(a, "scale_factors", None)
+        factors: Any = getattr(a, "scale_factors", None)
         for i, n in enumerate(b.shape(a.x)[2:]):
             wide = mode in ("bilinear", "bicubic")  # torch has these in two dimensions only
             eye = torch.eye(n).reshape(n, 1, n, 1) if wide else torch.eye(n).reshape(n, 1, n)
@@ -813,10 +822,7 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "neg": lambda b, a: f.affine(b, a.x, -1.0),
     "cos": lambda b, a: f.cosine(b, a.x),
     "tan": lambda b, a: f.binary(b, "div", f.unary(b, "sin", a.x), f.cosine(b, a.x)),
-    **{
-        name: (lambda b, a, mode=mode: f.unary(b, "round", a.x, mode=mode))
-        for mode, name in enumerate(("floor", "ceil", "round", "trunc"))
-    },
+    **{name: _round(mode) for mode, name in enumerate(("floor", "ceil", "round", "trunc"))},
     "remainder": lambda b, a: f.remainder(b, a.x, a.other, 0),
     "fmod": lambda b, a: f.remainder(b, a.x, a.other, 3),
     **dict.fromkeys(("sign", "sgn"), lambda b, a: f.sign(b, a.x)),
