@@ -480,7 +480,7 @@ def far_geometry(draw) -> Case | None:
         "groups": 1,
         "include_pad": draw(st.integers(0, 1)),
     }
-    attrs = {k: v for k, v in attrs.items() if k in row.attrs}
+    attrs = row.fill({k: v for k, v in attrs.items() if k in row.attrs})
     x, d, w = (
         Type((1, channels, *size)),
         Type((1, 2 if conv else channels, *out)),
