@@ -13,6 +13,9 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 EXTENSION := src/acclimate/runtime/_core.abi3.so
 C_FILES = $(filter-out %/ac_ops.h %/ac_table.inc %/ac_table.c,$(wildcard src/acclimate/runtime/*.[ch] src/acclimate/runtime/*/*.[ch]))
 PYTEST_ARGS ?=
+PREFIX ?= build/c-library-installed
+SECONDS ?= 20
+SEED ?= 0
 
 # The first of these that is new enough; override with `make PYTHON=...`.
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -29,7 +32,7 @@ endif
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH :=
 
-.PHONY: help demo test test-slow lint smoke inplace generate format check-types hooks install clean FORCE
+.PHONY: help demo test test-slow test-sanitizers targets fuzz lint smoke inplace generate format check-types hooks c-library install clean FORCE
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s $$'\t' 2>/dev/null \
@@ -44,6 +47,30 @@ test: lint $(VENV)/.installed  ## lint, then the tests that are not slow
 
 test-slow: $(VENV)/.tools-test $(VENV)/.installed  ## the tests that are slow
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+fuzz: inplace $(VENV)/.tools-test  ## hostile Programs, deltas and ONNX files: make fuzz SECONDS=600 SEED=3 (for each)
+	PYTHONPATH=$(CURDIR)/src $(MAKE) -C fuzz run SECONDS=$(SECONDS) SEED=$(SEED) PYTHON=$(abspath $(PY))
+	PYTHONPATH=src $(PY) fuzz/onnx_files.py --seconds $(SECONDS) --seed $(SEED)
+
+# A copy of the package with a sanitized extension, which Python loads after the sanitizer's own library; then the same
+# C files under valgrind, which cannot run what is sanitized.
+SANITIZED := build/sanitized
+test-sanitizers: $(VENV)/.tools-test  ## the tests of the runtime and the ops under ASan and UBSan, and under valgrind
+	[ -e $(SANITIZED)/build.ninja ] || meson setup $(SANITIZED) -Dbuildtype=debugoptimized -Db_lundef=false \
+		-Db_sanitize=address,undefined -Dc_args=-fno-sanitize-recover=all
+	ninja -C $(SANITIZED)
+	rm -rf $(SANITIZED)/package && mkdir $(SANITIZED)/package && cp -r src/acclimate $(SANITIZED)/package/
+	cp $(SANITIZED)/$(notdir $(EXTENSION)) $(SANITIZED)/package/acclimate/runtime/
+	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/package \
+		$(PY) -m pytest -m "not slow" tests/runtime/test_agreement.py tests/runtime/test_binding.py tests/ops \
+		tests/test_program.py tests/test_learner.py $(PYTEST_ARGS)
+	PYTHONPATH=$(abspath $(SANITIZED)/package) $(PY) -m pytest -m "slow or not slow" -k "not make" \
+		tests/runtime/test_sanitizers.py tests/runtime/test_c_example.py $(PYTEST_ARGS) -rs
+
+targets: inplace $(VENV)/.tools-test  ## the same bits on other processors, by zig's cross compiler and qemu-user
+	@$(PIP) ziglang==0.17.0
+	PYTHONPATH=src $(PY) -m pytest -m "slow or not slow" tests/runtime/test_targets.py -rs $(PYTEST_ARGS)
 
 lint: $(VENV)/.tools-test  ## ruff, the direction of dependencies, and that generated files are current
 	@echo "== ruff"
@@ -78,6 +105,11 @@ check-types: $(VENV)/.tools-dev  ## mypy
 
 hooks: $(VENV)/.tools-dev  ## have the quick checks run at each git commit
 	$(VENV)/bin/pre-commit install
+
+c-library: $(VENV)/.tools-run  ## build libacclimate and install it: make c-library PREFIX=/usr/local
+	meson setup build/c-library --prefix=$(abspath $(PREFIX)) --libdir=lib -Dlibrary=true -Db_ndebug=if-release \
+		$(if $(wildcard build/c-library/build.ninja),--reconfigure)
+	meson install -C build/c-library
 
 install: $(VENV)/.installed  ## build the package and install it into .venv
 

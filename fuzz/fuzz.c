@@ -343,7 +343,7 @@ static size_t mutate(uint32_t *h) {
 /* ---- running ---------------------------------------------------------------------------------------------------- */
 
 static struct {
-    uint64_t mutants, accepted, changed, run, refused[AC_E_ALIGN + 1], op[AC_OP_COUNT];
+    uint64_t mutants, accepted, changed, run, refused[AC_E_SINK + 1], op[AC_OP_COUNT];
 } total;
 
 typedef struct {
@@ -591,7 +591,7 @@ static void summary(double seconds) {
     printf("{\"mutants\": %" PRIu64 ", \"accepted\": %" PRIu64 ", \"accepted_changed\": %" PRIu64 ", \"run\": %" PRIu64
            ", \"seconds\": %.1f, \"refused\": {",
            total.mutants, total.accepted, total.changed, total.run, seconds);
-    for (int i = 1; i <= AC_E_ALIGN; i++)
+    for (int i = 1; i <= AC_E_SINK; i++)
         printf("%s\"%s\": %" PRIu64, i > 1 ? ", " : "", ac_status_text((ac_status)i), total.refused[i]);
     printf("}, \"ops\": {");
     for (int i = 0; i < AC_OP_COUNT; i++)

@@ -1,6 +1,6 @@
 """Hostile ONNX files against the frontend: each is either a Graph or an AcclimateError, soon and in little memory.
 
-    PYTHONPATH=src python fuzz/onnx_files.py [--count N] [--seed K] [--only I]
+    PYTHONPATH=src python fuzz/onnx_files.py [--count N | --seconds S] [--seed K] [--only I]
 
 Mutant I depends on K and I alone. Half of them are good files with changed bytes, half are good models with changed
 attributes, shapes, element types, names, ops and initialisers.
@@ -9,11 +9,13 @@ attributes, shapes, element types, names, ops and initialisers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -309,14 +311,17 @@ def attempt(raw: bytes, path: Path) -> str:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def fuzz(count: int, seed: int, first: int = 0) -> tuple[Counter[str], list[str]]:
-    """Outcomes by name, and the findings."""
+def fuzz(count: int, seed: int, first: int = 0, seconds: float = 0) -> tuple[Counter[str], list[str]]:
+    """Outcomes by name, and the findings, of `count` mutants; or of as many as `seconds` allow."""
     outcomes: Counter[str] = Counter()
     findings = []
     models = seeds()
     signal.signal(signal.SIGALRM, _alarm)
     with tempfile.TemporaryDirectory() as folder:
-        for index in range(first, first + count):
+        end = time.monotonic() + seconds
+        for index in itertools.count(first) if seconds else range(first, first + count):
+            if seconds and time.monotonic() > end:
+                break
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -334,9 +339,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=0, help="for so long, instead of --count")
     parser.add_argument("--only", type=int, default=-1)
     args = parser.parse_args()
-    outcomes, findings = fuzz(1 if args.only >= 0 else args.count, args.seed, max(args.only, 0))
+    if args.only >= 0:
+        args.count = 1
+    outcomes, findings = fuzz(args.count, args.seed, max(args.only, 0), args.seconds)
     print(json.dumps(outcomes))
     print("\n".join(findings), file=sys.stderr)
     return bool(findings)

@@ -1,6 +1,7 @@
-"""Write the seeds of the fuzz harness: a Program for each example of each op, and whole training steps.
+"""Write the seeds of the fuzz harnesses: a Program for each example of each op, and whole training steps; pairs of a
+Program and a delta of it.
 
-PYTHONPATH=src:tests python fuzz/seeds.py OUT
+PYTHONPATH=src:tests python fuzz/seeds.py PROGRAMS [PAIRS]
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 from cases import CASES, arrays, one_node
-from runtime.nets import plans
+from runtime.nets import plans, samples
 
+from acclimate import delta
 from acclimate.layout import arrange
+from acclimate.learner import Learner
+from acclimate.objective import CrossEntropy
 from acclimate.program import build
 
 
@@ -32,5 +37,17 @@ def programs() -> list[bytes]:
     return [*dict.fromkeys(out), *steps * 8]  # steps hold many ops each: they are picked more often
 
 
+def pairs() -> list[bytes]:
+    """Programs of training steps, each followed by what was learned in a few of its steps."""
+    out = []
+    for plan in plans().values():
+        x, y = samples(plan.model, 4 * plan.batch_size, 3)
+        learner = Learner(plan).partial_fit(x, y if plan.loss.__class__ is CrossEntropy else np.eye(3)[y])
+        out += [plan.program.bytes, delta.encode(learner._records(True), plan.model_hash)]
+    return out
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        Path(sys.argv[2]).write_bytes(b"".join(map(record, pairs())))
     Path(sys.argv[1]).write_bytes(b"".join(map(record, programs())))

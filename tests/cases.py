@@ -47,6 +47,8 @@ def arrays(row: Row, example: Example, seed: int = 0, dtype=np.float64) -> list[
             out.append(rng.random(shape) < 0.5)
         elif domain == "positive":
             out.append(rng.uniform(0.3, 2.0, shape).astype(dtype))
+        elif domain == "small":  # weights of a recurrence that forgets rounding errors
+            out.append(rng.normal(0, 0.3, shape).astype(dtype))
         elif domain == "target":
             out.append(rng.integers(0, 2, shape).astype(dtype))
         elif domain == "masked":

@@ -42,6 +42,23 @@ class ResidualNet(nn.Module):
         return self.head(F.relu(self.bn(self.blocks(self.stem(x)))).mean((2, 3)))
 
 
+class PostActivation(nn.Module):
+    """A residual block that ends in its activation, a norm without one, and a stretched sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU())
+        self.a, self.bn_a = nn.Conv2d(6, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6)
+        self.b, self.bn_b = nn.Conv2d(6, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6)
+        self.shift = nn.Parameter(torch.randn(6, 1, 1))
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = F.relu(x + self.bn_b(self.b(F.relu(self.bn_a(self.a(x))))))
+        return self.head(F.relu(self.norm(F.relu6(x + self.shift).mean((2, 3)))))
+
+
 class Inverted(nn.Module):
     """Expand, depthwise, project, with ReLU6 and a skip."""
 
@@ -145,6 +162,7 @@ def classic():
 MODELS = {
     "classic": (classic, (1, 1, 14, 14), 4, "cross_entropy"),
     "residual": (ResidualNet, (1, 3, 12, 12), 5, "cross_entropy"),
+    "post": (PostActivation, (1, 2, 7, 9), 4, "cross_entropy"),
     "inverted": (Inverted, (1, 3, 16, 16), 4, "cross_entropy"),
     "signal": (Signal, (1, 4, 32), 3, "binary_cross_entropy"),
     "attention": (Attention, (1, 1, 12, 12), 6, "cross_entropy"),

@@ -306,7 +306,7 @@ def test_negative_zero_is_kept(tmp_path):
 
 def hostile(it: Learner, tmp_path: Path, **replaced: delta.Record) -> list[tuple[str, bytes]]:
     """Files that must be refused by this learner: (what is wrong, bytes)."""
-    model = delta.model_hash(it.plan.model)
+    model = it.plan.model_hash
     good = it._records(True)
     raw = delta.encode(good, model)
     bias = next(r for r in good if r.name == "one.bias")
@@ -386,7 +386,7 @@ def test_accumulated_gradients_are_kept(tmp_path):
     for pending in (3, -1, 2**31 - 1):
         raw = delta.encode(
             [delta.Record("optimizer.pending", np.int32([pending]), None, "i32")],
-            delta.model_hash(it.plan.model),
+            it.plan.model_hash,
         )
         (tmp_path / "b.acu").write_bytes(raw)
         with pytest.raises(BadInput, match="micro-batches"):

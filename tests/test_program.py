@@ -45,8 +45,8 @@ FIELDS = (
     "initial",
     "state",
     "arena",
-    "reserved0",
-    "reserved1",
+    "model",
+    "reserved",
 )
 BASE = 4 * HEADER_WORDS
 
@@ -116,7 +116,7 @@ def test_header_fields(name):
     assert h["state"] == plan.state_bytes == plan.program.state_bytes
     assert h["arena"] == plan.arena_bytes == plan.program.arena_bytes
     assert h["entries"] == len(plan.layouts) + 1 == len(plan.program.entries)
-    assert h["reserved0"] == h["reserved1"] == 0
+    assert h["model"] == plans()[name].model_hash and h["reserved"] == 0
     for part in parts.values():
         assert part.start % 4 == 0
     assert h["initial"] <= h["state"]
@@ -176,7 +176,7 @@ def test_build_does_not_depend_on_what_was_built_before():
     first = compile_plan(mlp(), batch_size=2)
     again = first.program.bytes
     compile_plan(cnn(), batch_size=4).program  # noqa: B018
-    assert build(first.layouts).bytes == again
+    assert build(first.layouts, model=first.model_hash).bytes == again
 
 
 def test_batch_sizes_share_the_state_layout():
@@ -267,7 +267,7 @@ def test_sizes_in_the_header(program, field, value):
     assert "outside its area" in refused(sealed(program.bytes, **{field: value}))
 
 
-@pytest.mark.parametrize("field", ["reserved0", "reserved1"])
+@pytest.mark.parametrize("field", ["reserved"])
 def test_reserved_words_must_be_zero(program, field):
     assert "outside its area" in refused(sealed(program.bytes, **{field: 1}))
 

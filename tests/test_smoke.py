@@ -74,15 +74,20 @@ def test_says_what_does_not_fit(model):
 
 
 def test_import_is_light():
-    """The library imports numpy alone; the peak memory of its own address space is small."""
+    """The library imports numpy alone; the peak memory of its own address space is small; it takes 0.3 s at most."""
     code = (
+        "import time; start = time.process_time()\n"
         "import sys, acclimate; acclimate.Learner, acclimate.plan\n"
+        "print(time.process_time() - start)\n"
         "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))\n"
         "print([m for m in ('torch', 'onnx', 'typer', 'rich', 'PIL') if m in sys.modules])"
     )
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
-    kib, extras = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert int(kib) < 60 * 1024 and extras == "[]"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    ]
+    seconds = min(float(run.splitlines()[0]) for run in runs)  # the least disturbed one
+    kib, extras = runs[0].splitlines()[1:]
+    assert seconds < 0.3 and int(kib) < 60 * 1024 and extras == "[]"

@@ -2,18 +2,20 @@
  *
  *     learn digits.acp digits.acd [--epochs N] [--steps N] [--lr X] [--state FILE]
  *
- * It measures the accuracy on the held-out samples, trains on the others, measures again, writes the state block to
- * FILE (default: learned.acs), forgets everything as a power cut would, reads FILE back and measures once more.
- * With --state naming a file that is there already, learning goes on from it.
+ * It measures the accuracy on the held-out samples, trains on the others, measures again, writes what it learned to
+ * FILE (default: learned.acu), forgets everything as a power cut would, reads FILE back and measures once more.
+ * With --state naming a file that is there already, learning goes on from it; Python's Learner.save may have written it.
  *
  * All memory is the three static blocks below; on a board the Program stays in flash (compile with
  * -DEMBEDDED='"digits.h"', then the first argument falls away) and the file is a page of flash.
  */
+#define _POSIX_C_SOURCE 200809L /* fsync */
 #include "acclimate.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { PROGRAM_BYTES = 256 << 10, STATE_BYTES = 64 << 10, ARENA_BYTES = 256 << 10 };
 
@@ -40,12 +42,7 @@ typedef struct {
     uint32_t count, floats, held_out;
 } samples;
 
-/* Before the state block in its file: magic, which Program it belongs to, bytes, checksum. */
-typedef struct {
-    uint32_t magic, program, bytes, checksum;
-} state_header;
-
-enum { SAMPLES_MAGIC = 0x53444341, STATE_MAGIC = 0x54534341 }; /* "ACDS", "ACST" */
+enum { SAMPLES_MAGIC = 0x53444341 }; /* "ACDS" */
 
 static int complain(const char *what, const char *why) {
     fprintf(stderr, "learn: %s: %s\n", what, why);
@@ -135,36 +132,30 @@ static int train(const ac_program *p, const ac_memory *m, const job *step, const
 
 /* ---- keeping what was learned ------------------------------------------------------------------------------------ */
 
-static uint32_t program_checksum(const ac_program *p) { return ((const uint32_t *)(const void *)p->bytes)[3]; }
+static int to_file(void *file, const void *bytes, size_t size) { return fwrite(bytes, 1, size, file) != size; }
 
-/* Beside the old file, then renamed over it: a power cut leaves the one or the other. */
-static int save_state(const ac_program *p, const ac_memory *m, const char *path) {
+/* Beside the old file, synced, then renamed over it: a power cut leaves the one or the other. */
+static int save(const ac_program *p, const ac_memory *m, const char *path) {
     char beside[512];
-    state_header h = {STATE_MAGIC, program_checksum(p), p->state_bytes, ac_crc32(0, m->state, p->state_bytes)};
     if (strlen(path) + 6 > sizeof beside) return complain(path, "is too long a name");
     strcpy(beside, path);
     strcat(beside, ".part");
     FILE *f = fopen(beside, "wb");
     if (!f) return complain(beside, "cannot be written");
-    int good = fwrite(&h, sizeof h, 1, f) == 1 && fwrite(m->state, 1, p->state_bytes, f) == p->state_bytes;
-    if (fclose(f) != 0 || !good || rename(beside, path) != 0) return complain(path, "cannot be written");
-    return 0;
+    ac_status status = ac_delta_save(p, m, 0, to_file, f, NULL);
+    int good = status == AC_OK && fflush(f) == 0 && fsync(fileno(f)) == 0;
+    if (fclose(f) == 0 && good && rename(beside, path) == 0) return 0;
+    remove(beside);
+    return complain(path, status == AC_OK ? "cannot be written" : ac_status_text(status));
 }
 
-/* 0: read; 1: there is none; 2: damaged, or of another Program. The state block is filled only where all is well. */
-static int load_state(const ac_program *p, const ac_memory *m, const char *path) {
-    static uint32_t whole[4 + STATE_BYTES / 4];
-    state_header h;
+/* What was learned before, read into the arena, which is free between runs; AC_E_NAME where there is no such file. */
+static ac_status load(const ac_program *p, const ac_memory *m, const char *path) {
     FILE *f = fopen(path, "rb");
-    if (!f) return 1;
+    if (!f) return AC_E_NAME;
     fclose(f);
-    long n = read_file(path, whole, sizeof whole);
-    memcpy(&h, whole, sizeof h);
-    if (n != (long)(sizeof h + p->state_bytes) || h.magic != STATE_MAGIC || h.program != program_checksum(p)
-        || h.bytes != p->state_bytes || h.checksum != ac_crc32(0, whole + 4, p->state_bytes))
-        return 2;
-    memcpy(m->state, whole + 4, p->state_bytes);
-    return 0;
+    long n = read_file(path, arena, sizeof arena);
+    return n < 0 ? AC_E_TRUNCATED : ac_delta_load(p, m, arena, (size_t)n, NULL);
 }
 
 /* ---- the command ------------------------------------------------------------------------------------------------- */
@@ -172,7 +163,7 @@ static int load_state(const ac_program *p, const ac_memory *m, const char *path)
 int main(int argc, char **argv) {
     uint32_t epochs = 10, steps = 0;
     float lr = 0.005f;
-    const char *kept = "learned.acs";
+    const char *kept = "learned.acu";
     if (argc < FIRST_FILE + 1)
         return complain("usage", "learn PROGRAM SAMPLES [--epochs N] [--steps N] [--lr X] [--state FILE]");
     for (int i = FIRST_FILE + 1; i + 1 < argc; i += 2) {
@@ -214,19 +205,19 @@ int main(int argc, char **argv) {
            (unsigned)program.arena_bytes, (unsigned)batch);
 
     /* 4. Learn. */
-    int found = load_state(&program, &memory, kept);
-    if (found == 2) return complain(kept, "is damaged, or was learned by another Program");
-    printf("%s\naccuracy before   %.4f\n", found == 0 ? "going on from what was learned before" : "starting from the model",
+    ac_status found = load(&program, &memory, kept);
+    if (found != AC_OK && found != AC_E_NAME) return complain(kept, ac_status_text(found));
+    printf("%s\naccuracy before   %.4f\n", found == AC_OK ? "going on from what was learned before" : "starting from the model",
            (double)accuracy(&program, &memory, &predict, &data, batch));
     if (train(&program, &memory, &step, &data, batch, steps, lr)) return 1;
     float after = accuracy(&program, &memory, &predict, &data, batch);
     printf("accuracy after    %.4f\n", (double)after);
 
     /* 5. Keep it, lose power, and take it up again. */
-    if (save_state(&program, &memory, kept)) return 1;
+    if (save(&program, &memory, kept)) return 1;
     memset(state, 0xFF, sizeof state);
     memset(arena, 0xFF, sizeof arena);
-    if (load_state(&program, &memory, kept)) return complain(kept, "was not read back");
+    if (load(&program, &memory, kept) != AC_OK) return complain(kept, "was not read back");
     float again = accuracy(&program, &memory, &predict, &data, batch);
     printf("after power cycle %.4f\n", (double)again);
     fclose(data.file);

@@ -27,6 +27,7 @@ from .learner import Learner
 from .objective import LOSSES, OPTIMIZERS, Optimizer, resolve
 from .ops import TABLE, cost
 from .planner import Plan, cannot_fit, compile_plan
+from .program import model_hash
 
 HELD_OUT = 0.25  # share of the data that the report is about, where the file has no x_val
 VALIDATION = 0.2  # share of the rest that chooses the epoch
@@ -96,7 +97,7 @@ def model_facts(model: Graph, name: str) -> dict[str, Any]:
         "output": [int(s) for s in model.shape(model.outputs["output"])[1:]],
         "weights": sum(v.type.size for v in model.parameters().values()),
         "weight_bytes": model.parameter_bytes(),
-        "hash": f"{delta.model_hash(model):08x}",
+        "hash": f"{model_hash(model):08x}",
     }
 
 
@@ -642,11 +643,11 @@ def write_run(figures: dict[str, Any], folder: Path) -> Path:
 def updated_model(model: Graph, path: Path) -> Graph:
     """The model with a saved update in it; BadInput where the update is damaged or of another model."""
     fingerprint, records = delta.decode(delta.read(path), str(path))
-    if fingerprint != delta.model_hash(model):
+    if fingerprint != model_hash(model):
         raise BadInput(
             "the update was learned from another model",
             where=str(path),
-            number=f"model {fingerprint:08x}, this one {delta.model_hash(model):08x}",
+            number=f"model {fingerprint:08x}, this one {model_hash(model):08x}",
             action="give the model that it was saved with",
         )
     known = {v.name: v for v in model.values.values() if v.kind in PERSISTENT}

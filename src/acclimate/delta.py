@@ -20,7 +20,7 @@ import numpy as np
 
 from .errors import BadInput
 from .grad import Channels
-from .ir import DTYPES, Graph, Type
+from .ir import DTYPES, Type
 
 MAGIC = int.from_bytes(b"ACUP", "little")
 FORMAT = 1
@@ -53,16 +53,6 @@ class Record:
             *array.shape[self.channels.axis + 1 :],
         )
         return out
-
-
-def model_hash(model: Graph) -> int:
-    """CRC-32 of a model's parameter names, shapes and trained values: a delta fits the model it was learned from."""
-    crc = 0
-    for name, value in sorted(model.parameters().items()):
-        assert value.data is not None
-        crc = zlib.crc32(f"{name}{tuple(int(s) for s in value.shape)}".encode(), crc)
-        crc = zlib.crc32(np.ascontiguousarray(value.data).tobytes(), crc)
-    return crc
 
 
 def encode(records: list[Record], model: int) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 from .errors import WrongUse
 from .ir import DTYPES, Graph, Node, Value, reachable
 from .objective import Loss, Optimizer
-from .ops import TABLE, emit, infer, parse
+from .ops import TABLE, emit, infer, parse, without_unread
 
 GRADIENT = ".gradient"  # what the state that accumulates a tensor's gradient is called after its name
 
@@ -189,7 +189,7 @@ def differentiate(graph: Graph, loss: str, wanted: list[str]) -> dict[str, str]:
     tape = Tape(graph, reaches)
     grads: dict[str, str] = {loss: graph.constant("d_loss", np.ones(1))}
     for node in reversed(list(graph.nodes)):
-        if not node.outputs or node.outputs[0] not in grads or not any(tape.wants(n) for n in node.inputs):
+        if not any(n in grads for n in node.outputs) or not any(tape.wants(n) for n in node.inputs):
             continue
         row = TABLE[node.op]
         if row.grad is None:
@@ -341,7 +341,7 @@ def prune(graph: Graph) -> Graph:
     """Without the nodes and values that neither an output nor an update depends on."""
     effects = [n for n in graph.nodes if TABLE[n.op].updates]
     new = graph.copy()
-    new.nodes = reachable(graph, graph.outputs.values(), effects)
+    new.nodes = without_unread(reachable(graph, graph.outputs.values(), effects), graph.outputs.values())
     used = {n for node in new.nodes for n in (*node.inputs, *node.outputs) if n} | set(graph.outputs.values())
     used |= set(graph.inputs.values())
     new.values = {k: v for k, v in graph.values.items() if k in used}

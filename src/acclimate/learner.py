@@ -242,7 +242,7 @@ class Learner:
         delta.check(
             records, self._types(), "what was learned"
         )  # what restore would refuse must not replace a good file
-        raw = delta.encode(records, delta.model_hash(self.plan.model))
+        raw = delta.encode(records, self.plan.model_hash)
         delta.write(path, raw)
         self._saved = self._kept()
         return len(raw)
@@ -250,11 +250,11 @@ class Learner:
     def restore(self, path: str | Path) -> Learner:
         """Take over what `save` wrote. On any error everything stays as it was."""
         model, records = delta.decode(delta.read(path), str(path))
-        if model != delta.model_hash(self.plan.model):
+        if model != self.plan.model_hash:
             raise BadInput(
                 "the delta was learned from another model",
                 where=str(path),
-                number=f"model {model:08x}, this one {delta.model_hash(self.plan.model):08x}",
+                number=f"model {model:08x}, this one {self.plan.model_hash:08x}",
                 action="load the model that it was saved with",
             )
         delta.check(records, self._types(), str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -183,6 +184,21 @@ def fuse(graph: Graph) -> Graph:
                 gone.add(at)
     new.nodes = [node for i, node in enumerate(new.nodes) if i not in gone]
     return new
+
+
+def segment_time(model: Graph, steps: int | None = None) -> Graph:
+    """Let recurrent layers keep their state before every `steps`-th step only, and compute the rest again in backward.
+
+    The same gradients to the last bit, for one more forward pass of these layers. steps: of a segment; None: the square
+    root of each sequence's length, where the memory is least; 0: keep everything.
+    """
+    new = model.copy()
+    for i, node in enumerate(model.nodes):
+        if "segment" in TABLE[node.op].attrs:
+            length = model.shape(node.outputs[0])[1]
+            k = math.isqrt(length - 1) + 1 if steps is None else min(steps, length)
+            new.nodes[i] = replace(node, attrs={**node.attrs, "segment": k})
+    return verify(new, "cutting sequences into segments")
 
 
 #: What every graph of a plan goes through, in this order.

@@ -25,7 +25,7 @@ from .objective import LOSSES, OPTIMIZERS, SGD, Loss, Optimizer, resolve
 from .ops import TABLE, cost, with_batch
 from .passes import prepare
 from .passes import run as run_passes
-from .program import Program, build
+from .program import Program, build, model_hash
 
 MAX_BATCH = 65536
 MAX_THREADS = 64  # AC_MAX_THREADS
@@ -88,20 +88,28 @@ class Plan:
     @cached_property
     def program(self) -> Program:
         """What the runtime runs."""
-        return build(self.layouts, self.state_layout)
+        return self._build(self.layouts)
 
     def train_program(self, batch_size: int) -> Program:
         """All entries for another batch size, on the same block of persistent values."""
-        return build(self.with_batch_size(batch_size).layouts, self.state_layout)
+        return self._build(self.with_batch_size(batch_size).layouts)
 
     def predict_program(self, batch_size: int) -> Program:
         """Only the entry "predict", for another batch size, on the same block of persistent values."""
-        return build(_arranged({"predict": predict_graph(self._prepared(batch_size))}), self.state_layout)
+        return self._build(_arranged({"predict": predict_graph(self._prepared(batch_size))}))
 
     def gradient_program(self, batch_size: int) -> Program:
         """The entry "gradient": loss and gradients as outputs, nothing updated. For inspection on the host."""
         graph = gradient_graph(self._prepared(batch_size), self.update_set, self.loss)
-        return build(_arranged({"gradient": graph}), self.state_layout)
+        return self._build(_arranged({"gradient": graph}))
+
+    def _build(self, layouts: Mapping[str, Layout]) -> Program:
+        return build(layouts, self.state_layout, self.model_hash)
+
+    @cached_property
+    def model_hash(self) -> int:
+        """Of the model as it was given, which a delta says it belongs to."""
+        return model_hash(self.model)
 
     def _prepared(self, batch_size: int) -> Graph:
         """The model at a batch size, with all that never changes folded away."""

@@ -199,10 +199,23 @@ class _Writer:
         return self.name(STATE_ENTRY), at, at, 0, first_binding, len(self.bindings)
 
 
-def build(layouts: Mapping[str, Layout], state: tuple[Mapping[str, int], int] | None = None) -> Program:
+def model_hash(model: Graph) -> int:
+    """CRC-32 of a model's parameter names, shapes and trained values: a delta fits the model it was learned from."""
+    crc = 0
+    for name, value in sorted(model.parameters().items()):
+        assert value.data is not None
+        crc = zlib.crc32(f"{name}{tuple(int(s) for s in value.shape)}".encode(), crc)
+        crc = zlib.crc32(np.ascontiguousarray(value.data).tobytes(), crc)
+    return crc
+
+
+def build(
+    layouts: Mapping[str, Layout], state: tuple[Mapping[str, int], int] | None = None, model: int = 0
+) -> Program:
     """Write the Program whose entries are the given layouts. Persistent values are shared between entries by name.
 
     `state`: offsets and bytes of another Program's persistent values, for one that works on the same block.
+    `model`: the model's hash, by which the C runtime knows the deltas that fit; 0 for none.
     """
     writer, stream, entries = _Writer(layouts, state), bytearray(), []
     for name, layout in layouts.items():
@@ -242,7 +255,7 @@ def build(layouts: Mapping[str, Layout], state: tuple[Mapping[str, int], int] | 
         len(initial),
         writer.state_bytes,
         arena,
-        0,
+        model,
         0,
     )
     crc = zlib.crc32(body, zlib.crc32(tail))

@@ -714,6 +714,13 @@ LAYERS = {
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True), 2),
         SEQUENCE,
     ),
+    "lstm": (
+        lambda: Fn(lambda x, e: e(x)[0], nn.LSTM(16, 5, 2, batch_first=True, bidirectional=True)),
+        SEQUENCE,
+    ),
+    "gru": (lambda: Fn(lambda x, e: e(x)[0], nn.GRU(16, 5, batch_first=True)), SEQUENCE),
+    "gru_last": (lambda: Fn(lambda x, e: e(x.transpose(0, 1))[1][0], nn.GRU(16, 5)), SEQUENCE),
+    "rnn": (lambda: Fn(lambda x, e: e(x)[0], nn.RNN(16, 5, batch_first=True, nonlinearity="relu")), SEQUENCE),
     "decoder_mask": (
         lambda: Fn(
             lambda x, e: e(x, src_mask=nn.Transformer.generate_square_subsequent_mask(10), is_causal=True),

@@ -1,5 +1,7 @@
 """Every forward row that torch knows, against torch: value and gradient, in float64."""
 
+import functools
+
 import numpy as np
 import pytest
 from cases import CASES, arrays, case_id, dtype_of
@@ -60,7 +62,22 @@ def _masked(a, z, y):
     return F.binary_cross_entropy_with_logits(z[keep], y[keep])
 
 
+def _recurrent(kind, a, x, w_ih, w_hh, b_ih=None, b_hh=None, *states):
+    """The layer's outputs; torch has no backward direction alone, and GRU's reset gate after the product only."""
+    if a.get("reset_after") == 0:
+        pytest.skip("torch has no such GRU; the finite differences cover it")
+    x = x.flip(1) if a["reverse"] else x
+    zero = x.new_zeros(len(x), w_hh.shape[1])
+    states = [(zero if s is None else s)[None] for s in (*states, None, None)[: 1 + (kind == "lstm")]]
+    weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+    fn = getattr(torch, ("rnn_relu" if a["relu"] else "rnn_tanh") if kind == "rnn" else kind)
+    state = states if kind == "lstm" else states[0]
+    y = fn(x, state, weights, len(weights) == 4, 1, 0.0, False, False, True)[0]
+    return y.flip(1) if a["reverse"] else y
+
+
 TORCH = {
+    **{kind: functools.partial(_recurrent, kind) for kind in ("lstm", "gru", "rnn")},
     "relu": lambda a, x: F.relu(x),
     "hard_tanh": lambda a, x: F.hardtanh(x, a["low"], a["high"]),
     "leaky_relu": lambda a, x: F.leaky_relu(x, a["slope"]),

@@ -13,7 +13,17 @@ from runtime.native import ROOT, SANITIZE, STRICT, Harness, call, compile_all, c
 @pytest.fixture(scope="session")
 def plain_objects(tmp_path_factory) -> list[Path]:
     """The runtime as a board compiles it; a warning is an error."""
-    return compile_all(sources(), tmp_path_factory.mktemp("plain"), [*STRICT, "-O2", "-fstack-usage"])
+    return compile_all(
+        sources(), tmp_path_factory.mktemp("plain"), [*STRICT, "-O2", "-fPIC", "-fstack-usage"]
+    )
+
+
+@pytest.fixture(scope="session")
+def library(plain_objects, tmp_path_factory) -> Path:
+    """The same files as a shared library: what an installed libacclimate.so has, but for the fast kernels."""
+    path = tmp_path_factory.mktemp("library") / "libacclimate.so"
+    call(compiler(), "-shared", *plain_objects, "-o", path)
+    return path
 
 
 def build_harness(folder: Path, *more: str) -> Harness:
@@ -24,10 +34,12 @@ def build_harness(folder: Path, *more: str) -> Harness:
         pytest.skip(f"{cc} cannot build with {' '.join(flags)}")
     objects = compile_all([*sources(), ROOT / "fuzz/fuzz.c"], folder, [*STRICT, *flags])
     call(cc, *flags, *objects, "-o", folder / "fuzz")
-    seeds = folder / "seeds.bin"
+    objects, (delta,) = objects[:-1], compile_all([ROOT / "fuzz/delta.c"], folder, [*STRICT, *flags])
+    call(cc, *flags, *objects, delta, "-o", folder / "delta")
+    seeds, pairs = folder / "seeds.bin", folder / "pairs.bin"
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    call(sys.executable, ROOT / "fuzz/seeds.py", seeds, env={**os.environ, "PYTHONPATH": path})
-    return Harness(folder / "fuzz", objects, flags, seeds)
+    call(sys.executable, ROOT / "fuzz/seeds.py", seeds, pairs, env={**os.environ, "PYTHONPATH": path})
+    return Harness(folder / "fuzz", [*objects, folder / "fuzz.o"], flags, seeds, folder / "delta", pairs)
 
 
 @pytest.fixture(scope="session")

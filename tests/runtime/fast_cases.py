@@ -14,7 +14,7 @@ import numpy as np
 
 from acclimate.ir import Graph, Type
 from acclimate.layout import Buffer, Layout, arrange
-from acclimate.ops import TABLE, emit, infer
+from acclimate.ops import TABLE, emit, infer, parse
 from acclimate.program import Program, build
 from acclimate.runtime import Session
 
@@ -70,15 +70,37 @@ def cases(seed: int, count: int):
         a, b = array(*stack, *((k, m) if ta else (m, k))), array(*stack, *((n, k) if tb else (k, n)))
         yield "matmul", [a, b, *([array(n)] if rng.random() < 0.5 else [])], {"ta": ta, "tb": tb} | limits
 
+        shape = tuple(int(rng.integers(1, high)) for high in (9, 30, 24, 24))
+        x, d, vector, rows = array(*shape), array(*shape), shape[1], shape[3]
+        gamma, beta, mean, var = array(vector), array(vector), array(vector), np.abs(array(vector))
+        yield "relu", [x], {}
+        yield "hard_tanh", [x], {"low": -0.5, "high": 0.5}
+        yield "gelu", [x], {}
+        yield "gelu_grad", [d, x], {}
+        yield "add", [x, d if rng.random() < 0.7 else array(*shape[2:])], {"high": 1.0}
+        yield "batch_norm", [x, gamma, beta, mean, var], {"low": 0.0}
+        yield "batch_norm_grad", [d, None, x, gamma, mean, var], {}
+        yield "layer_norm", [x, array(rows), array(rows)], {}
+        yield "softmax", [x], {}
+        yield "softmax_grad", [d, x], {}
+        window = {"kernel": (2, 2), "stride": (2, 2), "before": (1, 1), "after": (1, 1)}
+        yield "max_pool", [x], window | {"dilation": (1, 1)}
+        window["extra"] = (0, 0)
+        yield "avg_pool", [x], window
+        half = infer(TABLE["avg_pool"], TABLE["avg_pool"].fill(window), [Type(shape)])[0].shape
+        yield "avg_pool_grad", [array(*half)], window | {"size": shape[2:]}
+
 
 def program_of(op: str, arrays: list[np.ndarray], attrs: dict, last: int = -1) -> Program:
     """A Program that runs one op; of its tensors (inputs, then the output) number `last` ends the arena."""
     graph = Graph()
-    names = [graph.input(f"i{i}", a.shape, "f32") for i, a in enumerate(arrays)]
-    graph.outputs["o"] = emit(graph, op, *names, **attrs)
+    names = ["" if a is None else graph.input(f"i{i}", a.shape, "f32") for i, a in enumerate(arrays)]
+    others = tuple(range(1, len(parse(TABLE[op].signature)[1])))
+    out = emit(graph, op, *names, unused=others, **attrs)
+    graph.outputs["o"] = out if isinstance(out, str) else out[0]
     if last < 0:
         return build({"run": arrange(graph)})
-    tensors = [*names, graph.outputs["o"]]
+    tensors = [*filter(None, names), graph.outputs["o"]]
     tensors.append(tensors.pop(last))
     buffers, offsets, at = [], {}, 0
     for name in tensors:
@@ -92,7 +114,7 @@ def program_of(op: str, arrays: list[np.ndarray], attrs: dict, last: int = -1) -
 def run(program: Program, arrays: list[np.ndarray], session: Session | None = None, **how) -> np.ndarray:
     session = session or Session(program, **how)
     session.arena[:] = 0xFF  # not a number: what is not written is seen
-    session.feed("run", {f"i{i}": a for i, a in enumerate(arrays)})
+    session.feed("run", {f"i{i}": a for i, a in enumerate(arrays) if a is not None})
     session.run_range("run")
     return session.view("run", "o").copy()
 
@@ -112,7 +134,7 @@ def guarded(size: int) -> np.ndarray:
 
 def main(seed: int, count: int, isa: str) -> None:
     for op, arrays, attrs in cases(seed, count):
-        for last in range(len(arrays) + 1):
+        for last in range(sum(a is not None for a in arrays) + 1):
             program = program_of(op, arrays, attrs, last)
             session = Session(program, isa=isa, kernels="fast", threads=2)
             session.arena = guarded(program.arena_bytes)

@@ -76,6 +76,8 @@ class Harness:
     objects: list[Path]
     flags: list[str]
     seeds: Path
+    delta_binary: Path
+    pairs: Path
 
     def run(self, *args: object, expect: int | None = 0, binary: Path | None = None) -> dict:
         """The summary of a run, which must end without a finding."""

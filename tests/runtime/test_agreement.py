@@ -226,8 +226,7 @@ def makes_sense(case: Case) -> bool:
         op, ins, outs = FORWARD[case.row.name]
         row = TABLE[op]
         try:
-            attrs = row.fill({k: v for k, v in case.attrs.items() if k in row.attrs})
-            made = infer(row, attrs, ins(case))
+            made = infer(row, row.fill({k: v for k, v in case.attrs.items() if k in row.attrs}), ins(case))
         except (BadInput, ValueError, IndexError, TypeError):
             return False
         return [(tuple(t.shape), t.dtype) for t in made] == [(tuple(t.shape), t.dtype) for t in outs(case)]

@@ -11,9 +11,11 @@ from runtime.native import ROOT, STRICT, call, compiler, sources, tool
 import acclimate.runtime
 from acclimate.data import digits
 from acclimate.learner import Learner
+from acclimate.objective import SGD
 from acclimate.planner import compile_plan
 
 EXAMPLE = ROOT / "examples/c"
+MINIMAL = ROOT / "examples/minimal/learn.py"
 sys.path.insert(0, str(EXAMPLE))
 import make_program  # noqa: E402
 
@@ -36,7 +38,7 @@ def folder(tmp_path_factory, plain_objects):
     return folder
 
 
-def learn(folder, *args, state="a.acs", program="digits.acp", data="digits.acd", expect=0, wrapper=()):
+def learn(folder, *args, state="a.acu", program="digits.acp", data="digits.acd", expect=0, wrapper=()):
     done = call(
         *wrapper,
         folder / "learn",
@@ -51,7 +53,7 @@ def learn(folder, *args, state="a.acs", program="digits.acp", data="digits.acd",
 
 
 def test_it_learns_and_survives_a_power_cycle(folder):
-    text = learn(folder, state="learned.acs")
+    text = learn(folder, state="learned.acu")
     losses = [float(v) for v in re.findall(r"mean loss ([\d.]+)", text)]
     before, after, again = (
         float(re.search(rf"{what} +([\d.]+)", text)[1])
@@ -60,66 +62,86 @@ def test_it_learns_and_survives_a_power_cycle(folder):
     assert before < 0.2 and after > 0.9 and again == after
     assert len(losses) > 10 and losses[-1] < 0.3 * losses[0]
     assert "starting from the model" in text
-    text = learn(folder, "--steps", 1, state="learned.acs")
+    text = learn(folder, "--steps", 1, state="learned.acu")
     assert "going on from what was learned before" in text
     assert float(re.search(r"accuracy before +([\d.]+)", text)[1]) == after
 
 
 @pytest.mark.parametrize("steps", [1, 40])
 def test_the_same_bits_as_python(folder, steps, monkeypatch):
-    """The state block after k steps: parameters and momentum, from two processes and two compilers' flags."""
+    """After k steps: parameters and momentum, from two processes and two compilers' flags."""
     monkeypatch.setenv("ACCLIMATE_KERNELS", "plain")
-    state = folder / f"{steps}.acs"
-    learn(folder, "--steps", steps, "--lr", 0.02, state=state.name)
+    kept = folder / f"{steps}.acu"
+    learn(folder, "--steps", steps, "--lr", 0.02, state=kept.name)
     learner, data, n = Learner(make_program.plan()), digits(), make_program.BATCH * steps
     assert (folder / "digits.acp").read_bytes() == learner.plan.program.bytes
     learner.partial_fit(data.x[:n], data.y[:n], lr=float(np.float32(0.02)))
-    raw = state.read_bytes()
-    assert struct.unpack_from("<4sII", raw) == (
-        b"ACST",
-        struct.unpack_from("<I", learner.plan.program.bytes, 12)[0],
-        len(raw) - 16,
-    )
-    assert raw[16:] == learner._main.state[: learner.plan.state_bytes].tobytes()
-    for name, b in learner.plan.program.entries["state"].items():
-        value = np.frombuffer(raw, b.type.dtype.replace("f32", "<f4"), b.type.size, 16 + b.offset).reshape(
-            b.type.shape
+    for name in learner.parameters():
+        assert (learner.parameters()[name] != learner.plan.model.values[name].data).any(), (
+            f"{name} did not learn"
         )
-        if name in learner.parameters():
-            assert value.tobytes() == learner.parameters()[name].tobytes()
-            assert (value != learner.plan.model.values[name].data).any(), f"{name} did not learn"
+    from_c = Learner(make_program.plan()).restore(kept)
+    assert from_c._main.state.tobytes() == learner._main.state.tobytes()
+
+
+def test_python_and_c_take_over_from_each_other(folder, monkeypatch):
+    """Python learns, C goes on, Python goes on: the same bits as Python alone."""
+    monkeypatch.setenv("ACCLIMATE_KERNELS", "plain")
+    data, batch, rate = digits(), make_program.BATCH, float(np.float32(0.02))
+    alone = Learner(make_program.plan())
+    alone.partial_fit(data.x[: 4 * batch], data.y[: 4 * batch], lr=rate)
+    alone.save(folder / "both.acu")
+    learn(folder, "--steps", 3, "--lr", 0.02, state="both.acu")
+    both = Learner(make_program.plan()).restore(folder / "both.acu")
+    for learner, first in ((alone, 0), (alone, 3), (both, 3)):
+        part = slice(first * batch, 3 * batch if first == 0 else 7 * batch)
+        learner.partial_fit(data.x[part], data.y[part], lr=rate)
+    assert both._main.state.tobytes() == alone._main.state.tobytes()
 
 
 def test_embedded_program(folder, plain_objects):
     flags = [f"-I{acclimate.runtime.SOURCE}", f"-I{folder}", '-DEMBEDDED="digits.h"']
     call(compiler(), *STRICT, "-O2", *flags, EXAMPLE / "learn.c", *plain_objects, "-o", folder / "embedded")
-    own = call(folder / "embedded", folder / "digits.acd", "--steps", 20, "--state", folder / "e.acs").stdout
-    assert own == learn(folder, "--steps", 20, state="f.acs")
-    assert (folder / "e.acs").read_bytes() == (folder / "f.acs").read_bytes()
+    own = call(folder / "embedded", folder / "digits.acd", "--steps", 20, "--state", folder / "e.acu").stdout
+    assert own == learn(folder, "--steps", 20, state="f.acu")
+    assert (folder / "e.acu").read_bytes() == (folder / "f.acu").read_bytes()
 
 
 def test_what_is_damaged_is_refused(folder):
     learn(folder, "--steps", 2)
-    good = (folder / "a.acs").read_bytes()
-    for at in (0, 5, 9, 13, 16, len(good) - 1):
+    good = (folder / "a.acu").read_bytes()
+    texts = {
+        0: "not a Program, or not a delta",
+        5: "format version",
+        9: "cut off",
+        13: "checksum",
+        16: "checksum",
+        len(good) - 1: "checksum",
+    }
+    for at, text in texts.items():
         raw = bytearray(good)
         raw[at] ^= 4
-        (folder / "bad.acs").write_bytes(raw)
-        assert "damaged" in learn(folder, state="bad.acs", expect=1)
-        assert (folder / "bad.acs").read_bytes() == raw
-    (folder / "bad.acs").write_bytes(good[:-1])
-    assert "damaged" in learn(folder, state="bad.acs", expect=1)
+        (folder / "bad.acu").write_bytes(raw)
+        assert text in learn(folder, state="bad.acu", expect=1)
+        assert (folder / "bad.acu").read_bytes() == raw
+    (folder / "bad.acu").write_bytes(good[:-1])
+    assert "cut off" in learn(folder, state="bad.acu", expect=1)
 
     other = compile_plan(make_program.network(), batch_size=make_program.BATCH, optimizer="sgd").program.bytes
     (folder / "other.acp").write_bytes(other)
-    assert "another Program" in learn(folder, program="other.acp", expect=1)
+    assert "does not fit" in learn(folder, program="other.acp", expect=1)
+    model = make_program.network()
+    model.values["conv1.bias"].data[0] = 1
+    other = compile_plan(model, batch_size=make_program.BATCH, optimizer=SGD(momentum=0.9)).program.bytes
+    (folder / "other.acp").write_bytes(other)
+    assert "another model" in learn(folder, program="other.acp", expect=1)
 
     raw = bytearray((folder / "digits.acp").read_bytes())
     raw[-1] ^= 1
     (folder / "bad.acp").write_bytes(raw)
     assert "checksum" in learn(folder, program="bad.acp", expect=1)
     assert "too large" in learn(folder, program="digits.acd", expect=1)
-    assert "not a Program" in learn(folder, program="a.acs", expect=1)
+    assert "not a Program" in learn(folder, program="a.acu", expect=1)
     (folder / "bad.acd").write_bytes((folder / "digits.acd").read_bytes()[:400])
     assert "not a file of samples" in learn(folder, data="digits.acp", expect=1)
     assert "cannot be read" in learn(folder, data="bad.acd", expect=1)
@@ -131,8 +153,8 @@ def test_labels_outside_the_classes_are_refused(folder):
     raw = bytearray((folder / "digits.acd").read_bytes())
     struct.pack_into("<i", raw, 16 + 3 * (4 + 4 * 64), 10)
     (folder / "labels.acd").write_bytes(raw)
-    assert "label is outside the classes" in learn(folder, data="labels.acd", state="none.acs", expect=1)
-    assert not (folder / "none.acs").exists()
+    assert "label is outside the classes" in learn(folder, data="labels.acd", state="none.acu", expect=1)
+    assert not (folder / "none.acu").exists()
 
 
 def test_the_makefile(folder):
@@ -153,6 +175,22 @@ def test_the_makefile(folder):
         )
         > 3
     )
+
+
+def test_a_bare_python_learns_with_the_library_alone(folder, library):
+    """examples/minimal: no site-packages, no environment; what it kept is what Python restores."""
+    args = (library, folder / "digits.acp", folder / "digits.acd", folder / "bare.acu")
+    first, second = (call(sys.executable, "-I", "-S", MINIMAL, *args).stdout for _ in range(2))
+    scores = [float(v) for text in (first, second) for v in re.findall(r"accuracy \w+ +([\d.]+)", text)]
+    assert scores[0] < 0.2 and scores[1] > 0.85 and scores[2] == scores[1] and scores[3] >= scores[1] - 0.02
+    data = digits()
+    restored = Learner(make_program.plan()).restore(folder / "bare.acu")
+    assert restored.score(data.x_val, data.y_val) == pytest.approx(scores[3], abs=1e-3)
+    text = MINIMAL.read_text()
+    assert "numpy" not in text.split('"""')[2] and "acclimate" not in text.split('"""')[2]
+    (folder / "bare.acu").write_bytes(b"x" * 64)
+    done = call(sys.executable, "-I", "-S", MINIMAL, *args, expect=1)
+    assert "not a delta" in done.stderr
 
 
 def test_the_example_in_the_header(tmp_path):
@@ -227,6 +265,12 @@ def test_stack(plain_objects):
     core = {f: size for (file, f), size in frames.items() if file == "ac_core"}
     checks = max(size for (file, _), size in frames.items() if file.startswith("ac_checks"))
     assert core.get("ac_load_with", 0) + core["check_entry"] + checks < load
+    delta = {f: size for (file, f), size in frames.items() if file == "ac_delta"}
+    deepest = max(size for f, size in delta.items() if f not in ("ac_delta_save", "ac_delta_load"))
+    assert (
+        max(delta["ac_delta_save"], delta["ac_delta_load"]) + 2 * deepest
+        < int(re.search(r"Stack of both: under (\d+) KiB", text)[1]) << 10
+    )
     assert (
         core["ac_run_range"]
         + max(size for (file, _), size in frames.items() if file.startswith("ac_kernels"))
@@ -247,7 +291,7 @@ def test_valgrind(folder):
     struct.pack_into("<I", raw, 12, 10)
     (folder / "few.acd").write_bytes(raw[: 16 + 60 * 260])
     wrapper = [tool("valgrind"), "--error-exitcode=9", "--quiet", "--leak-check=full"]
-    text = learn(folder, "--steps", 5, state="v.acs", data="few.acd", wrapper=wrapper)
+    text = learn(folder, "--steps", 5, state="v.acu", data="few.acd", wrapper=wrapper)
     assert "after power cycle" in text
-    learn(folder, "--steps", 5, state="w.acs", data="few.acd")
-    assert (folder / "v.acs").read_bytes() == (folder / "w.acs").read_bytes()
+    learn(folder, "--steps", 5, state="w.acu", data="few.acd")
+    assert (folder / "v.acu").read_bytes() == (folder / "w.acu").read_bytes()

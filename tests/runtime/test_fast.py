@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cases import arrays as inputs_of
+from cases import one_node, run_c
 from runtime.fast_cases import cases, program_of, run
 from runtime.native import ROOT, call
 from runtime.nets import plans, samples
 
 from acclimate.learner import Learner
 from acclimate.ops import TABLE
+from acclimate.ops.row import Example
 from acclimate.runtime import Session, best_isa
 
 ISAS = ["base", "v3", "v4"][: ["base", "v3", "v4"].index(best_isa()) + 1]
@@ -37,7 +40,7 @@ def test_against_plain_kernels(isa):
             want if free == attrs else run(program_of(op, arrays, free), arrays, kernels="plain")
         ).max()
         worst = np.abs(got - want).max() / max(size, 1.0)
-        assert worst <= TOLERANCE, (op, [a.shape for a in arrays], attrs, worst)
+        assert worst <= TOLERANCE, (op, [np.shape(a) for a in arrays], attrs, worst)
         differ += got.tobytes() != want.tobytes()
     assert differ > 60, "the fast kernels were not run"
 
@@ -47,7 +50,32 @@ def test_threads_do_not_change_a_bit(isa):
     for op, arrays, attrs in cases(2, 25):
         program = program_of(op, arrays, attrs)
         one, *others = (run(program, arrays, kernels="fast", isa=isa, threads=t) for t in (1, 2, 3, 7))
-        assert all(one.tobytes() == o.tobytes() for o in others), (op, [a.shape for a in arrays], attrs)
+        assert all(one.tobytes() == o.tobytes() for o in others), (op, [np.shape(a) for a in arrays], attrs)
+
+
+@pytest.mark.parametrize(
+    ("op", "attrs", "example"),
+    [
+        ("relu", {}, Example(((7, 13, 37, 11),))),
+        ("add", {"low": -0.3}, Example(((7, 13, 37, 11),) * 2)),
+        ("batch_norm", {"low": 0.0}, Example(((7, 13, 37, 11), *[(13,)] * 4), {}, {4: "positive"})),
+        ("batch_norm", {"low": 0.0}, Example(((96, 8, 9, 9), *[(8,)] * 4), {}, {4: "positive"})),
+        (
+            "max_pool",
+            {"kernel": (2, 2), "stride": (2, 2), "before": (0, 0), "after": (0, 0), "dilation": (1, 1)},
+            Example(((7, 13, 38, 12),)),
+        ),
+        ("layer_norm", {}, Example(((7, 5, 1001), (1001,), (1001,)))),
+    ],
+)
+def test_all_outputs_of_divided_ops(op, attrs, example):
+    """Masks, positions and statistics too are the plain kernel's, where a word of bits would be two threads'."""
+    row = TABLE[op]
+    graph, feeds = one_node(row, replace(example, attrs=attrs), inputs_of(row, example, dtype=np.float32))
+    want = run_c(graph, feeds)
+    for threads in (2, 3, 5):
+        got = run_c(graph, feeds, kernels="fast", threads=threads)
+        assert {k: v.tobytes() for k, v in got.items()} == {k: v.tobytes() for k, v in want.items()}
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -9,6 +9,13 @@ from acclimate.ops import TABLE
 MUTANTS = 100_000
 #: A view has no kernel: no Program may call it.
 REACHABLE = {name for name, row in TABLE.items() if not row.view}
+#: What only a delta is refused for.
+OF_DELTAS = {
+    "the delta was learned from another model",
+    "a record of the delta does not fit: its name, type, shape or channels are not the Program's",
+    "there is NaN or infinity among what was learned",
+    "the bytes could not be written",
+}
 
 
 def check(summary: dict) -> None:
@@ -26,6 +33,7 @@ def check(summary: dict) -> None:
         "no entry or binding has this name",
         "a label is outside the classes of the model, or an index outside its table",
         "a block of memory is not 4-byte aligned",
+        *OF_DELTAS,
     }
 
 
@@ -80,3 +88,43 @@ def test_a_missing_check_is_found(harness, tmp_path, op):
         "error"
     ]
     assert f"in op {op};" in again and crash.read_bytes() == kept
+
+
+@pytest.mark.parametrize("count", [40_000, pytest.param(2_000_000, marks=pytest.mark.slow)])
+def test_deltas(harness, count):
+    """The same for what was learned: every reason of refusal but those that bytes cannot give, and many taken."""
+    summary = harness.run(harness.pairs, "--count", count, binary=harness.delta_binary)
+    print(f"\n{summary}")
+    assert summary["mutants"] > count and summary["accepted_changed"] > 0.05 * count
+    reached = {text for text, number in summary["refused"].items() if number}
+    assert reached == {
+        "the file is cut off or has bytes too many",
+        "the file is not a Program, or not a delta where one is read",
+        "the file has a format version that this runtime does not read",
+        "the checksum does not match: bytes were changed",
+        "an offset or size points outside its area",
+    } | (OF_DELTAS - {"the bytes could not be written"})
+
+
+@pytest.mark.parametrize(
+    ("check", "without"),
+    [
+        ("if (index >= count) return 0;", ""),
+        ("if (bytes > (uint64_t)(end - at - RECORD_BYTES)) return NULL;", ""),
+        ("if (r->size != want) return AC_E_RECORD;", ""),
+        ("r->axis >= t->rank ||", ""),
+        ("if (stands_twice(&r, first, at, end)) return AC_E_RECORD;", "apply(&r, m->state);"),
+    ],
+)
+def test_a_missing_check_of_deltas_is_found(harness, tmp_path, check, without):
+    source = (acclimate.runtime.SOURCE / "ac_delta.c").read_text()
+    assert source.count(check) == 1
+    (tmp_path / "ac_delta.c").write_text(source.replace(check, without))
+    others = [o for o in harness.objects if o.stem not in ("ac_delta", "fuzz")]
+    flags = [*harness.flags, f"-I{acclimate.runtime.SOURCE}", "-Wno-unused"]
+    driver = harness.delta_binary.with_name("delta.o")
+    call(compiler(), *flags, tmp_path / "ac_delta.c", driver, *others, "-o", tmp_path / "delta")
+    kept = tmp_path / "finding.acu"
+    done = harness.run(harness.pairs, "--count", 300_000, "--save", kept, binary=tmp_path / "delta", expect=1)
+    assert "FINDING: mutant" in done["error"] and "a seed is refused" not in done["error"]
+    assert kept.stat().st_size > 0

@@ -3,13 +3,15 @@
 import struct
 
 import numpy as np
+import pytest
 from cases import CASES, arrays, one_node
+from runtime.native import ROOT, STRICT, call, compiler, tool
 from runtime.nets import plans, samples
 
 from acclimate.layout import arrange
 from acclimate.ops import TABLE
 from acclimate.program import build
-from acclimate.runtime import Session
+from acclimate.runtime import SOURCE, Session
 
 
 def test_every_example_and_whole_training_steps(harness):
@@ -35,6 +37,16 @@ def test_the_seeds_hold_every_example(harness):
         assert build({"run": arrange(graph)}).bytes in held, row.name
     for plan in plans().values():
         assert plan.program.bytes in held
+
+
+@pytest.mark.slow
+def test_valgrind_on_every_example(harness, plain_objects, tmp_path):
+    """Every kernel reads only what was written, which no other sanitizer here sees."""
+    valgrind, driver = tool("valgrind"), ROOT / "tests/runtime/bits.c"
+    call(compiler(), *STRICT, "-O1", "-g", f"-I{SOURCE}", driver, *plain_objects, "-o", tmp_path / "bits")
+    flags = ["--error-exitcode=9", "--quiet", "--leak-check=full", "--undef-value-errors=yes"]
+    checked = call(valgrind, *flags, tmp_path / "bits", harness.seeds, 2).stdout
+    assert checked == call(tmp_path / "bits", harness.seeds, 2).stdout and checked.count("\n") > len(TABLE)
 
 
 def test_memory_at_the_end_of_a_page():

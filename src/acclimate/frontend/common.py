@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import BadInput, Unsupported
 from ..ir import Dim, Graph, Node, reachable
-from ..ops import TABLE, emit, parse, verify, with_batch
+from ..ops import TABLE, emit, parse, verify, with_batch, without_unread
 from ..ops.row import MAX_ARGS
 
 #: Graphs are built at this batch, which no size of a model equals or divides, and re-instantiated at the end.
@@ -30,10 +30,7 @@ LARGE = 1e30
 MOST_COPIES = 1024
 
 
-#: Rewrites that both front ends name.
-RECURRENT = (
-    "recurrent layers are not taken yet; a 1-D convolution or attention over the sequence needs less memory"
-)
+#: A rewrite that both front ends name.
 OUTSIDE = "do it on the model's output, outside of the model"
 #: What a foreign node that could not be taken stands for.
 LOST = object()
@@ -145,7 +142,7 @@ class Builder:
 
     `baked`: the batch that the foreign model's literal shapes hold, None where they hold none.
     `choices`: which reading to take at each ambiguous shape; `readings`: which was taken, out of how many;
-    `settled`: fail rather than try another one.
+    `settled`: fail rather than try another one. `fixed`: no axis is the batch.
     """
 
     baked: int | None = None
@@ -155,6 +152,7 @@ class Builder:
     stem: str = ""
     failures: list[UnsupportedNode] = field(default_factory=list)
     settled: bool = False
+    fixed: bool = False
     readings: list[tuple[int, int]] = field(default_factory=list)
     made: dict[str, Node] = field(default_factory=dict)
     learned: set[str] = field(default_factory=set)  # values that depend on a parameter
@@ -165,11 +163,17 @@ class Builder:
     dropouts: int = 0
 
     # -- values ------------------------------------------------------------------------------------------------
-    def input(self, shape: Sequence[int], whole: bool = False) -> Ref:
-        """The model's input; `whole`: of integers, which a float holds exactly up to 2^24."""
-        name = self.graph.input("x", (Size(1), *(int(s) for s in shape[1:])))
-        self.whole.update([name] if whole else [])
-        return Ref(name)
+    def input(self, shape: Sequence[int], name: str = "", whole: bool = False) -> Ref:
+        """The input, called x; where nothing is the batch, one of several, by its own name.
+
+        whole: of integers, which a float holds exactly up to 2^24.
+        """
+        if self.fixed:
+            made = self.graph.input(name, tuple(map(int, shape)))
+        else:
+            made = self.graph.input("x", (Size(1), *(int(s) for s in shape[1:])))
+        self.whole.update([made] if whole else [])
+        return Ref(made)
 
     def parameter(self, name: str, data: np.ndarray) -> Ref:
         """A parameter under the user's name."""
@@ -290,6 +294,25 @@ class Builder:
             readings.pop()
         return (*(c for c, _ in readings[:-1]), readings[-1][0] + 1)
 
+    def finish_fixed(self, results: Mapping[str, Any], source: str) -> Graph:
+        """The verified Graph of all results by their names."""
+        for name, result in results.items():
+            self.where = name
+            try:
+                if result is None or result is LOST and not self.failures:
+                    raise Untaken("a further output that is not computed here")
+                if not isinstance(result, Ref) and result is not LOST:
+                    self.value(result)
+                    raise Untaken("a result that does not depend on the input")
+            except Untaken as error:
+                self.fail("output", error)
+        if self.failures:
+            raise unsupported(self.failures, source)
+        g, kept = self.graph, [str(r) for r in results.values()]
+        g.batch, g.outputs = 1, dict(zip(results, kept, strict=True))
+        g.nodes = without_unread(reachable(g, kept), kept)
+        return verify(g, "import")
+
     def finish(self, output: Any, batch: int, aliases: dict[str, str], source: str) -> Graph:
         """The verified Graph at the given batch, without what the output does not need."""
         if self.failures:
@@ -300,7 +323,7 @@ class Builder:
             raise BadInput("the model's output does not depend on its input", where=source)
         g = self.graph
         g.outputs = {"output": str(output)}
-        g.nodes = reachable(g, [output])
+        g.nodes = without_unread(reachable(g, [output]), [output])
         used = {n for node in g.nodes for n in (*node.inputs, *node.outputs)} | {output, *g.inputs.values()}
         g.values = {k: v for k, v in g.values.items() if k in used}
         g.aliases = {k: v for k, v in aliases.items() if v in g.values}

@@ -486,7 +486,7 @@ def matmul(b: Builder, x: Any, y: Any) -> Any:
     if len(b.shape(x)) == len(b.shape(y)) == 1:
         return reduce(b, "sum", binary(b, "mul", x, y), [0], False)
     if len(b.shape(x)) == 1:
-        return squeeze_exactly(b, matmul(b, unsqueeze(b, x, [0]), y), -2)
+        return squeeze_exactly(b, matmul(b, unsqueeze(b, x, [0]), y), -2 if len(b.shape(y)) > 1 else -1)
     if len(b.shape(y)) == 1:
         return squeeze_exactly(b, matmul(b, x, unsqueeze(b, y, [1])), -1)
     lead = b.shape(y)[:-2]
@@ -545,12 +545,16 @@ def attention(
         heads = np.repeat(np.arange(b.length(k, -3)), b.length(q, -3) // b.length(k, -3))
         k, v = take(b, k, -3, heads), take(b, v, -3, heads)
     scores = matmul(b, affine(b, q, b.shape(q)[-1] ** -0.5 if scale is None else scale), swap(b, k, -1, -2))
-    if causal:
-        bias = np.tril(np.ones((b.length(q, -2), b.length(k, -2)), np.bool_))
+    kept = np.tril(np.ones((b.length(q, -2), b.length(k, -2)), np.bool_)) if causal else None
     if isinstance(bias, Compared) or (isinstance(bias, Ref) and bias in b.truths):
         bias = affine(b, bias, LARGE, -LARGE)
     elif bias is not None and not isinstance(bias, Ref) and np.asarray(bias).dtype == np.bool_:
-        bias = np.where(bias, 0.0, -LARGE).astype(np.float32)
+        kept, bias = np.asarray(bias) if kept is None else np.asarray(bias) & kept, None
+    if kept is not None:
+        if not kept.any(-1).all():
+            raise Untaken("a row of the attention mask that keeps nothing")
+        mask_bias = np.where(kept, 0.0, -LARGE).astype(np.float32)
+        bias = mask_bias if bias is None else binary(b, "add", bias, mask_bias)
     if bias is not None:
         scores = binary(b, "add", scores, bias)
     return matmul(b, dropout(b, softmax(b, scores, -1), dropout_p), v)
@@ -976,3 +980,79 @@ def larger(b: Builder, x: Any, y: Any, sign: float = 1.0) -> Any:
         if c is not None:
             return clamp(b, a, c, None) if sign > 0 else clamp(b, a, None, c)
     return binary(b, "add", x, affine(b, unary(b, "relu", affine(b, binary(b, "sub", y, x), sign)), sign))
+
+
+# -- recurrent layers --------------------------------------------------------------------------------------------------
+
+
+def _is_zero(b: Builder, x: Any) -> bool:
+    """Whether a thing is known to hold zeros only, also once expanded to the batch."""
+    if x is None or not isinstance(x, Ref):
+        return x is None or not np.any(np.asarray(x))
+    for op in ("reshape", "slice", "transpose", "expand"):
+        before = b.producer(x, op)
+        if before is not None:
+            return _is_zero(b, Ref(before.inputs[0]))
+    data = b.graph.values[x].data
+    return b.graph.values[x].kind == "constant" and not np.any(data)
+
+
+def recurrent(
+    b: Builder, cell: str, x: Any, weights: Sequence[Any], states: Sequence[Any], reverse: bool, **attrs: Any
+) -> tuple[Any, tuple[Any, ...]]:
+    """One layer in one direction: outputs (N, T, H) and the last states, each (N, H).
+
+    x (N, T, F); weights: of the input, of the hidden state, and their biases (or None); states (N, H), None for zero.
+    """
+    gates, size = b.shape(weights[1])
+    if b.shape(weights[0])[0] != gates:
+        raise Untaken("a projection of the hidden state (proj_size)")
+    rows = [s for s in b.shape(x)[:1] if isinstance(s, Dim)]
+    starts = [
+        None
+        if _is_zero(b, s)
+        else like(b, s, 0, rows[0])
+        if rows and not isinstance(b.shape(s)[0], Dim)
+        else s
+        for s in states
+    ]
+    keep = (3,) if cell == "lstm" else (2,)
+    y = b.emit(cell, x, *weights, *starts, reverse=int(reverse), unused=keep, **attrs)
+    c_last = b.graph.nodes[-1].outputs[2]
+    end = 0 if reverse else b.length(x, 1) - 1
+    last = squeeze_exactly(b, slice_axis(b, y, 1, end, end + 1), 1)
+    return y, (last, Ref(c_last)) if cell == "lstm" else (last,)
+
+
+def stacked_recurrent(
+    b: Builder,
+    cell: str,
+    x: Any,
+    weights: Sequence[Sequence[Any]],
+    states: Sequence[Any],
+    layers: int,
+    both: bool,
+    p: float,
+    **attrs: Any,
+) -> tuple[Any, ...]:
+    """Layers over (N, T, F), as torch stacks them: outputs, and the last states (layers * directions, N, H).
+
+    weights: one list a layer and direction; states (layers * directions, N, H) each. Dropout lies between layers.
+    """
+    directions = 2 if both else 1
+    last = []
+    for layer in range(layers):
+        sides = []
+        for side in range(directions):
+            i = layer * directions + side
+            starts = [
+                None if _is_zero(b, s) else squeeze_exactly(b, slice_axis(b, s, 0, i, i + 1), 0)
+                for s in states
+            ]
+            y, ends = recurrent(b, cell, x, weights[i], starts, bool(side), **attrs)
+            sides.append(y)
+            last.append(ends)
+        x = concat(b, sides, 2) if both else sides[0]
+        if layer + 1 < layers:
+            x = dropout(b, x, p)
+    return x, *(concat(b, [unsqueeze(b, s, [0]) for s in kind], 0) for kind in zip(*last, strict=True))

@@ -5,6 +5,7 @@ What a file holds is in `onnx_model`, what each operator becomes in `onnx_ops`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -17,6 +18,9 @@ from . import common as c
 from .common import LOST, Builder, Ref, Retry, Untaken
 from .onnx_model import RANDOM, Model, Node, evaluated, has_graph
 from .onnx_ops import COMPARED, REWRITES, SIZES, TABLE, settled
+
+MOST_NODES = 1 << 18
+DEEPEST_CALLS = 100
 
 
 def load_onnx(path: str | PathLike[str]) -> Graph:
@@ -52,6 +56,15 @@ def load_onnx(path: str | PathLike[str]) -> Graph:
         raise
 
 
+def fixed_graph(proto: Any, source: str) -> Graph:
+    """The Graph of a ModelProto as it stands: its own inputs and outputs by their names, fixed shapes, no batch.
+
+    For checking operators by themselves; a model that is to learn is read by `load_onnx`. Raises as that does.
+    """
+    model = Model(proto, source, fixed=True)
+    return _Walk(Builder(fixed=True), model).run()
+
+
 def _read(file: Any) -> Any:
     """The checked ModelProto with all tensors loaded and local functions inlined."""
     try:
@@ -73,6 +86,10 @@ def _read(file: Any) -> Any:
             action="export the model again",
         ) from error
     try:
+        for name in _external(proto):
+            path = file.parent / name
+            if "\0" in name or file.parent.resolve() not in path.resolve().parents or not path.is_file():
+                raise OSError(f"{name!r} is no file in the model's folder")
         onnx.load_external_data_for_model(proto, str(file.parent))
     except Exception as error:
         names = ", ".join(sorted(_external(proto)))
@@ -82,13 +99,42 @@ def _read(file: Any) -> Any:
             number=c.first_line(error),
             action=f"copy {names} next to {file.name}: the export wrote both",
         ) from error
-    return inliner.inline_local_functions(proto) if proto.functions else proto
+    if not proto.functions:
+        return proto
+    if (count := _inlined_nodes(proto)) > MOST_NODES:
+        raise BadInput(
+            "this ONNX file is too large once its functions are written out",
+            where=str(file),
+            number=f"more than {MOST_NODES} nodes" if count == math.inf else f"{count} nodes",
+            action="export the model without functions that call each other",
+        )
+    return inliner.inline_local_functions(proto)
 
 
 def _external(proto: Any) -> set[str]:
     """The files that a model's tensors lie in besides its own."""
-    tensors = (t for t in proto.graph.initializer if t.data_location == 1)
-    return {e.value for t in tensors for e in t.external_data if e.key == "location"}
+    nodes = [*proto.graph.node, *(n for f in proto.functions for n in f.node)]
+    tensors = [*proto.graph.initializer, *(t for n in nodes for a in n.attribute for t in (a.t, *a.tensors))]
+    return {e.value for t in tensors if t.data_location == 1 for e in t.external_data if e.key == "location"}
+
+
+def _inlined_nodes(proto: Any) -> float:
+    """Nodes once functions are written out; infinite where they call themselves, or each other very deeply."""
+    functions = {(f.domain, f.name): f for f in proto.functions}
+    known: dict[tuple[str, str], float] = {}
+
+    def count(nodes: Any, depth: int) -> float:
+        return sum(size((n.domain, n.op_type), depth) for n in nodes)
+
+    def size(key: tuple[str, str], depth: int) -> float:
+        if key not in functions:
+            return 1
+        if key not in known:
+            known[key] = math.inf  # until it is known: one that calls itself
+            known[key] = count(functions[key].node, depth + 1) if depth < DEEPEST_CALLS else math.inf
+        return known[key]
+
+    return count(proto.graph.node, 0)
 
 
 # -- the walk over a file ----------------------------------------------------------------------------------------------
@@ -104,7 +150,8 @@ class _Walk:
     def run(self) -> Graph:
         for name, array in self.model.parameters.items():
             self.env[name] = self.b.parameter(name, array)
-        self.env[self.model.input] = self.b.input(self.model.shape, self.model.whole)
+        for name, shape in self.model.inputs:
+            self.env[name] = self.b.input(shape, name, name in self.model.whole)
         for node in self.model.nodes:
             results = self._call(node)
             for name, value in zip(node.outputs, results, strict=False):
@@ -112,8 +159,11 @@ class _Walk:
                 if self.model.uses[name] > 1 and isinstance(value, Ref):
                     self.b.shared.add(value)
         self.b.where = ""
-        batch = self.model.baked or 1
-        return self.b.finish(self.env.get(self.model.output), batch, self.model.aliases, self.model.source)
+        results = {name: self.env.get(name) for name in self.model.outputs}
+        if self.b.fixed:
+            return self.b.finish_fixed(results, self.model.source)
+        (output,) = results.values()
+        return self.b.finish(output, self.model.baked or 1, self.model.aliases, self.model.source)
 
     def _call(self, node: Node) -> Sequence[Any]:
         """The node's results; LOST where it could not be taken."""
@@ -126,7 +176,7 @@ class _Walk:
         things = [self.env.get(n, LOST) if n else None for n in node.inputs]
         node.things, node.wanted = (
             things,
-            sum(self.model.uses[o] > 0 or o == self.model.output for o in node.outputs),
+            sum(self.model.uses[o] > 0 or o in self.model.outputs for o in node.outputs),
         )
         if any(t is LOST for t in things):
             if not taken:

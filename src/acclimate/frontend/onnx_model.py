@@ -87,9 +87,12 @@ class Node:
 
 
 class Model:
-    """An ONNX graph with its tensors, which of them are learned, and everything constant folded."""
+    """An ONNX graph with its tensors, which of them are learned, and everything constant folded.
 
-    def __init__(self, proto: Any, source: str) -> None:
+    fixed: take any number of inputs and outputs, all of fixed shapes, and know no batch.
+    """
+
+    def __init__(self, proto: Any, source: str, fixed: bool = False) -> None:
         from onnx import numpy_helper
 
         self.source = source
@@ -108,18 +111,18 @@ class Model:
         self.tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
         self.nodes = [Node(n, self.opset) for n in graph.node]
         self.uses = Counter(name for n in self.nodes for name in n.inputs)
-        self.input, self.shape = self._input(graph)
-        first = self.shape[0]
+        self.whole: set[str] = set()  # inputs of integers
+        self.inputs = self._inputs(graph, fixed)
+        first = 1 if fixed else self.inputs[0][1][0]
         self.baked = first if isinstance(first, int) else None
-        outputs = [o.name for o in graph.output]
-        if len(outputs) != 1:
+        self.outputs = [o.name for o in graph.output]
+        if len(self.outputs) != 1 and not fixed:
             raise Unsupported(
                 "the model returns several tensors",
                 where=source,
-                number=f"outputs {', '.join(outputs)}",
+                number=f"outputs {', '.join(self.outputs)}",
                 action="keep only the one that the loss is computed from (onnx.utils.extract_model)",
             )
-        self.output = outputs[0]
         info = {v.name: _metadata(v) for v in graph.value_info}
         self.parameters: dict[str, np.ndarray] = {}
         self.aliases: dict[str, str] = {}
@@ -127,34 +130,37 @@ class Model:
         self._fold()
         self._sort(info)
 
-    def _input(self, graph: Any) -> tuple[str, list[Any]]:
-        """The one input and its shape: ints, and a string for what is dynamic."""
+    def _inputs(self, graph: Any, fixed: bool) -> list[tuple[str, list[Any]]]:
+        """The one input (or all of them) and their shapes: ints, and a string for what is dynamic."""
         given = [i for i in graph.input if i.name not in self.tensors]
-        if len(given) != 1:
+        if len(given) != 1 and not (fixed and given):
             raise Unsupported(
                 f"the model takes {'several inputs' if given else 'no input'}",
                 where=self.source,
                 number=", ".join(i.name for i in given),
                 action="join them to one and split it inside the model",
             )
-        tensor = given[0].type.tensor_type
+        return [(i.name, self._shape(i, fixed)) for i in given]
+
+    def _shape(self, given: Any, fixed: bool) -> list[Any]:
+        tensor = given.type.tensor_type
         if tensor.elem_type not in (1, 10, 11, 16, *WHOLE):
             raise Unsupported(
                 "the model takes neither floats nor integers",
-                where=given[0].name,
+                where=given.name,
                 number=f"element type {tensor.elem_type}",
                 action="give it float32",
             )
-        self.whole = tensor.elem_type in WHOLE
+        self.whole.update([given.name] if tensor.elem_type in WHOLE else [])
         shape = [d.dim_value if d.dim_value > 0 else d.dim_param or "?" for d in tensor.shape.dim]
-        if not shape or any(isinstance(s, str) for s in shape[1:]):
+        if any(isinstance(s, str) for s in shape[not fixed :]) or not (shape or fixed):
             raise Unsupported(
                 "a dimension other than the batch is not fixed",
-                where=given[0].name,
+                where=given.name,
                 number=str(shape),
                 action="fix it: onnx.tools.update_model_dims, or export with only axis 0 dynamic",
             )
-        return given[0].name, shape
+        return shape
 
     # -- names that an exporter's optimiser lost ---------------------------------------------------------------------
     def _recover(self, info: dict[str, dict[str, str]]) -> None:
@@ -246,7 +252,9 @@ class Model:
         weights = {name for n, i, name in used if i in _WEIGHTS.get(n.op, ())}
         statistics = {name for n, i, name in used if n.op == "BatchNormalization" and i > 2}
         fixed = {name for n, i, name in used if i in _FIXED.get(n.op, ())}
-        ahead = {self.input}  # the input and what only constants were applied to: pixel means and scales
+        ahead = {
+            name for name, _ in self.inputs
+        }  # the input and what only constants were applied to: pixel means and scales
         for n in self.nodes:
             if n.op in ("Sub", "Div", "Mul", "Cast", "Identity", "Transpose") and any(
                 i in ahead for i in n.inputs
@@ -376,6 +384,7 @@ _WEIGHTS = {
     "MatMul": (0, 1),
     "Einsum": (0, 1),
     "PRelu": (1,),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), (1, 2, 3)),
     **dict.fromkeys(
         ("BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization"), (1, 2)
     ),

@@ -182,10 +182,14 @@ def _batch_norm(b: Builder, n: Node) -> Any:
 
 
 def _layer_norm(b: Builder, n: Node) -> Any:
-    shape = b.shape(n.x)
-    return f.normalize(
-        b, n.x, shape[n.attr("axis", -1) % len(shape) :], n.get(1), n.get(2), n.attr("epsilon", 1e-5)
-    )
+    shape, eps = b.shape(n.x), n.attr("epsilon", 1e-5)
+    first = n.attr("axis", -1) % len(shape)
+    y = f.normalize(b, n.x, shape[first:], n.get(1), n.get(2), eps)
+    if len(n.outputs) == 1:
+        return y
+    axes = range(first, len(shape))
+    spread = f.affine(b, f.variance(b, n.x, axes, 0, True), 1.0, eps)
+    return [y, f.reduce(b, "mean", n.x, axes, True), f.power(b, spread, -0.5)]
 
 
 def _rms_norm(b: Builder, n: Node) -> Any:
@@ -232,12 +236,14 @@ def _global(largest: bool) -> Callable[..., Any]:
 
 def _dropout(b: Builder, n: Node) -> Any:
     training = f.number(n.get(2)) if n.get(2) is not None else 0
-    ratio = n.attr("ratio", 0.5) if n.get(1) is None else f.number(n.get(1)) or 0.0
+    ratio = (_number(n, 1, "ratio") if n.get(1) is not None else n.attr("ratio", 0.5)) or 0.0
     return [f.dropout(b, n.x, ratio) if training else n.x, LOST]
 
 
 def _number(n: Node, i: int, name: str) -> float | None:
-    """A bound that newer opsets give as input i."""
+    """A number that newer opsets give as input i."""
+    if isinstance(n.get(i), Ref):
+        raise Untaken(f"{name} depends on the data")
     return n.attr(name) if n.get(i) is None else f.number(n.get(i))
 
 
@@ -442,8 +448,21 @@ def _resize(b: Builder, n: Node) -> Any:
     from onnx import helper
 
     shape, x = b.shape(n.x), n.x
-    scales = n.get(1) if n.op == "Upsample" else n.get(2)
-    sizes = n.get(3)
+    for name, usual in (("antialias", 0), ("keep_aspect_ratio_policy", "stretch")):
+        if n.attr(name, usual) != usual:
+            raise Untaken(f"{n.op} with {name}")
+    if n.attr("coordinate_transformation_mode", "") == "tf_crop_and_resize":
+        raise Untaken(f"{n.op} with crops")
+    axes = [a % len(shape) for a in n.attr("axes", range(len(shape)))]
+    scales, sizes = (
+        None
+        if v is None or len(v) == 0
+        else [dict(zip(axes, v, strict=True)).get(i, d) for i, d in enumerate(full)]
+        for v, full in (
+            (n.get(1) if n.op == "Upsample" else n.get(2), [1.0] * len(shape)),
+            (n.get(3), shape),
+        )
+    )
     goal = (
         list(sizes)
         if sizes is not None
@@ -459,7 +478,7 @@ def _resize(b: Builder, n: Node) -> Any:
             matrices.append(np.eye(size, dtype=np.float32))
             continue
         proto = helper.make_node("Resize", ["x", "", "scales"], ["y"], **attrs)
-        factor = np.float32(goal[i] / size if scales is None or len(scales) == 0 else scales[axis])
+        factor = np.float32(goal[i] / size if scales is None else scales[axis])
         matrix = evaluated(
             Node(proto, max(n.opset, 13)),
             {"x": np.eye(size, dtype=np.float32), "scales": np.array([1, factor], np.float32)},
@@ -485,10 +504,77 @@ def _space_to_depth(b: Builder, n: Node) -> Any:
     return c.view(b, y, [batch, channels * r * r, h // r, w // r])
 
 
+#: operator -> row, its gates in ONNX's order by their number in ours, activations that are taken
+_CELLS: dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {
+    "LSTM": ("lstm", (0, 3, 1, 2), ("sigmoid", "tanh", "tanh")),
+    "GRU": ("gru", (1, 0, 2), ("sigmoid", "tanh")),
+    "RNN": ("rnn", (0,), ("tanh",)),
+}
+
+
+def _recurrent(b: Builder, n: Node) -> Any:
+    """LSTM, GRU and RNN: outputs (T, D, N, H) and the last states (D, N, H); with layout 1, N comes first."""
+    cell, order, usual = _CELLS[n.op]
+    x, first = n.x, bool(n.attr("layout", 0))
+    x = x if first else c.swap(b, x, 0, 1)
+    w, r, bias = n.get(1), n.get(2), n.get(3)
+    directions, size = b.length(r, 0), b.length(r, 2)
+    acts = [v.decode().lower() if isinstance(v, bytes) else v.lower() for v in n.attrs.get("activations", [])]
+    attrs: dict[str, int] = {}
+    if cell == "rnn" and acts and set(acts) == {"relu"}:
+        attrs["relu"], usual = 1, ("relu",)
+    if acts and tuple(acts) != usual * directions:
+        raise Untaken(f"activations {', '.join(acts)}")
+    for name in ("clip", "input_forget", "activation_alpha", "activation_beta"):
+        if n.attr(name):
+            raise Untaken(f"the attribute {name}")
+    if n.get(7) is not None and (isinstance(n.get(7), Ref) or np.any(n.get(7))):
+        raise Untaken("peepholes")
+    lengths = n.get(4)
+    if lengths is not None and (isinstance(lengths, Ref) or np.any(np.asarray(lengths) != b.length(x, 1))):
+        raise Untaken("sequences of different lengths")
+    if cell == "gru":
+        attrs["reset_after"] = n.attr("linear_before_reset", 0)
+
+    def side(thing: Any, i: int) -> Any:
+        return squeeze_first(thing) if directions == 1 else c.select(b, thing, 0, i)
+
+    def squeeze_first(thing: Any) -> Any:
+        return f.squeeze_exactly(b, thing, 0)
+
+    def ours(thing: Any) -> Any:
+        """Rows of gates in our order."""
+        parts = [
+            c.slice_axis(b, thing, 0, i * size, (i + 1) * size) for i in map(order.index, range(len(order)))
+        ]
+        return c.concat(b, parts, 0) if len(order) > 1 else thing
+
+    outs = []
+    for i in range(directions):
+        weights = [ours(side(w, i)), ours(side(r, i)), None, None]
+        if bias is not None:
+            both, half = side(bias, i), len(order) * size
+            weights[2:] = [ours(c.slice_axis(b, both, 0, j * half, (j + 1) * half)) for j in (0, 1)]
+        starts = [n.get(5)] if cell != "lstm" else [n.get(5), n.get(6)]
+        starts = [None if s is None else c.select(b, s, 1 if first else 0, i) for s in starts]
+        backwards = i == 1 or n.attr("direction", "forward") == "reverse"
+        outs.append(f.recurrent(b, cell, x, weights, starts, backwards, **attrs))
+    axis = 2 if first else 1  # (N, T, H) -> (N, T, D, H) or (T, D, N, H)
+    ys = [c.unsqueeze(b, y if first else c.swap(b, y, 0, 1), [axis]) for y, _ in outs]
+    last = [
+        c.concat(b, [c.unsqueeze(b, s, [1 if first else 0]) for s in kind], 1 if first else 0)
+        for kind in zip(*(ends for _, ends in outs), strict=True)
+    ]
+    return [c.concat(b, ys, axis), *last]
+
+
 def _attention(b: Builder, n: Node) -> Any:
     q, k, v = n.things[:3]
     if len(b.shape(q)) != 4 or len(n.things) > 4:
         raise Untaken("attention on three axes, or with a cache")
+    more = [k for k, v in n.attrs.items() if k not in ("is_causal", "scale", "softmax_precision") and v]
+    if more:
+        raise Untaken(f"attention with {', '.join(sorted(more))}")
     return f.attention(b, q, k, v, n.get(3), bool(n.attr("is_causal", 0)), 0.0, n.attr("scale"))
 
 
@@ -509,7 +595,8 @@ def _cast(b: Builder, n: Node) -> Any:
 def _lp_normalization(b: Builder, n: Node) -> Any:
     if n.attr("p", 2) != 2:
         raise Untaken("normalisation by another norm than the second")
-    return f.binary(b, "div", n.x, f.unary(b, "sqrt", _sum_of("square")(b, n.x, [n.attr("axis", -1)], True)))
+    norm = f.unary(b, "sqrt", _sum_of("square")(b, n.x, [n.attr("axis", -1)], True))
+    return f.binary(b, "div", n.x, f.clamp(b, norm, 1e-30, None))  # zeros stay zeros
 
 
 def _cumsum(b: Builder, n: Node) -> Any:
@@ -540,6 +627,7 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "Gemm": _gemm,
     "MatMul": lambda b, n: f.matmul(b, n.x, n.get(1)),
     "Attention": _attention,
+    **dict.fromkeys(_CELLS, _recurrent),
     "Einsum": lambda b, n: f.einsum(b, n.attr("equation"), n.things),
     "BatchNormalization": _batch_norm,
     "LayerNormalization": _layer_norm,
@@ -667,7 +755,7 @@ COMPARED = {"Where", "Not"}
 
 #: operator -> the nearest thing that is taken
 REWRITES: dict[str, str] = {
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), c.RECURRENT),
+    **dict.fromkeys(_CELLS, "the usual activations, sequences of one length, no clip and no peepholes"),
     **dict.fromkeys(
         (
             "QuantizeLinear",

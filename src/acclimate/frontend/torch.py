@@ -21,6 +21,7 @@ import numpy as np
 from ..errors import BadInput, Unsupported, WrongUse, missing_extra
 from ..ir import Dim, Graph
 from . import common as c
+from . import torch_file
 from .common import LOST, Builder, Ref, Untaken
 from .torch_ops import COMPARED, RANDOM, REWRITES, TABLE
 
@@ -68,12 +69,22 @@ def from_torch(module: Any, example: Any, mode: str | None = None) -> Graph:
 
 
 def load_torch(path: str | PathLike[str]) -> Graph:
-    """The Graph of a .pt2 file, as torch.export.save writes it; it may have been exported at any batch size."""
+    """The Graph of a .pt2 file, as torch.export.save writes it; it may have been exported at any batch size.
+
+    Nothing in the file is run: BadInput for one that holds pickles, compiled code or expressions.
+    """
     torch = _import_torch()
     file = c.check_file(path, ".pt2")
     try:
         with _quietly():
-            program = torch.export.load(str(file)).run_decompositions({})
+            program = torch.export.load(torch_file.checked(file)).run_decompositions({})
+    except torch_file.NotData as error:
+        raise BadInput(
+            "this .pt2 file holds more than the data of a model, or is damaged",
+            where=str(file),
+            number=str(error),
+            action="write it with torch.export.save(torch.export.export(module, (example,)), path), without extras",
+        ) from error
     except Exception as error:
         raise BadInput(
             "this is no .pt2 file that torch can read",

@@ -668,6 +668,39 @@ def _nothing(b: Builder, a: Any) -> Any:
     return a.x
 
 
+def _recurrent(cell: str, **attrs: int) -> Callable[..., Any]:
+    """nn.LSTM, nn.GRU and nn.RNN: outputs and the last states."""
+
+    def rule(b: Builder, a: Any) -> Any:
+        if hasattr(a, "batch_sizes"):
+            raise Untaken("sequences of different lengths, packed")
+        each, count = 4 if a.has_biases else 2, a.num_layers * (2 if a.bidirectional else 1)
+        if len(a.params) != each * count:
+            raise Untaken("a projection of the hidden state (proj_size)")
+        if len(b.shape(a.x)) != 3:
+            raise Untaken("a recurrent layer on one sequence without a batch")
+        weights = [a.params[i * each : (i + 1) * each] + [None] * (4 - each) for i in range(count)]
+        x = a.x if a.batch_first else c.swap(b, a.x, 0, 1)
+        p = a.dropout if a.train else 0.0
+        states = a.hx if isinstance(a.hx, (list, tuple)) else [a.hx]
+        y, *last = f.stacked_recurrent(b, cell, x, weights, states, a.num_layers, a.bidirectional, p, **attrs)
+        return (y if a.batch_first else c.swap(b, y, 0, 1), *last)
+
+    return rule
+
+
+def _recurrent_cell(cell: str, **attrs: int) -> Callable[..., Any]:
+    """nn.LSTMCell and its kin: a sequence of one step."""
+
+    def rule(b: Builder, a: Any) -> Any:
+        states = a.hx if isinstance(a.hx, (list, tuple)) else [a.hx]
+        weights = [a.w_ih, a.w_hh, a.b_ih, a.b_hh]
+        _, last = f.recurrent(b, cell, c.unsqueeze(b, a.x, [1]), weights, states, False, **attrs)
+        return last if cell == "lstm" else last[0]
+
+    return rule
+
+
 RANDOM = {
     "bernoulli",
     "rand",
@@ -732,6 +765,15 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "rms_norm": _rms_norm,
     "_weight_norm": _weight_norm,
     "embedding": _embedding,
+    # recurrent layers
+    "lstm": _recurrent("lstm"),
+    "gru": _recurrent("gru"),
+    "rnn_tanh": _recurrent("rnn"),
+    "rnn_relu": _recurrent("rnn", relu=1),
+    "lstm_cell": _recurrent_cell("lstm"),
+    "gru_cell": _recurrent_cell("gru"),
+    "rnn_tanh_cell": _recurrent_cell("rnn"),
+    "rnn_relu_cell": _recurrent_cell("rnn", relu=1),
     # dropout
     "native_dropout": _native_dropout,
     "dropout": lambda b, a: f.dropout(b, a.x, a.p if a.train else 0.0),
@@ -970,7 +1012,10 @@ COMPARED = {"where", "masked_fill", "logical_not", "bitwise_not"}
 REWRITES: dict[str, str] = {
     "conv_transpose3d": "fold one spatial dimension into the channels and use conv_transpose2d",
     "conv3d": "fold one spatial dimension into the channels and use conv2d",
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"), c.RECURRENT),
+    **dict.fromkeys(
+        ("lstm", "gru", "rnn_tanh", "rnn_relu"),
+        "sequences (N, T, F) of one length; a linear layer for proj_size",
+    ),
     **dict.fromkeys(("argmax", "argmin", "topk", "sort", "argsort"), c.OUTSIDE),
     **dict.fromkeys(("atan", "atan2", "asin", "acos"), "compute constant tables in __init__; use tanh"),
     "avg_pool2d": "avg_pool2d without divisor_override, and a multiplication",

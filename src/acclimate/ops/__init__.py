@@ -7,7 +7,8 @@ checks a graph against the rows, `with_batch` re-instantiates a graph for anothe
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from . import (
     normalization,
     pooling,
     random,
+    recurrent,
     reshaping,
     update,
 )
@@ -36,6 +38,7 @@ TABLE: dict[str, Row] = {
         arithmetic,
         convolution,
         matrix,
+        recurrent,
         pooling,
         normalization,
         random,
@@ -99,6 +102,19 @@ def cost(graph: Graph, node: Node) -> Cost:
     if row.view:
         return Cost()
     return Cost(elementwise=sum(t.size for t in outs if t is not None))
+
+
+def without_unread(nodes: list[Node], kept: Iterable[str]) -> list[Node]:
+    """The nodes without those optional outputs that neither one of them reads nor `kept` names."""
+    read = {n for node in nodes for n in node.inputs} | set(kept)
+    result = []
+    for node in nodes:
+        patterns = parse(TABLE[node.op].signature)[1]
+        outputs = tuple(
+            n if n in read or not p.optional else "" for n, p in zip(node.outputs, patterns, strict=True)
+        )
+        result.append(node if outputs == node.outputs else replace(node, outputs=outputs))
+    return result
 
 
 def verify(graph: Graph, after: str = "building") -> Graph:

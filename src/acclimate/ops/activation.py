@@ -50,6 +50,7 @@ PIECEWISE = (
         in_place=(0,),
         grad=_gate_grad(0.0, math.inf, 0.0),
         bounds=lambda a: (0.0, math.inf),
+        fast=True,
     ),
     Row(
         "hard_tanh",
@@ -61,6 +62,7 @@ PIECEWISE = (
         in_place=(0,),
         grad=_gate_grad("low", "high", 0.0),
         bounds=lambda a: (a["low"], a["high"]),
+        fast=True,
     ),
     Row(
         "leaky_relu",
@@ -91,6 +93,7 @@ PIECEWISE = (
         tuple(Example((e.inputs[0], e.inputs[0]), {"slope": 0.1}, {1: "bits"}) for e in _SHAPES),
         attrs={"slope": Attr("f", 0.0)},
         in_place=(0,),
+        gates=True,
         no_grad="second derivatives are not needed",
     ),
 )
@@ -109,6 +112,7 @@ def _smooth(
     values: dict[str, Any] | None = None,
     domain: str = "normal",
     shape: Callable[..., Any] | None = None,
+    fast: bool = False,
 ) -> tuple[Row, Row]:
     attrs, values = attrs or {}, values or {}
 
@@ -130,6 +134,7 @@ def _smooth(
             grad=grad,
             shape=shape,
             cost=_transcendental,
+            fast=fast,
             in_place=(0,),
         ),
         Row(
@@ -140,6 +145,7 @@ def _smooth(
             two,
             attrs=attrs,
             cost=_transcendental,
+            fast=fast,
             in_place=(0,),
             no_grad="second derivatives are not needed",
         ),
@@ -185,6 +191,7 @@ SMOOTH = (
         _gelu_slope,
         "x",
         {"tanh": Attr("i", 0)},
+        fast=True,
     ),
     *_smooth(
         "silu",

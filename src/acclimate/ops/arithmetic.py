@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import BadInput
 from ..ir import Dim, Type
-from .row import Attr, Cost, Example, Row
+from .row import Attr, Cost, Example, Row, clamping
 
 _PAIRS = (
     Example(((2, 3, 4), (2, 3, 4))),
@@ -133,17 +133,21 @@ _REDUCTIONS = tuple(
 )
 
 ROWS = (
-    Row(
-        "add",
-        "~, ~ -> ~",
-        "a + b with broadcasting.",
-        lambda a, x, y: [x + y],
-        _PAIRS,
-        shape=broadcast,
-        grad=_add_grad(1.0),
-        in_place=(0, 1),
-        check=True,
-        roles={0: "bias", 1: "bias"},
+    clamping(
+        Row(
+            "add",
+            "~, ~ -> ~",
+            "a + b with broadcasting.",
+            lambda a, x, y: [x + y],
+            _PAIRS,
+            shape=broadcast,
+            grad=_add_grad(1.0),
+            in_place=(0, 1),
+            check=True,
+            fast=True,
+            roles={0: "bias", 1: "bias"},
+        ),
+        bits=True,
     ),
     Row(
         "sub",

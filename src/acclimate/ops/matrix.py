@@ -119,6 +119,7 @@ ROWS = (
         shape=lambda a, x: [x],
         check=True,
         grad=lambda tape, node, d: [tape.emit("softmax_grad", d, node.outputs[0])],
+        fast=True,
     ),
     Row(
         "softmax_grad",
@@ -131,6 +132,7 @@ ROWS = (
         check=True,
         cost=lambda a, i, o: Cost(elementwise=4 * o[0].size),
         no_grad="second derivatives are not needed",
+        fast=True,
     ),
     Row(
         "log_softmax",

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import BadInput, WrongUse
 from ..ir import Type
 from .arithmetic import mask
-from .row import Attr, Cost, Example, Row, is_clamped
+from .row import Attr, Cost, Example, Row, clamping, is_clamped
 
 _EPS = {"eps": Attr("f", 1e-5)}
 _NO_SECOND = "second derivatives are not needed"
@@ -41,14 +41,35 @@ def _batch_norm(a: Any, x: Any, gamma: Any, beta: Any, mean: Any, var: Any) -> l
 
 def _batch_norm_grad(tape: Any, node: Any, d: str) -> list[str]:
     x, gamma, beta, mean, var = node.inputs
-    eps = node.attrs["eps"]
+    wanted = [tape.wants(n) for n in (x, gamma, beta)]
+    if wanted == [False, False, True]:
+        return ["", "", tape.emit("sum", d, axes=mask(_rest_of(tape, d))), "", ""]
+    given = [n if wanted[i] else "" for i, n in ((1, x), (0, gamma), (1, mean))]
+    unused = tuple(i for i, w in enumerate(wanted) if not w)
+    return [*tape.emit("batch_norm_grad", d, "", *given, var, eps=node.attrs["eps"], unused=unused), "", ""]
+
+
+def _batch_norm_grad_ref(
+    a: Any, d: Any, bits: Any = None, x: Any = None, gamma: Any = None, mean: Any = None, var: Any = None
+) -> list[Any]:
+    d = _gated(d, bits)
+    rstd = None if var is None else 1 / np.sqrt(var + a["eps"])
     return [
-        tape.emit("batch_norm_input_grad", d, gamma, var, eps=eps) if tape.wants(x) else "",
-        tape.emit("batch_norm_gamma_grad", d, x, mean, var, eps=eps) if tape.wants(gamma) else "",
-        tape.emit("sum", d, axes=mask(_rest_of(tape, d))) if tape.wants(beta) else "",
-        "",
-        "",
+        None if gamma is None else d * _c(gamma * rstd, d),
+        None if x is None else (d * (x - _c(mean, x))).sum(_rest(d)) * rstd,
+        d.sum(_rest(d)),
     ]
+
+
+def _batch_norm_grad_cost(a: Any, ins: Any, outs: Any) -> Cost:
+    gate = len(ins) > 1 and ins[1] is not None
+    return Cost(
+        elementwise=ins[0].size * (gate + sum(n for n, out in zip((1, 3, 1), outs, strict=True) if out))
+    )
+
+
+def _gated(d: Any, bits: Any) -> Any:
+    return d if bits is None else np.where(bits, d, d * d.dtype.type(0))
 
 
 def _rest_of(tape: Any, name: str) -> tuple[int, ...]:
@@ -58,7 +79,9 @@ def _rest_of(tape: Any, name: str) -> tuple[int, ...]:
 def _fold(tape: Any, node: Any, producer: Any) -> str | None:
     """Into the convolution or matrix product before it: channels of its weight are scaled, its bias moved."""
     graph, roles = tape.graph, tape.roles(producer)
-    if roles.get(1) != "weight" or roles.get(2) != "bias" or is_clamped(producer.attrs):
+    if roles.get(1) != "weight" or roles.get(2) != "bias":
+        return None
+    if is_clamped(producer.attrs) or is_clamped(node.attrs):
         return None
     gamma, beta, mean, var = (graph.values[n].data for n in node.inputs[1:])
     scale = gamma / np.sqrt(var + np.float32(node.attrs["eps"]))
@@ -84,7 +107,10 @@ def _batch_norm_train(a: Any, x: Any, gamma: Any, beta: Any, *running: Any) -> l
     return [(x - _c(mean, x)) * _c(gamma / np.sqrt(var + a["eps"]), x) + _c(beta, x), mean, var]
 
 
-def _batch_norm_train_grad_ref(a: Any, d: Any, x: Any, gamma: Any, mean: Any, var: Any) -> list[Any]:
+def _batch_norm_train_grad_ref(
+    a: Any, d: Any, x: Any, gamma: Any, mean: Any, var: Any, bits: Any = None
+) -> list[Any]:
+    d = _gated(d, bits)
     rstd = 1 / np.sqrt(var + a["eps"])
     xhat = (x - _c(mean, x)) * _c(rstd, x)
     d_gamma, d_beta = (d * xhat).sum(_rest(x)), d.sum(_rest(x))
@@ -100,7 +126,7 @@ def _batch_norm_train_grad(tape: Any, node: Any, d: str, *_: str) -> list[str]:
         d,
         x,
         gamma,
-        *node.outputs[1:],
+        *node.outputs[1:3],
         eps=node.attrs["eps"],
         unused=() if tape.wants(x) else (0,),
     )
@@ -172,76 +198,81 @@ def _per_element(n: int) -> Any:
 
 _X = ((3, 4, 5, 5), (6, 3), (2, 3, 17))
 _CH = tuple((x, *[(x[1],)] * 4) for x in _X)
+_BITS = (((3, 5, 7, 11), *[(5,)] * 4), ((2, 2, 40, 17), *[(2,)] * 4), ((70, 9), *[(9,)] * 4))
 _LN = ((2, 5, 16), (7, 33))
 
 ROWS = (
-    Row(
-        "batch_norm",
-        "NC~, C, C, C, C -> NC~",
-        "gamma * (x - mean) / sqrt(var + eps) + beta with given statistics.",
-        _batch_norm,
-        tuple(Example(s, {}, {4: "positive"}) for s in _CH),
-        attrs=_EPS,
-        shape=lambda a, x, *_: [x],
-        check=True,
-        grad=_batch_norm_grad,
-        in_place=(0,),
-        cost=_per_element(2),
-        roles=_ROLES,
-        fold=_fold,
+    clamping(
+        Row(
+            "batch_norm",
+            "NC~, C, C, C, C -> NC~",
+            "gamma * (x - mean) / sqrt(var + eps) + beta with given statistics.",
+            _batch_norm,
+            tuple(Example(s, {}, {4: "positive"}) for s in (*_BITS, *_CH)),
+            attrs=_EPS,
+            shape=lambda a, x, *_: [x],
+            check=True,
+            grad=_batch_norm_grad,
+            in_place=(0,),
+            cost=_per_element(2),
+            roles=_ROLES,
+            fold=_fold,
+            fast=True,
+        ),
+        bits=True,
     ),
     Row(
-        "batch_norm_input_grad",
-        "NC~, C, C -> NC~",
-        "d * gamma / sqrt(var + eps).",
-        lambda a, d, gamma, var: [d * _c(gamma / np.sqrt(var + a["eps"]), d)],
-        tuple(Example(s[:3], {}, {2: "positive"}) for s in _CH),
+        "batch_norm_grad",
+        "NC~, NC~:bit?, NC~?, C?, C?, C? -> NC~?, C?, C?",
+        "Gradients of batch norm with given statistics: input, gamma, beta. From d where the bits, if given, are set; "
+        "x, gamma, mean and var: gamma for the first, x and mean for the second, var for both.",
+        _batch_norm_grad_ref,
+        tuple(Example((s[0], None, *s[:1], *s[1:4]), {}, {5: "positive"}) for s in _CH)
+        + tuple(
+            Example((s[0], s[0], *s[:1], *s[1:4]), {}, {1: "bits", 5: "positive"}) for s in (*_CH, *_BITS)
+        ),
         attrs=_EPS,
-        shape=lambda a, d, *_: [d],
-        in_place=(0,),
+        shape=lambda a, d, *_: [d, Type(d.shape[1:2]), Type(d.shape[1:2])],
         check=True,
         no_grad=_NO_SECOND,
-    ),
-    Row(
-        "batch_norm_gamma_grad",
-        "NC~, NC~, C, C -> C",
-        "sum(d * (x - mean) / sqrt(var + eps)) a channel.",
-        lambda a, d, x, mean, var: [(d * (x - _c(mean, x)) / np.sqrt(_c(var, x) + a["eps"])).sum(_rest(x))],
-        tuple(Example((s[0], *s[:3]), {}, {3: "positive"}) for s in _CH),
-        attrs=_EPS,
-        no_grad=_NO_SECOND,
-        check=True,
-        cost=_per_element(3),
-        shape=lambda a, d, x, mean, *_: _alike(d, x, [mean]),
-    ),
-    Row(
-        "batch_norm_train",
-        "NC~, C, C, C, C -> NC~, C, C",
-        "Batch norm with the statistics of this batch; further outputs are their mean and (biased) variance. "
-        "The running statistics are inputs 3 and 4, for prediction.",
-        _batch_norm_train,
-        tuple(Example(s, {}, {4: "positive"}) for s in _CH),
-        attrs={**_EPS, "momentum": Attr("f", 0.1)},
-        shape=lambda a, x, g, *_: [x, g, g],
-        check=True,
-        grad=_batch_norm_train_grad,
-        cost=_per_element(5),
+        gated=1,
+        cost=_batch_norm_grad_cost,
         in_place=(0,),
-        predict=_at_prediction,
-        roles=_ROLES,
-        effects=_track_statistics,
+        fast=True,
+    ),
+    clamping(
+        Row(
+            "batch_norm_train",
+            "NC~, C, C, C, C -> NC~, C, C",
+            "Batch norm with the statistics of this batch; further outputs are their mean and (biased) variance. "
+            "The running statistics are inputs 3 and 4, for prediction.",
+            _batch_norm_train,
+            tuple(Example(s, {}, {4: "positive"}) for s in (*_BITS, *_CH)),
+            attrs={**_EPS, "momentum": Attr("f", 0.1)},
+            shape=lambda a, x, g, *_: [x, g, g],
+            check=True,
+            grad=_batch_norm_train_grad,
+            cost=_per_element(5),
+            in_place=(0,),
+            predict=_at_prediction,
+            roles=_ROLES,
+            effects=_track_statistics,
+        ),
+        bits=True,
     ),
     Row(
         "batch_norm_train_grad",
-        "NC~, NC~, C, C, C -> NC~?, C, C",
-        "All three gradients of batch norm on batch statistics.",
+        "NC~, NC~, C, C, C, NC~:bit? -> NC~?, C, C",
+        "All three gradients of batch norm on batch statistics; d counts where the bits, if given, are set.",
         _batch_norm_train_grad_ref,
-        tuple(Example((s[0], *s[:4]), {}, {4: "positive"}) for s in _CH),
+        tuple(Example((s[0], *s[:4]), {}, {4: "positive"}) for s in _CH)
+        + tuple(Example((s[0], *s[:4], s[0]), {}, {4: "positive", 5: "bits"}) for s in (*_CH, *_BITS)),
         attrs=_EPS,
         check=True,
         shape=lambda a, d, x, g, *_: _alike(d, x, [x, g, g]),
         no_grad=_NO_SECOND,
-        cost=_per_element(7),
+        gated=5,
+        cost=lambda a, i, o: Cost(elementwise=(7 + (len(i) > 5)) * i[0].size),
         in_place=(0,),
     ),
     Row(
@@ -257,6 +288,7 @@ ROWS = (
         cost=_per_element(6),
         in_place=(0,),
         roles=_ROLES,
+        fast=True,
     ),
     Row(
         "layer_norm_grad",

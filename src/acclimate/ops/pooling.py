@@ -216,6 +216,7 @@ ROWS = (
         grad=_max_grad,
         cost=_window_cost,
         check=True,
+        fast=True,
     ),
     Row(
         "max_pool_grad",
@@ -249,6 +250,7 @@ ROWS = (
         grad=lambda tape, node, d: [
             tape.emit("avg_pool_grad", d, size=tape.graph.shape(node.inputs[0])[2:], **node.attrs)
         ],
+        fast=True,
     ),
     Row(
         "avg_pool_grad",
@@ -261,5 +263,6 @@ ROWS = (
         cost=_window_cost,
         shape=_avg_grad_shape,
         no_grad="second derivatives are not needed",
+        fast=True,
     ),
 )

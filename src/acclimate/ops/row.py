@@ -56,7 +56,7 @@ class Example:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     domain: Mapping[int, str] = field(
         default_factory=dict
-    )  # "positive", "below:K" (integers), "bits", "step"
+    )  # "positive", "small", "below:K" (integers), "bits", "step"
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,12 @@ def clamping(row: Row, bits: bool = False) -> Row:
         assert row.grad is not None
         if is_clamped(node.attrs):
             d = tape.emit("gate", d, node.outputs[0], low=node.attrs["low"], high=node.attrs["high"])
-        return row.grad(tape, node, d, *rest)
+        return row.grad(tape, node, d, *rest[: len(rest) - bits])
 
     def cost(attrs: Any, ins: Any, outs: Any) -> Cost:
         before = row.cost(attrs, ins, outs) if row.cost else Cost(elementwise=outs[0].size)
-        return replace(before, elementwise=before.elementwise + outs[0].size * is_clamped(attrs))
+        more = is_clamped(attrs) + (bits and outs[-1] is not None)
+        return replace(before, elementwise=before.elementwise + outs[0].size * more)
 
     examples = tuple(replace(e, attrs={**e.attrs, "low": -0.5, "high": 0.7}) for e in row.examples[:4])
     return replace(

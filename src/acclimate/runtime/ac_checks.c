@@ -19,6 +19,9 @@ static int same_shape(const ac_tensor *a, const ac_tensor *b) {
     return is_shape(a, b->dim, b->rank);
 }
 
+/* An argument that may be absent has the shape of `a`. */
+static int alike(const ac_tensor *a, const ac_tensor *b) { return !b || same_shape(a, b); }
+
 ac_status ac_check_round(const ac_call *call) {
     const int32_t mode = ((const ac_attr_round *)call->attr)->mode;
     return mode >= 0 && mode < 4 ? AC_OK : AC_E_OP;
@@ -43,7 +46,11 @@ static ac_status check_broadcast(const ac_call *call) {
     return AC_OK;
 }
 
-ac_status ac_check_add(const ac_call *call) { return check_broadcast(call); }
+ac_status ac_check_add(const ac_call *call) {
+    const ac_status status = check_broadcast(call);
+    return status != AC_OK ? status : fits(alike(AC_OUT_T(call, 0), AC_OUT_T(call, 1)));
+}
+
 ac_status ac_check_sub(const ac_call *call) { return check_broadcast(call); }
 ac_status ac_check_mul(const ac_call *call) { return check_broadcast(call); }
 ac_status ac_check_div(const ac_call *call) { return check_broadcast(call); }
@@ -107,17 +114,30 @@ ac_status ac_check_log_softmax_grad(const ac_call *call) { return check_rows(cal
 
 /* ---- normalisation ---- */
 
-ac_status ac_check_batch_norm(const ac_call *call) { return check_same(call); }
-ac_status ac_check_batch_norm_input_grad(const ac_call *call) { return check_same(call); }
-ac_status ac_check_batch_norm_train(const ac_call *call) { return check_same(call); }
+ac_status ac_check_batch_norm(const ac_call *call) {
+    const ac_tensor *x = AC_IN_T(call, 0);
+    return fits(same_shape(x, AC_OUT_T(call, 0)) && alike(x, AC_OUT_T(call, 1)));
+}
 
-ac_status ac_check_batch_norm_gamma_grad(const ac_call *call) {
-    return fits(same_shape(AC_IN_T(call, 0), AC_IN_T(call, 1)));
+ac_status ac_check_batch_norm_train(const ac_call *call) {
+    const ac_tensor *x = AC_IN_T(call, 0);
+    return fits(same_shape(x, AC_OUT_T(call, 0)) && alike(x, AC_OUT_T(call, 3)));
+}
+
+/* The gradient of x is made from gamma and var, that of gamma from x, mean and var. */
+ac_status ac_check_batch_norm_grad(const ac_call *call) {
+    const ac_tensor *d = AC_IN_T(call, 0), *x = AC_IN_T(call, 2), *dx = AC_OUT_T(call, 0);
+    if (dx && !(AC_IN_T(call, 3) && AC_IN_T(call, 5)))
+        return AC_E_OP;
+    if (AC_OUT_T(call, 1) && !(x && AC_IN_T(call, 4) && AC_IN_T(call, 5)))
+        return AC_E_OP;
+    return fits(alike(d, AC_IN_T(call, 1)) && alike(d, x) && alike(d, dx));
 }
 
 ac_status ac_check_batch_norm_train_grad(const ac_call *call) {
-    const ac_tensor *d = AC_IN_T(call, 0), *dx = AC_OUT_T(call, 0);
-    return fits(same_shape(d, AC_IN_T(call, 1)) && (!dx || same_shape(d, dx)));
+    const ac_tensor *d = AC_IN_T(call, 0);
+    return fits(same_shape(d, AC_IN_T(call, 1)) && alike(d, AC_IN_T(call, 5)) &&
+                alike(d, AC_OUT_T(call, 0)));
 }
 
 /* y as x; mean and rstd without the last dimension */
@@ -166,4 +186,59 @@ ac_status ac_check_sgd(const ac_call *call) {
 }
 ac_status ac_check_adam(const ac_call *call) {
     return check_update(call, ((const ac_attr_adam *)call->attr)->axis, 2);
+}
+
+/* ---- recurrent layers ---- */
+
+/* x (N, T, F) is input `x`; a cell has `gates` rows of weight and `record` floats a unit and step, and `states` state
+ * vectors. The signature has bound N, T, F, G and H, of which G = gates H is still to show. `saved` may be NULL;
+ * `work` has `fixed` vectors of H and so many of a segment. */
+static ac_status check_recurrent(const ac_call *call, uint32_t x, int32_t segment, int gates,
+                                 int record, int states, const ac_tensor *saved,
+                                 const ac_tensor *work, int fixed, int of_segment) {
+    const ac_tensor *in = AC_IN_T(call, x), *w = AC_IN_T(call, x + 2);
+    const int64_t t = in->dim[1], h = w->dim[1];
+    if (segment < 0 || segment > t)
+        return AC_E_OP;
+    if (w->dim[0] != gates * h || work->dim[0] != (fixed + (int64_t)of_segment * segment) * h)
+        return AC_E_SHAPE;
+    if (!saved)
+        return AC_OK;
+    return fits(saved->dim[0] == in->dim[0] &&
+                saved->dim[1] == (segment ? (t + segment - 1) / segment : t) &&
+                saved->dim[2] == (segment ? states : record) * h);
+}
+
+ac_status ac_check_lstm(const ac_call *call) {
+    return check_recurrent(call, 0, ((const ac_attr_lstm *)call->attr)->segment, 4, 5, 2,
+                           AC_OUT_T(call, 3), AC_OUT_T(call, 1), 5, 0);
+}
+ac_status ac_check_gru(const ac_call *call) {
+    return check_recurrent(call, 0, ((const ac_attr_gru *)call->attr)->segment, 3, 4, 1,
+                           AC_OUT_T(call, 2), AC_OUT_T(call, 1), 4, 0);
+}
+ac_status ac_check_rnn(const ac_call *call) {
+    return check_recurrent(call, 0, ((const ac_attr_rnn *)call->attr)->segment, 1, 1, 1,
+                           AC_OUT_T(call, 2), AC_OUT_T(call, 1), 1, 0);
+}
+
+/* Backward reads what was saved, and without segments the outputs too. */
+static ac_status check_recurrent_grad(const ac_call *call, int32_t segment, int gates, int record,
+                                      int states) {
+    const uint32_t y = (uint32_t)(6 + states), work = (uint32_t)(5 + states);
+    const ac_tensor *saved = AC_IN_T(call, y + 1);
+    if (!saved || (!segment && !AC_IN_T(call, y)))
+        return AC_E_OP;
+    return check_recurrent(call, 1, segment, gates, record, states, saved, AC_OUT_T(call, work),
+                           2 * gates + 2, record + 1);
+}
+
+ac_status ac_check_lstm_grad(const ac_call *call) {
+    return check_recurrent_grad(call, ((const ac_attr_lstm_grad *)call->attr)->segment, 4, 5, 2);
+}
+ac_status ac_check_gru_grad(const ac_call *call) {
+    return check_recurrent_grad(call, ((const ac_attr_gru_grad *)call->attr)->segment, 3, 4, 1);
+}
+ac_status ac_check_rnn_grad(const ac_call *call) {
+    return check_recurrent_grad(call, ((const ac_attr_rnn_grad *)call->attr)->segment, 1, 1, 1);
 }

@@ -8,7 +8,7 @@
 #define AC_ABSENT 0xFFFFu
 
 enum { H_MAGIC, H_FORMAT, H_TOTAL, H_CRC, H_TABLE, H_TENSORS, H_OP_WORDS, H_ENTRIES, H_BINDINGS, H_NAMES, H_CONSTANTS,
-       H_INITIAL, H_STATE, H_ARENA, H_RESERVED0, H_RESERVED1, HEADER_WORDS };
+       H_INITIAL, H_STATE, H_ARENA, H_MODEL, H_RESERVED, HEADER_WORDS };
 enum { ENTRY_WORDS = 6, BINDING_WORDS = 3 };
 
 static int equal(const char *a, const char *b) {
@@ -244,7 +244,7 @@ ac_status ac_load_with(ac_program *p, const void *bytes, size_t size, const ac_r
     if (h[H_TOTAL] != size) return AC_E_TRUNCATED;
     if (h[H_TABLE] != AC_TABLE_HASH) return AC_E_TABLE;
     if (h[H_NAMES] % 4 || h[H_CONSTANTS] % 4 || h[H_INITIAL] % 4 || h[H_STATE] % 4 || h[H_ARENA] % 4) return AC_E_OFFSET;
-    if (h[H_RESERVED0] || h[H_RESERVED1]) return AC_E_OFFSET;
+    if (h[H_RESERVED]) return AC_E_OFFSET;
     if (h[H_INITIAL] > h[H_STATE] || h[H_STATE] > INT32_MAX || h[H_ARENA] > INT32_MAX) return AC_E_OFFSET;
     uint64_t total = 4ull * HEADER_WORDS + sizeof(ac_tensor) * (uint64_t)h[H_TENSORS] + 4ull * h[H_OP_WORDS]
                      + 4ull * ENTRY_WORDS * h[H_ENTRIES] + 4ull * BINDING_WORDS * h[H_BINDINGS] + h[H_NAMES]
@@ -265,6 +265,8 @@ ac_status ac_load_with(ac_program *p, const void *bytes, size_t size, const ac_r
     p->n_entries = h[H_ENTRIES];
     p->n_bindings = h[H_BINDINGS];
     p->name_bytes = h[H_NAMES];
+    p->initial_bytes = h[H_INITIAL];
+    p->model = h[H_MODEL];
     p->constant_bytes = h[H_CONSTANTS];
     p->state_bytes = h[H_STATE];
     p->arena_bytes = h[H_ARENA];
@@ -289,11 +291,9 @@ ac_status ac_load_with(ac_program *p, const void *bytes, size_t size, const ac_r
 
 /* ---- names and memory ------------------------------------------------------------------------------------------ */
 
-static uint32_t initial_bytes(const ac_program *p) { return ((const uint32_t *)(const void *)p->bytes)[H_INITIAL]; }
-
 ac_status ac_reset(const ac_program *p, const ac_memory *m) {
     if ((uintptr_t)m->state % 4 || (uintptr_t)m->arena % 4) return AC_E_ALIGN;
-    uint32_t n = initial_bytes(p);
+    uint32_t n = p->initial_bytes;
     if (n) memcpy(m->state, p->initial, n);
     if (p->state_bytes > n) memset((uint8_t *)m->state + n, 0, p->state_bytes - n);
     return AC_OK;
@@ -362,7 +362,7 @@ const char *ac_status_text(ac_status status) {
     static const char *const text[] = {
         "done",
         "the file is cut off or has bytes too many",
-        "the file is not a Program",
+        "the file is not a Program, or not a delta where one is read",
         "the file has a format version that this runtime does not read",
         "the file was made for another op table (another version of acclimate)",
         "the checksum does not match: bytes were changed",
@@ -372,6 +372,10 @@ const char *ac_status_text(ac_status status) {
         "the shapes of an op's arguments do not fit together",
         "no entry or binding has this name",
         "a label is outside the classes of the model, or an index outside its table",
-        "a block of memory is not 4-byte aligned"};
+        "a block of memory is not 4-byte aligned",
+        "the delta was learned from another model",
+        "a record of the delta does not fit: its name, type, shape or channels are not the Program's",
+        "there is NaN or infinity among what was learned",
+        "the bytes could not be written"};
     return (unsigned)status < sizeof text / sizeof *text ? text[status] : "unknown status";
 }

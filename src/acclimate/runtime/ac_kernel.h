@@ -36,6 +36,9 @@ typedef ac_status (*ac_kernel)(const ac_call *call);
 #define AC_FAST_OR_PLAIN(op) AC_KERNEL(op)
 #endif
 
+/* Channels [first, last) of a batch_norm_grad, for kernels that divide it. */
+void AC_KERNEL(batch_norm_grad_of)(const ac_call *call, size_t first, size_t last);
+
 /* A row of the op table as the loader and interpreter use it; generated into ac_table.c. */
 typedef struct ac_row {
     const char *name, *signature; /* the language of ops/row.py */

@@ -368,7 +368,7 @@ ac_status AC_KERNEL(conv)(const ac_call *c) {
         correlate(&f, a->groups);
         f.resume = 1;
     }
-    ac_clamp(AC_OUT(c, 0), NULL, a->low, a->high, AC_OUT_T(c, 0)->size);
+    ac_clamp(AC_OUT(c, 0), a->low, a->high, AC_OUT_T(c, 0)->size);
     return AC_OK;
 }
 

@@ -285,7 +285,7 @@ static ac_status for_each_row(const ac_call *call, pair_row *row) {
     }
 }
 
-#define AC_PAIR(op, value)                                                                         \
+#define AC_PAIR_ROW(op, value)                                                                     \
     static void op##_row(const float *a, size_t step_a, const float *b, size_t step_b, float *y,   \
                          size_t n) {                                                               \
         if (step_a == 0) {                                                                         \
@@ -309,15 +309,40 @@ static ac_status for_each_row(const ac_call *call, pair_row *row) {
                 y[i] = (value);                                                                    \
             }                                                                                      \
         }                                                                                          \
-    }                                                                                              \
+    }
+
+#define AC_PAIR(op, value)                                                                         \
+    AC_PAIR_ROW(op, value)                                                                         \
     ac_status AC_KERNEL(op)(const ac_call *call) { return for_each_row(call, op##_row); }
 
-AC_PAIR(add, A + B)
+AC_PAIR_ROW(add, A + B)
 AC_PAIR(sub, A - B)
 AC_PAIR(mul, (A * B))
 AC_PAIR(div, A / B)
 AC_PAIR(greater, A > B ? 1.0f : 0.0f)
 AC_PAIR(keep, B != 0.0f ? A : 0.0f)
+
+/* a + b, clamped; and the bits. Where nothing is stretched, a block at a time, while it is in the first cache. */
+ac_status AC_KERNEL(add)(const ac_call *call) {
+    enum { BLOCK = 1024 };
+    const ac_attr_add *attr = call->attr;
+    const float *a = AC_IN(call, 0), *b = AC_IN(call, 1);
+    float *y = AC_OUT(call, 0);
+    uint32_t *bits = AC_OUT(call, 1);
+    const size_t size = AC_OUT_T(call, 0)->size;
+    const int stretched = AC_IN_T(call, 0)->size != size || AC_IN_T(call, 1)->size != size;
+    if (stretched)
+        for_each_row(call, add_row);
+    for (size_t i = 0; i < size; i += BLOCK) {
+        const size_t n = size - i < BLOCK ? size - i : BLOCK;
+        if (!stretched)
+            add_row(a + i, 1, b + i, 1, y + i, n);
+        ac_clamp(y + i, attr->low, attr->high, n);
+        if (bits)
+            ac_pack_between(y + i, bits + i / 32, attr->low, attr->high, n);
+    }
+    return AC_OK;
+}
 
 /* ---- sum and mean ---- */
 

@@ -129,7 +129,7 @@ ac_status AC_KERNEL(matmul)(const ac_call *call) {
         for (size_t i = 0; bias && i < m; i++)
             for (size_t j = 0; j < n; j++)
                 y[i * n + j] += bias[j];
-        ac_clamp(y, NULL, attr->low, attr->high, m * n);
+        ac_clamp(y, attr->low, attr->high, m * n);
     }
     return AC_OK;
 }

@@ -34,79 +34,222 @@ AC_INLINE float reciprocal_root(float variance, float eps) {
     return 1.0f / ac_sqrtf(variance + eps);
 }
 
-/* y = x * scale + shift for all of channel c */
-static void scale_channel(const float *x, float *y, float scale, float shift, channel_shape s,
-                          size_t c) {
-    for (size_t i = 0; i < s.n; i++) {
-        const size_t at = (i * s.channels + c) * s.inner;
-        AC_INDEPENDENT
-        for (size_t l = at; l < at + s.inner; l++)
-            y[l] = x[l] * scale + shift;
-    }
-}
+enum { BLOCK = 1024 }; /* elements that are worked on while they are in the first cache; a multiple of 32 */
 
-/* y = x s + (beta - mean s), s = gamma / sqrt(var + eps); x, y (N, C, ...), the others (C) */
-ac_status AC_KERNEL(batch_norm)(const ac_call *call) {
+/* Elements [begin, end) of y = x s + (beta - mean s), s = gamma / sqrt(var + eps), in the order of memory */
+static void scale_range(const ac_call *call, float eps, channel_shape s, size_t begin, size_t end) {
     const float *x = AC_IN(call, 0), *gamma = AC_IN(call, 1), *beta = AC_IN(call, 2);
     const float *mean = AC_IN(call, 3), *var = AC_IN(call, 4);
     float *y = AC_OUT(call, 0);
-    const float eps = ((const ac_attr_batch_norm *)call->attr)->eps;
-    const channel_shape shape = channels_of(AC_IN_T(call, 0));
-    for (size_t c = 0; c < shape.channels; c++) {
-        const float scale = gamma[c] * reciprocal_root(var[c], eps);
-        scale_channel(x, y, scale, beta[c] - mean[c] * scale, shape, c);
+    while (begin < end) {
+        const size_t plane = begin / s.inner, c = plane % s.channels;
+        const size_t here = s.inner == 1 ? begin + s.channels - c : (plane + 1) * s.inner;
+        const size_t stop = here < end ? here : end;
+        if (s.inner == 1) {
+            AC_INDEPENDENT
+            for (size_t l = 0; l < stop - begin; l++) {
+                const float scale = gamma[c + l] * reciprocal_root(var[c + l], eps);
+                y[begin + l] = x[begin + l] * scale + (beta[c + l] - mean[c + l] * scale);
+            }
+        } else {
+            const float scale = gamma[c] * reciprocal_root(var[c], eps);
+            const float shift = beta[c] - mean[c] * scale;
+            AC_INDEPENDENT
+            for (size_t l = begin; l < stop; l++)
+                y[l] = x[l] * scale + shift;
+        }
+        begin = stop;
+    }
+}
+
+/* y = x s + (beta - mean s), s = gamma / sqrt(var + eps), clamped; x, y (N, C, ...), the others (C); and the bits */
+ac_status AC_KERNEL(batch_norm)(const ac_call *call) {
+    const ac_attr_batch_norm *a = call->attr;
+    const size_t n = AC_IN_T(call, 0)->size;
+    float *y = AC_OUT(call, 0);
+    uint32_t *bits = AC_OUT(call, 1);
+    for (size_t i = 0; i < n; i += BLOCK) {
+        const size_t count = n - i < BLOCK ? n - i : BLOCK;
+        scale_range(call, a->eps, channels_of(AC_IN_T(call, 0)), i, i + count);
+        ac_clamp(y + i, a->low, a->high, count);
+        if (bits)
+            ac_pack_between(y + i, bits + i / 32, a->low, a->high, count);
     }
     return AC_OK;
 }
 
-/* dx = d gamma / sqrt(var + eps); d, dx (N, C, ...), the others (C) */
-ac_status AC_KERNEL(batch_norm_input_grad)(const ac_call *call) {
-    const float *d = AC_IN(call, 0), *gamma = AC_IN(call, 1), *var = AC_IN(call, 2);
-    float *dx = AC_OUT(call, 0);
-    const float eps = ((const ac_attr_batch_norm_input_grad *)call->attr)->eps;
+/* One channel of (N, C, ...) as `runs` runs of `size` elements `stride` apart, the first at c * begin */
+typedef struct {
+    size_t runs, size, stride, begin, next;
+} channel_runs;
+
+static channel_runs runs_of(channel_shape s) {
+    const channel_runs column = {1, s.n, s.channels, 1, 0};
+    const channel_runs planes = {s.n, s.inner, 1, s.inner, s.channels * s.inner};
+    return s.inner == 1 ? column : planes;
+}
+
+/* Bits [at, at + count), at most AC_SUM_LANES; what is above them is undefined. */
+AC_INLINE uint32_t bits_at(const uint32_t *bits, size_t at, size_t count) {
+    const size_t skip = at % 32;
+    const uint32_t low = bits[at / 32] >> skip;
+    return skip + count > 32 ? low | bits[at / 32 + 1] << (32 - skip) : low;
+}
+
+/* What a block does with d: */
+typedef struct {
+    const uint32_t *bits; /* first, zero where the bit is not set; NULL: nothing */
+    float mean, scale;    /* then its sum, that of d (x - mean), and dx = (d - shift - (x - mean) slope) scale */
+    float shift, slope;
+} block_grad;
+
+/* Elements of a block, bits from `at` on. dx may be d, or NULL. What is constant at each call is first. The order of the
+ * sums is ac_sum's. */
+AC_INLINE void grad_block(const int gate, const int sums, const int dense, const block_grad *b,
+                          size_t at, const float *d, const float *x, float *dx, size_t n,
+                          double *sum, double *dot) {
+    enum { VECS = AC_SUM_LANES / AC_WIDTH };
+    float lane_sum[AC_SUM_LANES] = {0}, lane_dot[AC_SUM_LANES] = {0};
+    ac_vec acc_sum[VECS] = {0}, acc_dot[VECS] = {0};
+    const float mean = b->mean, scale = b->scale, shift = b->shift, slope = b->slope;
+    size_t i = 0;
+    for (; i + AC_SUM_LANES <= n; i += AC_SUM_LANES) {
+        const uint32_t set = gate ? bits_at(b->bits, at + i, AC_SUM_LANES) : 0;
+        for (size_t v = 0; v < VECS; v++) {
+            ac_vec g = ac_vec_load(d + i + v * AC_WIDTH);
+            const ac_vec far = ac_vec_load(x + i + v * AC_WIDTH) - mean;
+            if (gate)
+                g *= ac_vec_of_bits(set >> v * AC_WIDTH);
+            if (sums) {
+                acc_sum[v] += g;
+                acc_dot[v] += g * far;
+            }
+            if (dx)
+                ac_vec_store(dx + i + v * AC_WIDTH,
+                             dense ? (g - shift - far * slope) * scale : g * scale);
+        }
+    }
+    for (size_t v = 0; v < VECS; v++) {
+        ac_vec_store(lane_sum + v * AC_WIDTH, acc_sum[v]);
+        ac_vec_store(lane_dot + v * AC_WIDTH, acc_dot[v]);
+    }
+    for (size_t l = 0; i < n; i++, l++) {
+        const float keep = gate && !(bits_at(b->bits, at + i, 1) & 1u) ? 0.0f : 1.0f;
+        const float g = gate ? d[i] * keep : d[i], far = x[i] - mean;
+        lane_sum[l] += g;
+        lane_dot[l] += g * far;
+        if (dx)
+            dx[i] = dense ? (g - shift - far * slope) * scale : g * scale;
+    }
+    if (sums) {
+        *sum += (double)ac_fold(lane_sum);
+        *dot += (double)ac_fold(lane_dot);
+    }
+}
+
+enum { TOGETHER = 16 }; /* channels: their planes follow each other, which memory is quick at */
+
+/* Channels [c, c + count), b of each; x may be d where nothing is made from it. Sums start at zero. */
+AC_INLINE void grad_channels(const int sums, const int dense, const block_grad *b, channel_shape s,
+                             size_t c, size_t count, const float *d, const float *x, float *dx,
+                             double *sum, double *dot) {
+    const channel_runs run = runs_of(s);
+    for (size_t j = 0; j < count; j++)
+        sum[j] = dot[j] = 0;
+    for (size_t r = 0; r < run.runs * count; r++) {
+        const size_t j = r % count, begin = (c + j) * run.begin + r / count * run.next;
+        double run_sum = 0, run_dot = 0;
+        for (size_t k = 0; k < run.size; k += AC_SUM_BLOCK) {
+            const size_t n = run.size - k < AC_SUM_BLOCK ? run.size - k : AC_SUM_BLOCK;
+            const size_t at = begin + k * run.stride;
+            if (run.stride != 1) { /* a column of (N, C) is copied, and its result is copied back */
+                float column[AC_SUM_BLOCK], beside[AC_SUM_BLOCK];
+                for (size_t l = 0; l < n; l++) {
+                    const size_t from = at + l * run.stride;
+                    const uint32_t set = b[j].bits ? bits_at(b[j].bits, from, 1) & 1u : 1u;
+                    column[l] = d[from] * (set ? 1.0f : 0.0f);
+                    beside[l] = x[from];
+                }
+                grad_block(0, sums, dense, b + j, 0, column, beside, column, n, &run_sum, &run_dot);
+                for (size_t l = 0; dx && l < n; l++)
+                    dx[at + l * run.stride] = column[l];
+            } else if (b[j].bits) {
+                grad_block(1, sums, dense, b + j, at, d + at, x + at, dx ? dx + at : NULL, n,
+                           &run_sum, &run_dot);
+            } else {
+                grad_block(0, sums, dense, b + j, at, d + at, x + at, dx ? dx + at : NULL, n,
+                           &run_sum, &run_dot);
+            }
+        }
+        sum[j] += run_sum;
+        dot[j] += run_dot;
+    }
+}
+
+/* With d zero where the bits, if any, are not set: dx = d gamma / sqrt(var + eps), d_beta = sum d,
+ * d_gamma = sum of d (x - mean) / sqrt(var + eps) over each channel. Each may be absent, and with it what only it is
+ * made from. d, x, dx (N, C, ...), the others (C). */
+void AC_KERNEL(batch_norm_grad_of)(const ac_call *call, size_t first, size_t last) {
+    const float *d = AC_IN(call, 0), *x = AC_IN(call, 2), *gamma = AC_IN(call, 3);
+    const float *mean = AC_IN(call, 4), *var = AC_IN(call, 5);
+    float *dx = AC_OUT(call, 0), *d_gamma = AC_OUT(call, 1), *d_beta = AC_OUT(call, 2);
+    const float eps = ((const ac_attr_batch_norm_grad *)call->attr)->eps;
     const channel_shape shape = channels_of(AC_IN_T(call, 0));
-    for (size_t c = 0; c < shape.channels; c++)
-        scale_channel(d, dx, gamma[c] * reciprocal_root(var[c], eps), 0.0f, shape, c);
+    for (size_t c = first; c < last; c += TOGETHER) {
+        const size_t n = last - c < TOGETHER ? last - c : TOGETHER;
+        block_grad b[TOGETHER];
+        float rstd[TOGETHER];
+        double sum[TOGETHER], dot[TOGETHER];
+        for (size_t j = 0; j < n; j++) {
+            rstd[j] = var ? reciprocal_root(var[c + j], eps) : 0.0f;
+            b[j] = (block_grad){AC_IN(call, 1), mean ? mean[c + j] : 0.0f,
+                                dx ? gamma[c + j] * rstd[j] : 0.0f, 0, 0};
+        }
+        if (d_gamma || d_beta)
+            grad_channels(1, 0, b, shape, c, n, d, x ? x : d, dx, sum, dot);
+        else
+            grad_channels(0, 0, b, shape, c, n, d, d, dx, sum, dot);
+        for (size_t j = 0; d_beta && j < n; j++)
+            d_beta[c + j] = (float)sum[j];
+        for (size_t j = 0; d_gamma && j < n; j++)
+            d_gamma[c + j] = (float)dot[j] * rstd[j];
+    }
+}
+
+ac_status AC_KERNEL(batch_norm_grad)(const ac_call *call) {
+    AC_KERNEL(batch_norm_grad_of)(call, 0, (size_t)AC_IN_T(call, 0)->dim[1]);
     return AC_OK;
 }
 
-/* d_gamma = sum of d (x - mean) / sqrt(var + eps) over each channel; d, x (N, C, ...), the others (C) */
-ac_status AC_KERNEL(batch_norm_gamma_grad)(const ac_call *call) {
-    const float *d = AC_IN(call, 0), *x = AC_IN(call, 1), *mean = AC_IN(call, 2),
-                *var = AC_IN(call, 3);
-    float *d_gamma = AC_OUT(call, 0);
-    const float eps = ((const ac_attr_batch_norm_gamma_grad *)call->attr)->eps;
-    const channel_shape shape = channels_of(AC_IN_T(call, 0));
-    for (size_t c = 0; c < shape.channels; c++)
-        d_gamma[c] = (float)channel_sum(ac_sum_dot_centred, d, x, mean[c], shape, c) *
-                     reciprocal_root(var[c], eps);
-    return AC_OK;
-}
-
-/* y = (x - mean) gamma / sqrt(var + eps) + beta with the mean and variance of x (N, C, ...), which are outputs (C) */
+/* y = (x - mean) gamma / sqrt(var + eps) + beta, clamped, with the mean and variance of x (N, C, ...), which are outputs
+ * (C); and the bits */
 ac_status AC_KERNEL(batch_norm_train)(const ac_call *call) {
+    const ac_attr_batch_norm_train *a = call->attr;
     const float *x = AC_IN(call, 0), *gamma = AC_IN(call, 1), *beta = AC_IN(call, 2);
     float *y = AC_OUT(call, 0), *mean = AC_OUT(call, 1), *var = AC_OUT(call, 2);
-    const float eps = ((const ac_attr_batch_norm_train *)call->attr)->eps;
     const channel_shape shape = channels_of(AC_IN_T(call, 0));
     const double count = (double)(shape.n * shape.inner);
     for (size_t c = 0; c < shape.channels; c++) {
         mean[c] = (float)(channel_sum(ac_sum, x, x, 0.0f, shape, c) / count);
         var[c] = (float)(channel_sum(ac_sum_squares, x, x, mean[c], shape, c) / count);
-        const float centre = mean[c], scale = gamma[c] * reciprocal_root(var[c], eps),
+        const float centre = mean[c], scale = gamma[c] * reciprocal_root(var[c], a->eps),
                     shift = beta[c];
         for (size_t i = 0; i < shape.n; i++) {
             const size_t at = (i * shape.channels + c) * shape.inner;
             AC_INDEPENDENT
             for (size_t l = at; l < at + shape.inner; l++)
                 y[l] = (x[l] - centre) * scale + shift;
+            ac_clamp(y + at, a->low, a->high, shape.inner);
         }
     }
+    if (AC_OUT(call, 3)) /* words do not end where channels do */
+        ac_pack_between(y, AC_OUT(call, 3), a->low, a->high, AC_IN_T(call, 0)->size);
     return AC_OK;
 }
 
-/* With x^ = (x - mean) / sqrt(var + eps): d_beta = sum d, d_gamma = sum d x^,
- * dx = gamma / sqrt(var + eps) (d - d_beta / m - x^ d_gamma / m), m elements a channel. dx may be absent. */
+/* With d zero where the bits, if any, are not set, and x^ = (x - mean) / sqrt(var + eps): d_beta = sum d,
+ * d_gamma = sum d x^, dx = gamma / sqrt(var + eps) (d - d_beta / m - x^ d_gamma / m), m elements a channel. dx may be
+ * absent. */
 ac_status AC_KERNEL(batch_norm_train_grad)(const ac_call *call) {
     const float *d = AC_IN(call, 0), *x = AC_IN(call, 1), *gamma = AC_IN(call, 2);
     const float *mean = AC_IN(call, 3), *var = AC_IN(call, 4);
@@ -115,16 +258,16 @@ ac_status AC_KERNEL(batch_norm_train_grad)(const ac_call *call) {
     const channel_shape shape = channels_of(AC_IN_T(call, 0));
     const float share = (float)(1.0 / (double)(shape.n * shape.inner));
     for (size_t c = 0; c < shape.channels; c++) {
-        const float centre = mean[c], rstd = reciprocal_root(var[c], eps), scale = gamma[c] * rstd;
-        d_beta[c] = (float)channel_sum(ac_sum, d, d, 0.0f, shape, c);
-        d_gamma[c] = (float)channel_sum(ac_sum_dot_centred, d, x, centre, shape, c) * rstd;
-        const float from_mean = d_beta[c] * share, from_var = d_gamma[c] * share * rstd;
-        for (size_t i = 0; dx && i < shape.n; i++) {
-            const size_t at = (i * shape.channels + c) * shape.inner;
-            AC_INDEPENDENT
-            for (size_t l = at; l < at + shape.inner; l++)
-                dx[l] = (d[l] - from_mean - (x[l] - centre) * from_var) * scale;
-        }
+        const float rstd = reciprocal_root(var[c], eps);
+        block_grad b = {AC_IN(call, 5), mean[c], gamma[c] * rstd, 0, 0};
+        double sum, dot;
+        grad_channels(1, 0, &b, shape, c, 1, d, x, NULL, &sum, &dot);
+        d_beta[c] = (float)sum;
+        d_gamma[c] = (float)dot * rstd;
+        b.shift = d_beta[c] * share;
+        b.slope = d_gamma[c] * share * rstd;
+        if (dx)
+            grad_channels(0, 1, &b, shape, c, 1, d, x, dx, &sum, &dot);
     }
     return AC_OK;
 }

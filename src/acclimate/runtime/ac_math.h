@@ -72,14 +72,19 @@ AC_INLINE float ac_at_least(float low, float v) { return v < low ? low : v; }
 AC_INLINE float ac_at_most(float high, float v) { return v > high ? high : v; }
 AC_INLINE int ac_between(float low, float high, float v) { return (v > low) & (v < high); }
 
-/* y = min(max(y, low), high), n elements; bit i of `bits`, which may be NULL, says whether y[i] is strictly between. */
-static inline void ac_clamp(float *y, uint32_t *bits, float low, float high, size_t n) {
-    if (low > -AC_INFINITY || high < AC_INFINITY) {
-        AC_INDEPENDENT
-        for (size_t i = 0; i < n; i++)
-            y[i] = ac_at_most(high, ac_at_least(low, y[i]));
-    }
-    for (size_t i = 0; bits && i < n; i += 32) {
+/* y = min(max(y, low), high), n elements */
+static inline void ac_clamp(float *y, float low, float high, size_t n) {
+    if (low == -AC_INFINITY && high == AC_INFINITY)
+        return;
+    AC_INDEPENDENT
+    for (size_t i = 0; i < n; i++)
+        y[i] = ac_at_most(high, ac_at_least(low, y[i]));
+}
+
+/* Bit i says whether y[i] is strictly between; n elements. Clamping before does not change it. */
+static inline void ac_pack_between(const float *y, uint32_t *bits, float low, float high,
+                                   size_t n) {
+    for (size_t i = 0; i < n; i += 32) {
         const uint32_t count = n - i < 32 ? (uint32_t)(n - i) : 32;
         uint32_t word = 0;
         for (uint32_t l = 0; l < count; l++)
@@ -263,6 +268,7 @@ static inline float ac_sqrtf_soft(float x) {
 #endif
 
 #if AC_WIDTH > 1
+typedef int32_t ac_vec_of_int __attribute__((vector_size(4 * AC_WIDTH)));
 typedef float ac_vec __attribute__((vector_size(4 * AC_WIDTH)));
 typedef float ac_vec_in_memory __attribute__((vector_size(4 * AC_WIDTH), aligned(4), may_alias));
 #else
@@ -272,6 +278,21 @@ typedef float ac_vec_in_memory;
 
 AC_INLINE ac_vec ac_vec_load(const float *p) { return *(const ac_vec_in_memory *)(const void *)p; }
 AC_INLINE void ac_vec_store(float *p, ac_vec v) { *(ac_vec_in_memory *)(void *)p = v; }
+
+/* 1 in each lane whose bit is set, lane 0 the lowest, 0 elsewhere */
+AC_INLINE ac_vec ac_vec_of_bits(uint32_t bits) {
+#if AC_WIDTH > 1
+#if AC_WIDTH == 8
+    const ac_vec_of_int lane = {1, 2, 4, 8, 16, 32, 64, 128};
+#else
+    const ac_vec_of_int lane = {1, 2, 4, 8};
+#endif
+    const ac_vec_of_int set = ((lane & (int32_t)bits) != 0) & 0x3F800000; /* 1.0f */
+    return (ac_vec)set;
+#else
+    return bits & 1u ? 1.0f : 0.0f;
+#endif
+}
 
 /* ---- sums ---- */
 

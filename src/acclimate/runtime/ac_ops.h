@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x210635D4u
+#define AC_TABLE_HASH 0x5B8A1F6Bu
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -64,47 +64,52 @@ typedef enum {
     AC_OP_SOFTMAX_GRAD = 54,
     AC_OP_LOG_SOFTMAX = 55,
     AC_OP_LOG_SOFTMAX_GRAD = 56,
-    AC_OP_MAX_POOL = 57,
-    AC_OP_MAX_POOL_GRAD = 58,
-    AC_OP_AVG_POOL = 59,
-    AC_OP_AVG_POOL_GRAD = 60,
-    AC_OP_BATCH_NORM = 61,
-    AC_OP_BATCH_NORM_INPUT_GRAD = 62,
-    AC_OP_BATCH_NORM_GAMMA_GRAD = 63,
-    AC_OP_BATCH_NORM_TRAIN = 64,
-    AC_OP_BATCH_NORM_TRAIN_GRAD = 65,
-    AC_OP_LAYER_NORM = 66,
-    AC_OP_LAYER_NORM_GRAD = 67,
-    AC_OP_DROPOUT = 68,
-    AC_OP_RESHAPE = 69,
-    AC_OP_TRANSPOSE = 70,
-    AC_OP_EXPAND = 71,
-    AC_OP_CONCAT = 72,
-    AC_OP_SLICE = 73,
-    AC_OP_SLICE_GRAD = 74,
-    AC_OP_SLICE_ADD = 75,
-    AC_OP_PAD = 76,
-    AC_OP_TAKE = 77,
-    AC_OP_TAKE_GRAD = 78,
-    AC_OP_EMBEDDING = 79,
-    AC_OP_EMBEDDING_GRAD = 80,
-    AC_OP_DETACH = 81,
-    AC_OP_ONE_HOT = 82,
-    AC_OP_CROSS_ENTROPY = 83,
-    AC_OP_CROSS_ENTROPY_GRAD = 84,
-    AC_OP_BINARY_CROSS_ENTROPY = 85,
-    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 86,
-    AC_OP_MSE = 87,
-    AC_OP_MSE_GRAD = 88,
-    AC_OP_SGD = 89,
-    AC_OP_ADAM = 90,
-    AC_OP_EMA = 91,
-    AC_OP_ACCUMULATE = 92,
-    AC_OP_CLEAR = 93,
-    AC_OP_INCREMENT = 94,
-    AC_OP_SUM_SQUARES = 95,
-    AC_OP_CLIP_SCALE = 96,
-    AC_OP_COUNT = 97
+    AC_OP_LSTM = 57,
+    AC_OP_LSTM_GRAD = 58,
+    AC_OP_GRU = 59,
+    AC_OP_GRU_GRAD = 60,
+    AC_OP_RNN = 61,
+    AC_OP_RNN_GRAD = 62,
+    AC_OP_MAX_POOL = 63,
+    AC_OP_MAX_POOL_GRAD = 64,
+    AC_OP_AVG_POOL = 65,
+    AC_OP_AVG_POOL_GRAD = 66,
+    AC_OP_BATCH_NORM = 67,
+    AC_OP_BATCH_NORM_GRAD = 68,
+    AC_OP_BATCH_NORM_TRAIN = 69,
+    AC_OP_BATCH_NORM_TRAIN_GRAD = 70,
+    AC_OP_LAYER_NORM = 71,
+    AC_OP_LAYER_NORM_GRAD = 72,
+    AC_OP_DROPOUT = 73,
+    AC_OP_RESHAPE = 74,
+    AC_OP_TRANSPOSE = 75,
+    AC_OP_EXPAND = 76,
+    AC_OP_CONCAT = 77,
+    AC_OP_SLICE = 78,
+    AC_OP_SLICE_GRAD = 79,
+    AC_OP_SLICE_ADD = 80,
+    AC_OP_PAD = 81,
+    AC_OP_TAKE = 82,
+    AC_OP_TAKE_GRAD = 83,
+    AC_OP_EMBEDDING = 84,
+    AC_OP_EMBEDDING_GRAD = 85,
+    AC_OP_DETACH = 86,
+    AC_OP_ONE_HOT = 87,
+    AC_OP_CROSS_ENTROPY = 88,
+    AC_OP_CROSS_ENTROPY_GRAD = 89,
+    AC_OP_BINARY_CROSS_ENTROPY = 90,
+    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 91,
+    AC_OP_MSE = 92,
+    AC_OP_MSE_GRAD = 93,
+    AC_OP_SGD = 94,
+    AC_OP_ADAM = 95,
+    AC_OP_EMA = 96,
+    AC_OP_ACCUMULATE = 97,
+    AC_OP_CLEAR = 98,
+    AC_OP_INCREMENT = 99,
+    AC_OP_SUM_SQUARES = 100,
+    AC_OP_CLIP_SCALE = 101,
+    AC_OP_COUNT = 102
 } ac_op;
 
 typedef struct {
@@ -153,6 +158,11 @@ typedef struct {
 typedef struct {
     int32_t mode;
 } ac_attr_round;
+
+typedef struct {
+    float low;
+    float high;
+} ac_attr_add;
 
 typedef struct {
     float scale;
@@ -205,6 +215,40 @@ typedef struct {
 } ac_attr_matmul;
 
 typedef struct {
+    int32_t reverse;
+    int32_t segment;
+} ac_attr_lstm;
+
+typedef struct {
+    int32_t reverse;
+    int32_t segment;
+} ac_attr_lstm_grad;
+
+typedef struct {
+    int32_t reverse;
+    int32_t segment;
+    int32_t reset_after;
+} ac_attr_gru;
+
+typedef struct {
+    int32_t reverse;
+    int32_t segment;
+    int32_t reset_after;
+} ac_attr_gru_grad;
+
+typedef struct {
+    int32_t reverse;
+    int32_t segment;
+    int32_t relu;
+} ac_attr_rnn;
+
+typedef struct {
+    int32_t reverse;
+    int32_t segment;
+    int32_t relu;
+} ac_attr_rnn_grad;
+
+typedef struct {
     int32_t kernel[2];
     int32_t stride[2];
     int32_t before[2];
@@ -240,19 +284,19 @@ typedef struct {
 
 typedef struct {
     float eps;
+    float low;
+    float high;
 } ac_attr_batch_norm;
 
 typedef struct {
     float eps;
-} ac_attr_batch_norm_input_grad;
-
-typedef struct {
-    float eps;
-} ac_attr_batch_norm_gamma_grad;
+} ac_attr_batch_norm_grad;
 
 typedef struct {
     float eps;
     float momentum;
+    float low;
+    float high;
 } ac_attr_batch_norm_train;
 
 typedef struct {
@@ -358,7 +402,9 @@ typedef struct {
 } ac_attr_clip_scale;
 
 ac_status AC_KERNEL(relu)(const ac_call *call);
+ac_status AC_FAST_KERNEL(relu)(const ac_call *call);
 ac_status AC_KERNEL(hard_tanh)(const ac_call *call);
+ac_status AC_FAST_KERNEL(hard_tanh)(const ac_call *call);
 ac_status AC_KERNEL(leaky_relu)(const ac_call *call);
 ac_status AC_KERNEL(gate)(const ac_call *call);
 ac_status AC_KERNEL(gate_bits)(const ac_call *call);
@@ -367,7 +413,9 @@ ac_status AC_KERNEL(sigmoid_grad)(const ac_call *call);
 ac_status AC_KERNEL(tanh)(const ac_call *call);
 ac_status AC_KERNEL(tanh_grad)(const ac_call *call);
 ac_status AC_KERNEL(gelu)(const ac_call *call);
+ac_status AC_FAST_KERNEL(gelu)(const ac_call *call);
 ac_status AC_KERNEL(gelu_grad)(const ac_call *call);
+ac_status AC_FAST_KERNEL(gelu_grad)(const ac_call *call);
 ac_status AC_KERNEL(silu)(const ac_call *call);
 ac_status AC_KERNEL(silu_grad)(const ac_call *call);
 ac_status AC_KERNEL(hard_swish)(const ac_call *call);
@@ -398,6 +446,7 @@ ac_status AC_KERNEL(sin)(const ac_call *call);
 ac_status AC_KERNEL(sin_grad)(const ac_call *call);
 ac_status AC_KERNEL(round)(const ac_call *call);
 ac_status AC_KERNEL(add)(const ac_call *call);
+ac_status AC_FAST_KERNEL(add)(const ac_call *call);
 ac_status AC_KERNEL(sub)(const ac_call *call);
 ac_status AC_KERNEL(mul)(const ac_call *call);
 ac_status AC_KERNEL(div)(const ac_call *call);
@@ -415,19 +464,32 @@ ac_status AC_FAST_KERNEL(conv_weight_grad)(const ac_call *call);
 ac_status AC_KERNEL(matmul)(const ac_call *call);
 ac_status AC_FAST_KERNEL(matmul)(const ac_call *call);
 ac_status AC_KERNEL(softmax)(const ac_call *call);
+ac_status AC_FAST_KERNEL(softmax)(const ac_call *call);
 ac_status AC_KERNEL(softmax_grad)(const ac_call *call);
+ac_status AC_FAST_KERNEL(softmax_grad)(const ac_call *call);
 ac_status AC_KERNEL(log_softmax)(const ac_call *call);
 ac_status AC_KERNEL(log_softmax_grad)(const ac_call *call);
+ac_status AC_KERNEL(lstm)(const ac_call *call);
+ac_status AC_KERNEL(lstm_grad)(const ac_call *call);
+ac_status AC_KERNEL(gru)(const ac_call *call);
+ac_status AC_KERNEL(gru_grad)(const ac_call *call);
+ac_status AC_KERNEL(rnn)(const ac_call *call);
+ac_status AC_KERNEL(rnn_grad)(const ac_call *call);
 ac_status AC_KERNEL(max_pool)(const ac_call *call);
+ac_status AC_FAST_KERNEL(max_pool)(const ac_call *call);
 ac_status AC_KERNEL(max_pool_grad)(const ac_call *call);
 ac_status AC_KERNEL(avg_pool)(const ac_call *call);
+ac_status AC_FAST_KERNEL(avg_pool)(const ac_call *call);
 ac_status AC_KERNEL(avg_pool_grad)(const ac_call *call);
+ac_status AC_FAST_KERNEL(avg_pool_grad)(const ac_call *call);
 ac_status AC_KERNEL(batch_norm)(const ac_call *call);
-ac_status AC_KERNEL(batch_norm_input_grad)(const ac_call *call);
-ac_status AC_KERNEL(batch_norm_gamma_grad)(const ac_call *call);
+ac_status AC_FAST_KERNEL(batch_norm)(const ac_call *call);
+ac_status AC_KERNEL(batch_norm_grad)(const ac_call *call);
+ac_status AC_FAST_KERNEL(batch_norm_grad)(const ac_call *call);
 ac_status AC_KERNEL(batch_norm_train)(const ac_call *call);
 ac_status AC_KERNEL(batch_norm_train_grad)(const ac_call *call);
 ac_status AC_KERNEL(layer_norm)(const ac_call *call);
+ac_status AC_FAST_KERNEL(layer_norm)(const ac_call *call);
 ac_status AC_KERNEL(layer_norm_grad)(const ac_call *call);
 ac_status AC_KERNEL(dropout)(const ac_call *call);
 ac_status AC_KERNEL(transpose)(const ac_call *call);
@@ -473,13 +535,18 @@ ac_status ac_check_softmax(const ac_call *call);
 ac_status ac_check_softmax_grad(const ac_call *call);
 ac_status ac_check_log_softmax(const ac_call *call);
 ac_status ac_check_log_softmax_grad(const ac_call *call);
+ac_status ac_check_lstm(const ac_call *call);
+ac_status ac_check_lstm_grad(const ac_call *call);
+ac_status ac_check_gru(const ac_call *call);
+ac_status ac_check_gru_grad(const ac_call *call);
+ac_status ac_check_rnn(const ac_call *call);
+ac_status ac_check_rnn_grad(const ac_call *call);
 ac_status ac_check_max_pool(const ac_call *call);
 ac_status ac_check_max_pool_grad(const ac_call *call);
 ac_status ac_check_avg_pool(const ac_call *call);
 ac_status ac_check_avg_pool_grad(const ac_call *call);
 ac_status ac_check_batch_norm(const ac_call *call);
-ac_status ac_check_batch_norm_input_grad(const ac_call *call);
-ac_status ac_check_batch_norm_gamma_grad(const ac_call *call);
+ac_status ac_check_batch_norm_grad(const ac_call *call);
 ac_status ac_check_batch_norm_train(const ac_call *call);
 ac_status ac_check_batch_norm_train_grad(const ac_call *call);
 ac_status ac_check_layer_norm(const ac_call *call);

@@ -7,7 +7,7 @@
  *      counters) and arena (ac_program.arena_bytes; everything else that moves). Call ac_reset to fill state.
  *   3. Find an entry ("predict", "step") with ac_find_entry and its inputs and outputs with ac_find_binding.
  *   4. Copy a sample to the input's address (ac_address), call ac_run, read the output's address.
- *   5. To keep what was learned, store the state block; to load it, copy it back.
+ *   5. To keep what was learned, write a delta with ac_delta_save; ac_delta_load takes it up again, here or in Python.
  *
  * A complete example that trains is examples/c/learn.c. The shortest one:
  *
@@ -43,6 +43,9 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#ifdef AC_EXPORT /* while libacclimate.so is built */
+#pragma GCC visibility push(default)
+#endif
 
 #define AC_FORMAT 1    /* version of the Program format that this runtime writes and reads */
 #define AC_MAX_RANK 6
@@ -61,7 +64,11 @@ typedef enum {
     AC_E_SHAPE,      /* the shapes of an op's arguments do not fit together */
     AC_E_NAME,       /* no entry or binding has this name */
     AC_E_LABEL,      /* a label is outside the classes, or an index outside its table: nothing was updated */
-    AC_E_ALIGN       /* a block of memory is not 4-byte aligned */
+    AC_E_ALIGN,      /* a block of memory is not 4-byte aligned */
+    AC_E_MODEL,      /* a delta of another model, or the Program does not say of which model it is */
+    AC_E_RECORD,     /* a record of a delta has a name, type, shape or channels that the Program does not */
+    AC_E_VALUE,      /* NaN or infinity among what was learned */
+    AC_E_SINK        /* the caller's sink refused the bytes */
 } ac_status;
 
 typedef enum { AC_F32 = 0, AC_I32 = 1, AC_U8 = 2, AC_U16 = 3, AC_I8 = 4, AC_BIT = 5 } ac_dtype;
@@ -90,6 +97,7 @@ typedef struct {
     const uint32_t *entries;
     const uint32_t *bindings;
     uint32_t n_tensors, op_words, n_entries, n_bindings, constant_bytes, state_bytes, arena_bytes, name_bytes;
+    uint32_t initial_bytes, model; /* model: hash of the model it was made from, 0 where there is none */
 } ac_program;
 
 /* A share of a kernel's work: the one of this index of `count` in all. */
@@ -147,12 +155,32 @@ ac_status ac_run(const ac_program *program, const ac_memory *memory, const ac_en
 ac_status ac_run_range(const ac_program *program, const ac_memory *memory, const ac_entry *entry, uint32_t first,
                        uint32_t end);
 
+/* Takes `size` more bytes of a file; anything but zero stops the writing. */
+typedef int (*ac_sink)(void *argument, const void *bytes, size_t size);
+
+/* Write a delta (.acu): what in memory->state differs from the start, whole tensors or rows of them. Its bytes go to
+ * `sink` in order; it is called twice where `size` is wanted first: with sink NULL only *size (may be NULL) is set.
+ * `pending`: micro-batches since the last "apply", 0 for a Program without one. Reads the state three times. To be
+ * safe from power cuts write beside the old file, sync, and rename over it, as examples/c/learn.c does. */
+ac_status ac_delta_save(const ac_program *program, const ac_memory *memory, uint32_t pending, ac_sink sink,
+                        void *argument, uint32_t *size);
+
+/* Fill memory->state from a delta of the same model: the initial state, then the file's records. On any error nothing
+ * is changed. The bytes may come from anywhere, need no alignment, and may lie in the arena. *pending (NULL where the
+ * Program has no "apply") is at least 0; that it is below the number of micro-batches a step is for the caller to
+ * check. Time: linear, but for channels that do not ascend. Stack of both: under 1 KiB. */
+ac_status ac_delta_load(const ac_program *program, const ac_memory *memory, const void *bytes, size_t size,
+                        uint32_t *pending);
+
 /* What a status means, in words. */
 const char *ac_status_text(ac_status status);
 
 /* CRC-32 (IEEE 802.3) of `size` bytes, continuing from `crc` (0 to start). */
 uint32_t ac_crc32(uint32_t crc, const void *bytes, size_t size);
 
+#ifdef AC_EXPORT
+#pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif

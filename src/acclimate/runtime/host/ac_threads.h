@@ -8,6 +8,10 @@
 extern "C" {
 #endif
 
+#ifdef AC_EXPORT
+#pragma GCC visibility push(default)
+#endif
+
 #define AC_MAX_THREADS 64
 
 /* Start count - 1 threads (1 <= count <= AC_MAX_THREADS) and give each, and the caller, its scratch; NULL where the
@@ -17,6 +21,9 @@ ac_workers *ac_workers_open(int count);
 /* End the threads and free everything; NULL is allowed. */
 void ac_workers_close(ac_workers *workers);
 
+#ifdef AC_EXPORT
+#pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,311 @@
+/* Hostile deltas against ac_delta_load; built with the address and undefined-behaviour sanitizers.
+ *
+ *     delta PAIRS [--count N] [--seconds S] [--seed K] [--only I] [--save FILE]
+ *
+ * PAIRS: a Program, a delta of it, a Program, ...: records of (uint32 size, bytes). Mutant I depends on K, I and PAIRS
+ * alone. Fields are changed as what they are (counts, lengths, names, channels, values), then length and checksum are
+ * mended in most. Every block is of exactly its size. A refused mutant must leave the state as it was; what an
+ * accepted one leads to must come back from ac_delta_save, and twice the same file. */
+#define _POSIX_C_SOURCE 200809L
+#include "acclimate.h"
+
+#include <inttypes.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { HEADER = 24, RECORD = 12, MAX_BYTES = 1 << 18, MAX_PAIRS = 256, HANG_SECONDS = 20 };
+
+static struct {
+    uint64_t seed, index;
+    const char *save;
+    const void *bytes;
+    size_t size;
+    int saved;
+} now;
+
+const char *__asan_default_options(void);
+const char *__asan_default_options(void) { return "abort_on_error=1:detect_leaks=1"; }
+const char *__ubsan_default_options(void);
+const char *__ubsan_default_options(void) { return "abort_on_error=1:print_stacktrace=1"; }
+
+static void write_mutant(void) {
+    FILE *f = now.save ? fopen(now.save, "wb") : NULL;
+    if (!f) return;
+    fwrite(now.bytes, 1, now.size, f);
+    fclose(f);
+}
+
+static void report_death(void) {
+    if (now.saved++) return;
+    fprintf(stderr, "FINDING: mutant %" PRIu64 " (--seed %" PRIu64 "); to see it again: --only %" PRIu64 "\n", now.index,
+            now.seed, now.index);
+    write_mutant();
+}
+
+static void fail(const char *what) {
+    fprintf(stderr, "%s\n", what);
+    report_death();
+    exit(1);
+}
+
+static void on_signal(int number) {
+    if (number == SIGALRM) fputs("a load does not end\n", stderr);
+    report_death();
+    _exit(1);
+}
+
+static uint64_t random_state;
+
+static uint32_t any(void) {
+    random_state ^= random_state >> 12;
+    random_state ^= random_state << 25;
+    random_state ^= random_state >> 27;
+    return (uint32_t)(random_state * 0x2545F4914F6CDD1Dull >> 32);
+}
+
+static uint32_t below(uint32_t n) { return (uint32_t)((uint64_t)any() * n >> 32); }
+
+static uint32_t get(const uint8_t *p) {
+    uint32_t v;
+    memcpy(&v, p, 4);
+    return v;
+}
+
+static void set(uint8_t *p, uint32_t v) { memcpy(p, &v, 4); }
+
+static uint32_t nudged(uint32_t v) {
+    static const uint32_t words[] = {0, 1, 2, 255, 0xFFFF, 0x10000, 0x3FFFFFFF, 0x40000000, 0x7FFFFFFF, 0x80000000,
+                                     0xFFFFFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F7FFFFF};
+    switch (below(6)) {
+    case 0: return v + 1;
+    case 1: return v - 1;
+    case 2: return v ^ 1u << below(32);
+    case 3: return below(8);
+    case 4: return v * 2;
+    default: return words[below(sizeof words / sizeof *words)];
+    }
+}
+
+/* Where the records start; those of the seed are sound. */
+static uint32_t records_of(const uint8_t *raw, size_t size, size_t *at) {
+    uint32_t n = 0;
+    for (size_t p = HEADER; p + RECORD <= size && n < 1024;) {
+        at[n++] = p;
+        p += RECORD + (get(raw + p) & 0xFFFF) + 4 * (size_t)get(raw + p + 4) + 4 * (size_t)get(raw + p + 8);
+    }
+    return n;
+}
+
+/* Mutate a delta in `raw` (room MAX_BYTES); its new size. */
+static size_t mutate(uint8_t *raw, size_t size) {
+    static size_t at[1024];
+    int mended = below(12) > 0;
+    for (uint32_t times = 1 + below(3); times; times--) {
+        uint32_t n = records_of(raw, size, at), kind = below(12);
+        if (!n || kind == 0) {
+            if (size > HEADER) raw[HEADER + below((uint32_t)(size - HEADER))] = (uint8_t)any();
+            continue;
+        }
+        size_t p = at[below(n)], length = get(raw + p) & 0xFFFF, k = get(raw + p + 4), data = p + RECORD + length + 4 * k;
+        size_t end = data + 4 * (size_t)get(raw + p + 8);
+        if (end > size) break; /* an earlier change moved the fields */
+        switch (kind) {
+        case 1: raw[p + 2] = (uint8_t)below(4); break;
+        case 2: raw[p + 3] = (uint8_t)(k ? below(below(2) ? 4 : 256) : 255 - below(2)); break;
+        case 3: set(raw + p + 4 + 4 * below(2), nudged(get(raw + p + 4 + 4 * below(2)))); break;
+        case 4: raw[p + (below(2) ? 0 : 1)] = (uint8_t)any(); break;
+        case 5:
+            if (length) raw[p + RECORD + below((uint32_t)length)] = (uint8_t)(below(4) ? any() : 0);
+            break;
+        case 6: /* another channel, or two that are the same, or not in order */
+            if (k) set(raw + data - 4 - 4 * below((uint32_t)k), below(2) ? below(8) : nudged(get(raw + data - 4)));
+            break;
+        case 7:
+            if (end > data) set(raw + end - 4, nudged(get(raw + end - 4)));
+            break;
+        case 8: /* a record twice */
+            if (size + (end - p) <= MAX_BYTES) {
+                memcpy(raw + size, raw + p, end - p);
+                size += end - p;
+                if (below(4)) set(raw + 20, get(raw + 20) + 1);
+            }
+            break;
+        case 9: /* a record less */
+            memmove(raw + p, raw + end, size - end);
+            size -= end - p;
+            if (below(4)) set(raw + 20, get(raw + 20) - 1);
+            break;
+        case 10: size -= below((uint32_t)(size - HEADER) + 1); break;
+        default: { /* elements more or fewer, or a channel fewer, with the counts that go with it */
+            if (k > 1 && below(2)) {
+                size_t row = (end - data) / k;
+                memmove(raw + data - 4, raw + data, size - data);
+                set(raw + p + 4, (uint32_t)k - 1);
+                set(raw + p + 8, (uint32_t)((end - data - row) / 4));
+                memmove(raw + end - 4 - row, raw + end - 4, size - end + 4);
+                size -= 4 + row;
+            } else if (below(2) && end - data > 4) {
+                memmove(raw + end - 4, raw + end, size - end);
+                set(raw + p + 8, (uint32_t)((end - data) / 4 - 1));
+                size -= 4;
+            } else {
+                size_t more = 4 * (1 + (size_t)below(64));
+                if (size + more > MAX_BYTES) break;
+                memmove(raw + end + more, raw + end, size - end);
+                memset(raw + end, 0, more);
+                set(raw + p + 8, (uint32_t)((end - data + more) / 4));
+                size += more;
+            }
+            break;
+        }
+        }
+    }
+    if (below(10) == 0) set(raw + 4 * below(6), nudged(get(raw + 4 * below(6))));
+    if (mended && size >= HEADER) {
+        set(raw + 8, (uint32_t)size);
+        set(raw + 12, ac_crc32(0, raw + 16, size - 16));
+    }
+    return size;
+}
+
+static struct {
+    uint64_t mutants, accepted, changed, refused[AC_E_SINK + 1];
+} total;
+
+typedef struct {
+    uint8_t *bytes;
+    size_t size;
+} file;
+
+static int append(void *argument, const void *bytes, size_t size) {
+    file *f = argument;
+    uint8_t *more = realloc(f->bytes, f->size + size + 1);
+    if (!more) return 1;
+    memcpy(more + f->size, bytes, size);
+    f->bytes = more;
+    f->size += size;
+    return 0;
+}
+
+static void try_delta(const ac_program *p, const uint8_t *mutant, size_t size, const uint8_t *seed, size_t seed_size,
+                      int counts) {
+    uint8_t *bytes = malloc(size + 1), *before = malloc(p->state_bytes + 1u);
+    ac_memory m = {malloc(p->state_bytes), malloc(4), NULL};
+    uint32_t pending = 12345, again = 0, count = 0;
+    now.bytes = mutant;
+    now.size = size;
+    memcpy(bytes + 1, mutant, size); /* not aligned, and not a byte beyond */
+    if (ac_reset(p, &m) != AC_OK) fail("reset fails");
+    memset(m.state, 0x3C, p->state_bytes);
+    memcpy(before, m.state, p->state_bytes);
+    ac_status status = ac_delta_load(p, &m, bytes + 1, size, counts ? &pending : NULL);
+    total.mutants++;
+    if (status != AC_OK) {
+        total.refused[status]++;
+        if (memcmp(before, m.state, p->state_bytes)) fail("a refused delta changed the state");
+    } else {
+        total.accepted++;
+        total.changed += size != seed_size || memcmp(mutant, seed, size) != 0;
+        if (pending == 12345) pending = 0;
+        file first = {NULL, 0}, second = {NULL, 0};
+        memcpy(before, m.state, p->state_bytes);
+        if (ac_delta_save(p, &m, pending, append, &first, NULL) != AC_OK) fail("what was loaded cannot be saved");
+        if (ac_delta_save(p, &m, pending, NULL, NULL, &count) != AC_OK || count != first.size) fail("the size is wrong");
+        if (ac_delta_load(p, &m, first.bytes, first.size, &again) != AC_OK) fail("what was saved cannot be loaded");
+        if (memcmp(before, m.state, p->state_bytes) || again != pending) fail("what was saved comes back otherwise");
+        if (ac_delta_save(p, &m, pending, append, &second, NULL) != AC_OK || second.size != first.size
+            || memcmp(first.bytes, second.bytes, first.size))
+            fail("the same state gives another file");
+        free(first.bytes);
+        free(second.bytes);
+    }
+    free(bytes);
+    free(before);
+    free(m.state);
+    free(m.arena);
+}
+
+static struct {
+    uint8_t *program, *delta;
+    size_t program_size, delta_size;
+} pair[MAX_PAIRS];
+
+static uint32_t read_pairs(const char *path) {
+    FILE *f = fopen(path, "rb");
+    uint32_t n = 0, size;
+    for (; f && n < 2 * MAX_PAIRS && fread(&size, 4, 1, f) == 1; n++) {
+        size_t room = ((size_t)size + 3) / 4 * 4;
+        uint8_t *bytes = malloc(room + 4);
+        if (fread(bytes, 1, room, f) != room) return 0;
+        if (n % 2) pair[n / 2].delta = bytes, pair[n / 2].delta_size = size;
+        else pair[n / 2].program = bytes, pair[n / 2].program_size = size;
+    }
+    if (f) fclose(f);
+    return n / 2;
+}
+
+static void one_mutant(uint64_t index, uint32_t pairs, uint8_t *scratch) {
+    ac_program p;
+    now.index = index;
+    random_state = (now.seed + 1) * 0x9E3779B97F4A7C15ull ^ (index + 1) * 0xD1B54A32D192ED03ull;
+    for (int i = 0; i < 4; i++) any();
+    uint32_t k = below(pairs);
+    if (ac_load(&p, pair[k].program, pair[k].program_size) != AC_OK) fail("a seed's Program is refused");
+    memcpy(scratch, pair[k].delta, pair[k].delta_size);
+    size_t size = mutate(scratch, pair[k].delta_size);
+    alarm(HANG_SECONDS);
+    try_delta(&p, scratch, size, pair[k].delta, pair[k].delta_size, below(8) > 0);
+}
+
+int main(int argc, char **argv) {
+    uint64_t count = UINT64_MAX;
+    double seconds = 1e9, passed = 0;
+    int64_t only = -1;
+    struct timespec start, at;
+    for (int i = 2; i + 1 < argc; i += 2) {
+        if (!strcmp(argv[i], "--count")) count = strtoull(argv[i + 1], NULL, 10);
+        if (!strcmp(argv[i], "--seconds")) seconds = strtod(argv[i + 1], NULL);
+        if (!strcmp(argv[i], "--seed")) now.seed = strtoull(argv[i + 1], NULL, 10);
+        if (!strcmp(argv[i], "--only")) only = strtoll(argv[i + 1], NULL, 10);
+        if (!strcmp(argv[i], "--save")) now.save = argv[i + 1];
+    }
+    uint32_t pairs = argc > 1 ? read_pairs(argv[1]) : 0;
+    if (!pairs) {
+        fprintf(stderr, "usage: delta PAIRS [--count N] [--seconds S] [--seed K] [--only I] [--save FILE]\n");
+        return 2;
+    }
+    signal(SIGALRM, on_signal);
+    signal(SIGABRT, on_signal);
+    uint8_t *scratch = malloc(2 * MAX_BYTES);
+    for (uint32_t k = 0; k < pairs; k++) {
+        ac_program p;
+        if (pair[k].delta_size > MAX_BYTES / 2 || ac_load(&p, pair[k].program, pair[k].program_size) != AC_OK) return 2;
+        try_delta(&p, pair[k].delta, pair[k].delta_size, pair[k].delta, pair[k].delta_size, 1);
+        if (total.accepted != k + 1) fail("a seed is refused");
+    }
+    clock_gettime(CLOCK_MONOTONIC, &start);
+    for (uint64_t i = 0; only < 0 && i < count && passed < seconds; i++) {
+        one_mutant(i, pairs, scratch);
+        clock_gettime(CLOCK_MONOTONIC, &at);
+        passed = (double)(at.tv_sec - start.tv_sec) + 1e-9 * (double)(at.tv_nsec - start.tv_nsec);
+    }
+    if (only >= 0) {
+        one_mutant((uint64_t)only, pairs, scratch);
+        write_mutant();
+    }
+    printf("{\"seed\": %" PRIu64 ", \"mutants\": %" PRIu64 ", \"accepted\": %" PRIu64 ", \"accepted_changed\": %" PRIu64
+           ", \"seconds\": %.1f, \"refused\": {", now.seed, total.mutants, total.accepted, total.changed, passed);
+    for (int i = 1; i <= AC_E_SINK; i++)
+        printf("%s\"%s\": %" PRIu64, i > 1 ? ", " : "", ac_status_text((ac_status)i), total.refused[i]);
+    printf("}}\n");
+    for (uint32_t k = 0; k < pairs; k++) {
+        free(pair[k].program);
+        free(pair[k].delta);
+    }
+    free(scratch);
+    return 0;
+}
