@@ -496,9 +496,19 @@ def _depth_to_space(b: Builder, n: Node) -> Any:
     return c.view(b, y, [batch, channels // (r * r), h * r, w * r])
 
 
+def _modulo(b: Builder, n: Node) -> Any:
+    if n.attr("fmod", 0):
+        return f.remainder(b, n.x, n.get(1), 3)
+    if f.number(n.get(1)) is None:
+        raise Untaken("a divisor that is not one constant")
+    return f.remainder(b, n.x, n.get(1), 0)
+
+
 def _space_to_depth(b: Builder, n: Node) -> Any:
-    """Blocks first among the new channels."""
+    """Blocks first among the new channels, or with mode CRD channels first."""
     r = n.attr("blocksize")
+    if n.attr("mode", "DCR") == "CRD":
+        return f.unshuffle(b, n.x, r)
     batch, channels, h, w = b.shape(n.x)
     y = c.transpose(b, c.view(b, n.x, [batch, channels, h // r, r, w // r, r]), [0, 3, 5, 1, 2, 4])
     return c.view(b, y, [batch, channels * r * r, h // r, w // r])
@@ -693,7 +703,7 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "Div": _binary("div"),
     "Neg": _affine(-1.0),
     "Pow": lambda b, n: f.power(b, n.x, n.get(1)),
-    "Mod": lambda b, n: f.remainder(b, n.x, n.get(1), 3 if n.attr("fmod", 0) else 0),
+    "Mod": _modulo,
     "Greater": lambda b, n: f.compare(b, n.x, n.get(1), True),
     "GreaterOrEqual": lambda b, n: f.compare(b, n.x, n.get(1), True, False),
     "Less": lambda b, n: f.compare(b, n.x, n.get(1), False),
