@@ -79,6 +79,7 @@ lint: $(VENV)/.tools-test  ## ruff, the direction of dependencies, and that gene
 	PYTHONPATH=src $(VENV)/bin/lint-imports --no-logo
 	@echo "== generated files"
 	PYTHONPATH=src $(PY) -m acclimate.ops.generate --check
+	PYTHONPATH=src $(PY) -m acclimate.frontend.generate --check
 
 smoke: inplace $(VENV)/.tools-test  ## the ten-second test of the working tree
 	PYTHONPATH=src $(PY) -m pytest -q tests/test_smoke.py
@@ -90,8 +91,9 @@ inplace: $(VENV)/.tools-run  ## compile the C into src/, so that PYTHONPATH=src 
 	cp $(BUILD)/$(notdir $(EXTENSION)) $(EXTENSION).tmp
 	mv -f $(EXTENSION).tmp $(EXTENSION)
 
-generate: $(VENV)/.tools-run  ## write the C files that are made from the op table
+generate: $(VENV)/.tools-run  ## write the C files and docs that are made from tables
 	PYTHONPATH=src $(PY) -m acclimate.ops.generate
+	PYTHONPATH=src $(PY) -m acclimate.frontend.generate
 
 format: $(VENV)/.tools-dev  ## ruff format and clang-format, in place
 	$(PY) -m ruff check --fix --exit-zero

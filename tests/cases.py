@@ -76,7 +76,7 @@ def one_node(
     """A graph with just this op. Inputs that it updates, or whose content the loader checks, are not fed."""
     graph, feeds, names = Graph(), {}, []
     index_at = {i for i, d in example.domain.items() if d.startswith("index:")}
-    index_at |= {1} if row.name == "take" else set()
+    index_at |= {1} if row.name in ("take", "take_grad") else set()
     for i, array in enumerate(inputs):
         if array is None:
             names.append("")

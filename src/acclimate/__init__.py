@@ -26,7 +26,24 @@ _PUBLIC = {
     "Channels": "grad",
     "CrossEntropy": "objective",
     "BinaryCrossEntropy": "objective",
-    "MSE": "objective",
+    **dict.fromkeys(
+        (
+            "MSE",
+            "L1",
+            "Huber",
+            "SmoothL1",
+            "Hinge",
+            "BinaryHinge",
+            "Focal",
+            "BinaryFocal",
+            "Distillation",
+            "ThresholdedDistillation",
+            "KLDivergence",
+            "CosineEmbedding",
+            "Prototype",
+        ),
+        "objective",
+    ),
     "SGD": "objective",
     "Adam": "objective",
     "AdamW": "objective",
@@ -47,7 +64,26 @@ if TYPE_CHECKING:
     from .grad import Channels, UpdateSet
     from .ir import Graph
     from .learner import Learner
-    from .objective import MSE, SGD, Adam, AdamW, BinaryCrossEntropy, CrossEntropy
+    from .objective import (
+        L1,
+        MSE,
+        SGD,
+        Adam,
+        AdamW,
+        BinaryCrossEntropy,
+        BinaryFocal,
+        BinaryHinge,
+        CosineEmbedding,
+        CrossEntropy,
+        Distillation,
+        Focal,
+        Hinge,
+        Huber,
+        KLDivergence,
+        Prototype,
+        SmoothL1,
+        ThresholdedDistillation,
+    )
     from .planner import Plan
 
 

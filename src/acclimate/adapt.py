@@ -24,7 +24,7 @@ from .errors import AcclimateError, BadInput, CannotFit, Refused, WrongUse
 from .grad import predict_graph
 from .ir import PERSISTENT, Graph, Type
 from .learner import Learner
-from .objective import LOSSES, MSE, OPTIMIZERS, Optimizer, resolve
+from .objective import LOSSES, OPTIMIZERS, Optimizer, resolve
 from .ops import TABLE, cost
 from .planner import Plan, cannot_fit, compile_plan
 from .program import model_hash
@@ -384,7 +384,7 @@ def adapt(
         "acclimate": __version__,
         "scheme": plan.update_set.scheme,
         "drift": "not diagnosed",
-        "metric": "loss" if loss == "mse" else "accuracy",
+        "metric": "loss" if LOSSES[loss].kind == "values" else "accuracy",
         **{f"{key}_before": before[key] for key in ("accuracy", "loss")},
         **{f"{key}_after": after[key] for key in ("accuracy", "loss")},
         **{k: v for k, v in plan.row().items() if k not in ("scheme", "update_bytes")},
@@ -460,11 +460,11 @@ def _parted(model: Graph, dataset: Dataset, loss: str, seed: int) -> tuple[Datas
     for y in (dataset.y, dataset.y_val):
         if y is not None:
             rule.check(y, output)
-    if loss == "mse" and dataset.y.ndim == 1:  # numbers, not classes to be held out in proportion
+    if rule.kind == "values" and dataset.y.ndim == 1:  # numbers, not classes to be held out in proportion
         y_val = None if dataset.y_val is None else dataset.y_val[:, None]
         dataset = replace(dataset, y=dataset.y[:, None], y_val=y_val)
     notes = []
-    if loss == "cross_entropy" and dataset.class_names and len(dataset.class_names) != output.shape[1]:
+    if rule.kind == "classes" and dataset.class_names and len(dataset.class_names) != output.shape[1]:
         notes.append(
             f"The data names {len(dataset.class_names)} classes, the model has {output.shape[1]} outputs. "
             f"Names were numbered in their order, {', '.join(dataset.class_names[:4])} as 0, 1, ...; check "
@@ -548,7 +548,7 @@ def learn(
     without validation samples. Ends early, with the best whole epoch, at Ctrl-C and where the loss is no more
     a number; before the first whole epoch, Ctrl-C is passed on and divergence gives epoch 0.
     """
-    learner, regression = Learner(plan), isinstance(plan.loss, MSE)
+    learner, regression = Learner(plan), plan.loss.kind == "values"
     rows: list[dict[str, Any]] = []
     best = Learned(learner, lr, (), 0, 0, (-math.inf, -math.inf))
     total, done, told = epochs * len(fit), 0, 0.0
@@ -676,7 +676,7 @@ def evaluate(
     return {
         "kind": "evaluate",
         **score,
-        "metric": "loss" if loss == "mse" else "accuracy",
+        "metric": "loss" if LOSSES[loss].kind == "values" else "accuracy",
         "loss_name": loss,
         "part": part,
         "notes": [note] if note else [],

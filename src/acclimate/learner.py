@@ -174,19 +174,15 @@ class Learner:
         return np.concatenate(parts)
 
     def predict(self, x: np.ndarray) -> np.ndarray:
-        """Class labels (n,) for cross entropy, 0/1 (n, labels) for binary cross entropy, values for a regression."""
-        out = self.decision_function(x)
-        kind = type(self.plan.loss).__name__
-        if kind == "CrossEntropy":
-            return out.argmax(-1)
-        return (out > 0).astype(np.int64) if kind == "BinaryCrossEntropy" else out
+        """Classes (n,), labels of 0 and 1 (n, labels), or values: what the loss takes the model's output to mean."""
+        return self.plan.loss.decide(self.decision_function(x))
 
     def predict_proba(self, x: np.ndarray) -> np.ndarray:
         """Probabilities, of the classes or of each label; float32."""
         return self.plan.loss.probabilities(self.decision_function(x)).astype(np.float32)
 
     def score(self, x: np.ndarray, y: np.ndarray) -> float:
-        """Accuracy (of labels one by one for binary cross entropy); R^2 for a regression."""
+        """Accuracy, of several labels one by one; R^2 for a regression; what the loss says where it is neither."""
         x = self._samples(x)
         return self.plan.loss.correct(self.decision_function(x), self._targets(y, len(x)))
 

@@ -486,6 +486,159 @@ LAYERS = {
     ),
     "scalar_parameter": (lambda: Fn(lambda x, g: x * g, g=nn.Parameter(torch.tensor(0.7))), VECTOR),
     "layer_scale": (lambda: Fn(lambda x, g: x + g * torch.tanh(x), g=par(16)), SEQUENCE),
+    # transposed convolution
+    "transposed": (partial(nn.ConvTranspose2d, 6, 4, 2, 2), IMAGE),
+    "transposed_extra": (partial(nn.ConvTranspose2d, 6, 4, 3, 2, 1, output_padding=1), IMAGE),
+    "transposed_geometry": (
+        partial(nn.ConvTranspose2d, 6, 4, (3, 2), (2, 3), (1, 0), (1, 2), 2, dilation=(2, 1)),
+        IMAGE,
+    ),
+    "transposed_long_extra": (partial(nn.ConvTranspose2d, 6, 4, 3, 1, 1, 1, dilation=2), IMAGE),
+    "transposed_depthwise": (partial(nn.ConvTranspose2d, 6, 6, 4, 2, 1, groups=6, bias=False), IMAGE),
+    "transposed_1d": (partial(nn.ConvTranspose1d, 6, 4, 5, 3, 2, 1), SIGNAL),
+    "transposed_to_size": (
+        lambda: Fn(lambda x, m: m(x, output_size=[16, 16]), nn.ConvTranspose2d(6, 4, 3, 2, 1)),
+        IMAGE,
+    ),
+    # weights and statistics
+    "standardised": (lambda: Standardised(6, 4, 3), IMAGE),
+    "standardised_2": (lambda: Standardised2(6, 4, 3), IMAGE),
+    "instance_norm_statistics": (
+        lambda: nn.InstanceNorm2d(6, affine=True, track_running_stats=True).eval(),
+        IMAGE,
+    ),
+    "spectral_norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(12, 5)).eval(), VECTOR),
+    "local_response_norm": (partial(nn.LocalResponseNorm, 3), IMAGE),
+    "std_mean": (lambda: Fn(lambda x: torch.std_mean(x, 1)[0]), IMAGE),
+    "norm_3": (lambda: Fn(lambda x: x.norm(p=3, dim=1)), IMAGE),
+    "norm_inf": (lambda: Fn(lambda x: x.norm(p=float("inf"), dim=1)), IMAGE),
+    "norm_matrix": (lambda: Fn(lambda x: torch.linalg.norm(x, dim=(2, 3))), IMAGE),
+    "logsumexp_axes": (lambda: Fn(lambda x: x.logsumexp((1, 2))), SEQUENCE),
+    "product": (lambda: Fn(lambda x: x.prod(1)), (5,)),
+    # pooling and resizing to any size
+    "adaptive_max_odd": (partial(nn.AdaptiveMaxPool2d, (3, 5)), IMAGE),
+    "adaptive_max_1d": (partial(nn.AdaptiveMaxPool1d, 7), SIGNAL),
+    "adaptive_up": (partial(nn.AdaptiveAvgPool2d, 12), IMAGE),
+    "global_max_large": (partial(nn.AdaptiveMaxPool2d, 1), (1, 270, 260)),
+    "max_long": (lambda: Fn(lambda x: x.amax(1)), (70000,)),
+    "avg_pool_divisor": (partial(nn.AvgPool2d, 3, 2, 1, divisor_override=5), IMAGE),
+    "lp_pool": (partial(nn.LPPool2d, 2, 2), IMAGE),
+    "nearest_any": (partial(nn.Upsample, size=(11, 13)), IMAGE),
+    "nearest_down": (lambda: Fn(lambda x: F.interpolate(x, scale_factor=0.5)), IMAGE),
+    "nearest_exact": (lambda: Fn(lambda x: F.interpolate(x, size=(11, 5), mode="nearest-exact")), IMAGE),
+    "bilinear_corners": (partial(nn.Upsample, scale_factor=2, mode="bilinear", align_corners=True), IMAGE),
+    "bilinear_size": (lambda: Fn(lambda x: F.interpolate(x, size=(5, 11), mode="bilinear")), IMAGE),
+    "bilinear_factor": (lambda: Fn(lambda x: F.interpolate(x, scale_factor=1.3, mode="bilinear")), IMAGE),
+    "linear_1d": (partial(nn.Upsample, scale_factor=2, mode="linear"), SIGNAL),
+    "bicubic": (partial(nn.Upsample, scale_factor=2, mode="bicubic"), IMAGE),
+    "area": (lambda: Fn(lambda x: F.interpolate(x, size=(4, 5), mode="area")), IMAGE),
+    "pixel_unshuffle": (partial(nn.PixelUnshuffle, 2), IMAGE),
+    "channel_shuffle_layer": (partial(nn.ChannelShuffle, 3), IMAGE),
+    # powers and elementary functions
+    "power_any": (lambda: Fn(lambda x: F.relu(x) ** 1.7 + (x.abs() + 0.1) ** 0.3), VECTOR),
+    "power_learned": (
+        lambda: Fn(
+            lambda x, p: F.avg_pool2d(x.clamp(min=1e-6).pow(p), 8).pow(1 / p),
+            p=nn.Parameter(torch.ones(1) * 3),
+        ),
+        IMAGE,
+    ),
+    "sine": (lambda: Fn(lambda x: x + torch.sin(3 * x) ** 2 + torch.cos(x) + torch.tan(0.3 * x)), VECTOR),
+    "erf": (lambda: Fn(torch.erf), VECTOR),
+    "sinh": (lambda: Fn(lambda x: torch.sinh(x) + torch.cosh(x)), VECTOR),
+    "rounded": (
+        lambda: Fn(lambda x: x * x.floor() + x.round() + x.ceil() * x + x.trunc() + x.remainder(2.0)),
+        VECTOR,
+    ),
+    "straight_through": (lambda: Fn(lambda x: x + (x.round() - x).detach()), VECTOR),
+    "logaddexp": (lambda: Fn(lambda x: torch.logaddexp(x, -x) + torch.logit(x.sigmoid())), VECTOR),
+    "softshrink": (partial(nn.Softshrink, 0.3), VECTOR),
+    "hardshrink": (partial(nn.Hardshrink, 0.3), VECTOR),
+    "prelu_negative": (partial(nn.PReLU, 6, -0.3), IMAGE),
+    "leaky_relu_negative": (partial(nn.LeakyReLU, -0.3), VECTOR),
+    "threshold_jump": (partial(nn.Threshold, 0.1, 5.0), VECTOR),
+    # choices by the data
+    "where_tensors": (lambda: Fn(lambda x: torch.where(x > x.mean(1, keepdim=True), x, -x)), VECTOR),
+    "where_both": (
+        lambda: Fn(lambda x: torch.where((x > -0.5) & (x <= 0.5) | (x < -2), x**2, 3 * x)),
+        VECTOR,
+    ),
+    "where_not": (lambda: Fn(lambda x: torch.where(~(x >= 0), x**2, 3 * x)), VECTOR),
+    "where_guarded": (lambda: Fn(lambda x: torch.where(x > 0.1, x.clamp(min=0.1).log(), 0.0)), VECTOR),
+    "where_constant": (lambda: Fn(lambda x, m: torch.where(m, x, 0.0), m=torch.arange(12) % 2 == 0), VECTOR),
+    "mask_as_number": (lambda: Fn(lambda x: x * (x > 0.2) + (x <= 0.1).float() * 2), VECTOR),
+    "signs": (lambda: Fn(lambda x: x * torch.sign(x - 0.1)), VECTOR),
+    "clamp_tensors": (lambda: Fn(lambda x, l: x.clamp(min=l, max=l + 1), l=par(12)), VECTOR),
+    "masked_fill_data": (lambda: Fn(lambda x: x.masked_fill(x < 0, -1.0)), VECTOR),
+    "masked_keys": (
+        lambda: Fn(lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=(x[:, :, 0] < 1)[:, None, :])),
+        SEQUENCE,
+    ),
+    "triangles": (lambda: Fn(lambda x: (x @ x.mT).triu(1) + (x @ x.mT).tril(-1)), SEQUENCE),
+    # indices
+    "index_pair": (lambda: Fn(lambda x: x[:, [0, 1, 2], [1, 2, 3]]), IMAGE),
+    "index_apart": (
+        lambda: Fn(lambda x, w: (x * w)[:, [0, 1, 2], :, [1, 2, 3]].transpose(0, 1), w=par(8)),
+        IMAGE,
+    ),
+    "index_triangle": (
+        lambda: Fn(lambda x: (x @ x.mT)[:, *torch.tril_indices(10, 10, -1)]),
+        SEQUENCE,
+    ),
+    "gather": (
+        lambda: Fn(lambda x: x.gather(1, torch.tensor([[0, 3, 5]]).expand(x.size(0), 3))),
+        VECTOR,
+    ),
+    "embedding_large": (
+        lambda: Fn(lambda x, e: x + e(torch.arange(100) * 7 % 500), nn.Embedding(500, 16)),
+        (100, 16),
+    ),
+    "embedding_padding": (
+        lambda: Fn(lambda x, e: x + e(torch.arange(10) % 4), nn.Embedding(20, 16, padding_idx=2)),
+        SEQUENCE,
+    ),
+    "embedding_of_data": (
+        lambda: Fn(
+            lambda x, e: x[:, :8] + e((3 * x).abs().long()).mean(1), nn.Embedding(30, 8, padding_idx=1)
+        ),
+        VECTOR,
+    ),
+    "repeat_interleave": (lambda: Fn(lambda x: x.repeat_interleave(3, 1)), IMAGE),
+    "windows": (lambda: Fn(lambda x: x.unfold(2, 4, 2)), SIGNAL),
+    "rotate": (lambda: Fn(lambda x: torch.rot90(x, 1, [2, 3]) + x.flip([2, 3])), IMAGE),
+    "difference": (lambda: Fn(lambda x: x.diff(dim=1)), VECTOR),
+    # products
+    "einsum_any_rank": (lambda: Fn(lambda x, w: torch.einsum("...d,dk->...k", x, w), w=par(16, 5)), SEQUENCE),
+    "einsum_three": (
+        lambda: Fn(lambda x, w, v: torch.einsum("nld,dk,kj->nlj", x, w, v), w=par(16, 5), v=par(5, 3)),
+        SEQUENCE,
+    ),
+    "einsum_implied": (lambda: Fn(lambda x, w: torch.einsum("ald,dm", x, w), w=par(16, 5)), SEQUENCE),
+    "einsum_attention": (
+        lambda: Fn(
+            lambda x: torch.einsum("bhqk,bkhd->bqhd", torch.einsum("bqhd,bkhd->bhqk", x, x).softmax(-1), x)
+        ),
+        IMAGE,
+    ),
+    "matmul_5d": (
+        lambda: Fn(lambda x, w: x.unflatten(1, (2, 3)).unsqueeze(1) @ w, w=par(4, 1, 3, 8, 5)),
+        IMAGE,
+    ),
+    "sdpa_grouped": (
+        lambda: Fn(lambda x: F.scaled_dot_product_attention(x, x[:, :2], x[:, :2], enable_gqa=True)),
+        IMAGE,
+    ),
+    "decoder_layer": (
+        lambda: Fn(lambda x, m: m(x, x), nn.TransformerDecoderLayer(16, 4, 32, 0.0, batch_first=True)),
+        SEQUENCE,
+    ),
+    "bilinear": (lambda: Fn(lambda x, m: m(x, x), nn.Bilinear(12, 12, 5)), VECTOR),
+    "cosine_head": (
+        lambda: Fn(lambda x, w: F.cosine_similarity(x[:, None], w[None], dim=-1), w=par(5, 12)),
+        VECTOR,
+    ),
+    "distances": (lambda: Fn(lambda x, w: torch.cdist(x, w), w=par(5, 12)), VECTOR),
+    "prototypes": (lambda: Fn(lambda x, w: -((x[:, None] - w[None]) ** 2).sum(-1), w=par(5, 12)), VECTOR),
     "maximum": (lambda: Fn(lambda x: torch.maximum(x, x * x) + torch.minimum(x, -x)), VECTOR),
     "addcmul_lerp": (
         lambda: Fn(lambda x: torch.addcmul(x, x, x, value=0.3) + torch.lerp(x, x * x, 0.25)),
@@ -576,6 +729,39 @@ LAYERS = {
         SEQUENCE,
     ),
 }
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation, as it is written by hand."""
+
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        w = w / (w.view(w.size(0), -1).std(1).view(-1, 1, 1, 1) + 1e-5)
+        return F.conv2d(x, w, self.bias)
+
+
+class Standardised2(nn.Conv2d):
+    def forward(self, x):
+        var, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True, unbiased=False)
+        return F.conv2d(x, (self.weight - mean) * torch.rsqrt(var + 1e-6), self.bias)
+
+
+class Text(nn.Module):
+    """Words by their numbers: an embedding with padding, positions, a mask made of the data, attention."""
+
+    def __init__(self, dim=8, words=20):
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, dim, padding_idx=0), nn.Embedding(10, dim)
+        self.qkv, self.head = nn.Linear(dim, 3 * dim), nn.Linear(dim, 3)
+
+    def forward(self, x):
+        empty = x == 0
+        y = self.words(x) + self.places(torch.arange(x.shape[1]))
+        q, k, v = self.qkv(y).chunk(3, -1)
+        scores = (q @ k.transpose(1, 2)).masked_fill(empty.unsqueeze(1), float("-inf"))
+        y = scores.softmax(-1) @ v
+        full = (~empty).unsqueeze(-1).float()
+        return self.head((y * full).sum(1) / full.sum(1).clamp(min=1))
 
 
 def _write(x):

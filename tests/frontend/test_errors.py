@@ -17,21 +17,21 @@ class Many(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up = nn.ConvTranspose2d(6, 3, 2, 2)
+        self.up, self.volume = nn.Linear(8, 8), nn.Conv3d(1, 1, 2)
 
     def forward(self, x):
-        x = self.up(x)
-        x = x.flatten(1, 2).sort(-1)[0]
-        return x.sin().flatten(1)
+        x = self.volume(self.up(x).unsqueeze(1))
+        x = x.sort(1)[0]
+        return x.atan().flatten(1)
 
 
 def test_all_unsupported_nodes_are_listed():
     with pytest.raises(errors.Unsupported) as caught:
         from_torch(Many(), torch.randn(2, *cases.IMAGE))
     nodes = caught.value.nodes
-    assert [n.op for n in nodes] == ["conv_transpose2d", "sort", "sin"]
-    assert "in forward: x = self.up(x)" in nodes[0].where and "convolution" in nodes[0].rewrite
-    assert "outside of the model" in nodes[1].rewrite and "return x.sin().flatten(1)" in nodes[2].where
+    assert [n.op for n in nodes] == ["conv3d", "sort", "atan"]
+    assert "in forward: x = self.volume(self.up(x)" in nodes[0].where and "conv2d" in nodes[0].rewrite
+    assert "outside" in nodes[1].rewrite and "return x.atan().flatten(1)" in nodes[2].where
     for node in nodes:
         assert node.op in str(caught.value) and node.rewrite in str(caught.value)
     assert caught.value.exit_code == 4 and pickle.loads(pickle.dumps(caught.value)).nodes == nodes
@@ -40,34 +40,30 @@ def test_all_unsupported_nodes_are_listed():
 def test_all_unsupported_nodes_of_a_file_are_listed(tmp_path):
     class Two(nn.Module):
         def forward(self, x):
-            return (F.conv_transpose2d(x, torch.ones(6, 3, 2, 2)).sin()).flatten(1)
+            return torch.topk(x, 3).values.atan().flatten(1)
 
     path = tmp_path / "m.onnx"
     torch.onnx.export(Two().eval(), (torch.randn(1, *cases.IMAGE),), str(path), dynamo=True, verbose=False)
     with pytest.raises(errors.Unsupported) as caught:
         load(path)
-    assert [n.op for n in caught.value.nodes] == ["ConvTranspose", "Sin"] and caught.value.nodes[0].rewrite
+    assert [n.op for n in caught.value.nodes] == ["TopK", "Atan"] and caught.value.nodes[0].rewrite
 
 
 @pytest.mark.parametrize(
     "fn, shape, word",
     [
-        (lambda x: F.avg_pool2d(x, 2, divisor_override=3), cases.IMAGE, "divisor_override"),
+        (lambda x: F.avg_pool2d(x, 3, ceil_mode=True, divisor_override=3), cases.IMAGE, "divisor_override"),
         (lambda x: x.sort(1)[0], cases.VECTOR, "not known"),
-        (lambda x: torch.where(x > x.mean(), x, x * x), cases.VECTOR, "comparison"),
-        (lambda x: x**0.3, cases.VECTOR, "power"),
+        (lambda x: x[x > 0].sum() + x, cases.VECTOR, "indexing by data"),
         (lambda x: torch.rand_like(x) + x, cases.VECTOR, "not known"),
         (lambda x: F.conv3d(x.unsqueeze(1), torch.ones(1, 1, 2, 2, 2)), cases.IMAGE, "spatial dimensions"),
         (lambda x: x * x.shape[0], cases.VECTOR, "batch size"),
-        (lambda x: x.to(torch.int32), cases.VECTOR, "int32"),
-        (lambda x, layer: x * layer(x).detach(), cases.VECTOR, "update set"),
     ],
-    ids=["divisor", "sort", "where", "power", "random", "conv3d", "batch as number", "to int", "detach"],
+    ids=["divisor", "sort", "index", "random", "conv3d", "batch as number"],
 )
 def test_unsupported(fn, shape, word):
-    layers = [nn.Linear(12, 12)] if word == "update set" else []
     with pytest.raises(errors.Unsupported) as caught:
-        from_torch(cases.Fn(fn, *layers), torch.randn(2, *shape))
+        from_torch(cases.Fn(fn), torch.randn(2, *shape))
     assert word in str(caught.value) and "in forward: return self.fn(x, *extra)" in str(caught.value)
 
 
@@ -120,8 +116,8 @@ def test_examples_of_another_kind():
     ):
         with pytest.raises(errors.WrongUse):
             from_torch(module, example)
-    with pytest.raises(errors.Unsupported, match="integers"):
-        from_torch(nn.Embedding(4, 3), torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(errors.Unsupported, match="complex"):
+        from_torch(module, torch.zeros(1, 3, dtype=torch.complex64))
     with pytest.raises(errors.WrongUse, match="nn.Module"):
         from_torch(lambda x: x, torch.zeros(1, 3))
     quantised = nn.Linear(3, 3)
@@ -208,14 +204,10 @@ def test_kinds_of_onnx_models(tmp_path):
     two = (("input", 1, [1, 3]), ("other", 1, [1, 3]))
     check("several inputs", (("Add", ["input", "other"], ["y"]),), two)
     check("several tensors", (("Relu", ["input"], ["y"]), ("Neg", ["input"], ["z"])), outputs=("y", "z"))
-    check(
-        "integers",
-        (("Cast", ["input"], ["y"], "c", "", ""),)[:0] or (("Identity", ["input"], ["y"]),),
-        (("input", 7, [1, 3]),),
-    )
+    check("neither floats nor integers", (("Identity", ["input"], ["y"]),), (("input", 9, [1, 3]),))
     check("other than the batch", inputs=(("input", 1, ["n", "m"]),))
     check("too old", opset=6)
-    check("not known here", (("Sin", ["input"], ["y"]),))
+    check("not known here", (("Atan", ["input"], ["y"]),))
 
 
 def test_pt2_of_another_kind(tmp_path):

@@ -21,6 +21,30 @@ NOT_EXPORTED = {
 }
 NOT_BY_LEGACY = {
     "rms_norm": "not exported",
+    **dict.fromkeys(
+        (
+            "spectral_norm",
+            "adaptive_max_odd",
+            "adaptive_max_1d",
+            "adaptive_up",
+            "area",
+            "nearest_exact",
+            "channel_shuffle_layer",
+            "sinh",
+            "rounded",
+            "logaddexp",
+            "threshold_jump",
+            "triangles",
+            "index_triangle",
+            "rotate",
+            "difference",
+            "sdpa_grouped",
+            "bilinear",
+        ),
+        "not exported",
+    ),
+    "local_response_norm": "a branch by the rank, and pooling over three dimensions",
+    "avg_pool_divisor": "the exporter drops the divisor",
     "threshold": "not exported",
     "masked_fill": "mT is not exported",
     "adaptive_1d": "not exported",
@@ -177,6 +201,23 @@ def reference(proto, x):
     return ReferenceEvaluator(proto).run(None, {"input": x})[0]
 
 
+def transposed(**attributes):
+    w = np.random.default_rng(2).normal(size=(3, 2, 3, 3)).astype(np.float32)
+    return (13, [("ConvTranspose", "input w b", "y", attributes)], {"w": w, "b": np.float32([0.3, -1])})
+
+
+def resized(target, **attributes):
+    return (
+        18,
+        [("Resize", "input _ _ s", "y", {**attributes, "axes": [2, 3]})],
+        {"s": np.array(target)},
+    )
+
+
+def mapped(op, **attributes):
+    return (18, [(op, "input", "y", attributes)], {})
+
+
 W = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
 V = np.random.default_rng(1).normal(size=(8,)).astype(np.float32)
 BY_HAND = {
@@ -264,6 +305,66 @@ BY_HAND = {
         [("Resize", "input  s", "y", {"mode": "linear", "coordinate_transformation_mode": "asymmetric"})],
         {"s": np.array([1, 1, 1.5, 2], np.float32)},
     ),
+    "transposed": transposed(strides=[2, 2], pads=[1, 0, 0, 1], output_padding=[1, 0]),
+    "transposed_dilated": transposed(dilations=[2, 1], strides=[1, 3]),
+    "transposed_same": transposed(strides=[2, 2], auto_pad="SAME_UPPER"),
+    **{
+        op: mapped(op)
+        for op in ("Sin", "Cos", "Sinh", "Cosh", "Floor", "Ceil", "Round", "Sign", "Erf", "HardSwish")
+    },
+    "Tan": (18, [("Tanh", "input", "a", {}), ("Tan", "a", "y", {})], {}),
+    "ThresholdedRelu": mapped("ThresholdedRelu", alpha=0.3),
+    "Shrink": mapped("Shrink", lambd=0.4, bias=0.2),
+    "LeakyRelu": mapped("LeakyRelu", alpha=-0.4),
+    "SpaceToDepth": mapped("SpaceToDepth", blocksize=2),
+    "MeanVariance": mapped("MeanVarianceNormalization", axes=[2, 3]),
+    "ReduceLogSumExp": (13, [("ReduceLogSumExp", "input", "y", {"axes": [1, 3]})], {}),
+    "ReduceLogSum": (13, [("Abs", "input", "a", {}), ("ReduceLogSum", "a", "y", {"axes": [2]})], {}),
+    "power_any": (
+        13,
+        [
+            ("Abs", "input", "a", {}),
+            ("Pow", "a p", "b", {}),
+            ("Pow", "a q", "c", {}),
+            ("Add", "b c", "y", {}),
+        ],
+        {"p": np.float32(0.7), "q": np.abs(V)},
+    ),
+    "modulo": (13, [("Mod", "input p", "y", {"fmod": 1})], {"p": np.float32(0.7)}),
+    "clip_tensor": (13, [("Relu", "input", "a", {}), ("Max", "a p", "y", {})], {"p": V}),
+    "choices": (
+        16,
+        [
+            ("ReduceMean", "input", "m", {"axes": [3]}),
+            ("Greater", "input m", "a", {}),
+            ("LessOrEqual", "input p", "b", {}),
+            ("Or", "a b", "c", {}),
+            ("Not", "b", "d", {}),
+            ("And", "c d", "e", {}),
+            ("Xor", "e b", "g", {}),
+            ("Where", "g input m", "h", {}),
+            ("Cast", "a", "i", {"to": 1}),
+            ("Mul", "h i", "j", {}),
+            ("Round", "input", "k", {}),
+            ("Equal", "k z", "l", {}),
+            ("Where", "l j z", "y", {}),
+        ],
+        {"p": np.float32(-0.4), "z": np.float32(0)},
+    ),
+    "embedding": (
+        13,
+        [
+            ("Abs", "input", "a", {}),
+            ("Cast", "a", "i", {"to": 7}),
+            ("Gather", "t i", "g", {}),
+            ("ReduceSum", "g k", "y", {"keepdims": 0}),
+        ],
+        {"t": np.random.default_rng(3).normal(size=(9, 5)).astype(np.float32), "k": np.array([1, 2])},
+    ),
+    "resize_nearest_down": resized([5, 3], mode="nearest", nearest_mode="floor"),
+    "resize_half_pixel": resized([11, 5], mode="linear"),
+    "resize_corners": resized([15, 16], mode="linear", coordinate_transformation_mode="align_corners"),
+    "resize_cubic": resized([12, 16], mode="cubic", cubic_coeff_a=-0.5),
     "trilu_slice": (
         14,
         [("Trilu", "input", "a", {"upper": 0}), ("Slice", "a i j k l", "y", {})],
@@ -290,6 +391,40 @@ def test_by_hand(name, tmp_path):
         at = ops.verify(ops.with_batch(graph, n))
         got = ops.evaluate(at, {"x": x})[at.outputs["output"]]
         np.testing.assert_allclose(got, reference(proto, x), rtol=1e-5, atol=1e-5)
+
+
+def test_local_response_norm(tmp_path):
+    """Against torch: the reference of the onnx package mixes up samples and channels."""
+    opset, nodes, _ = mapped("LRN", size=3, alpha=0.2, beta=0.6, bias=1.5)
+    graph = ops.with_batch(loaded(model(nodes, ["n", 5, 4, 4], {}, opset), tmp_path / "m.onnx"), 2)
+    x = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    want = torch.nn.functional.local_response_norm(x, 3, 0.2, 0.6, 1.5)
+    got = ops.evaluate(graph, {"x": x.numpy()})[graph.outputs["output"]]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_transposed_convolution_to_a_given_shape(tmp_path):
+    """What is over is cut off at the front first, as the standard says."""
+    opset, nodes, tensors = transposed(strides=[2, 2], output_shape=[17, 16])
+    graph = loaded(model(nodes, [1, 3, 8, 8], tensors, opset), tmp_path / "m.onnx")
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    w, bias = (torch.tensor(tensors[k]) for k in "wb")
+    want = torch.nn.functional.conv_transpose2d(x, w, bias, 2)[..., 1:]
+    got = ops.evaluate(graph, {"x": x.numpy()})[graph.outputs["output"]]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_that_takes_integers(tmp_path):
+    module = cases.seeded(cases.Text)
+    x = torch.randint(0, 20, (3, 10), generator=torch.Generator().manual_seed(0))
+    x[:, -2:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), str(tmp_path / "m.onnx"), dynamo=False)
+    graph = load_onnx(tmp_path / "m.onnx")
+    got = ops.evaluate(graph, {"x": x.numpy()})[graph.outputs["output"]]
+    np.testing.assert_allclose(got, module(x).detach(), rtol=1e-5, atol=1e-5)
+    assert "words.weight" in graph.parameters()
 
 
 def test_softmax_before_opset_13_is_over_all_further_axes(tmp_path):

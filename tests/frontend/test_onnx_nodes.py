@@ -20,21 +20,22 @@ REASONS = (
     "random numbers, which are our own",
     # what an operator can say and ours cannot
     "a further output that is not computed here",
-    "attention on three axes, with a cache, or with fewer heads for keys",
+    "attention on three axes, or with a cache",
     r"attention with (left_window_size|qk_matmul_output_mode|right_window_size|softcap)",
     "a row of the attention mask that keeps nothing",
     "dilated average pooling",
     "pooling over .*one or two are taken",
-    "a power whose exponent is not one constant",
+    "a divisor that is not one constant",
+    "an index that differs along another axis",
+    "a transposed convolution over .*one or two are taken",
     "a running sum that is reversed or exclusive",
-    "einsum .*no repeated letter",
-    "erf is only taken as a part of GELU",
+    "einsum .*a letter that is repeated in one operand",
+    "a result that does not depend on the input",
     "normalisation by another norm than the second",
-    "ReduceLogSumExp over several axes",
     "Resize with (antialias|crops|keep_aspect_ratio_policy)",
     "peepholes",
 )
-LEAST_PASSED = 467
+LEAST_PASSED = 530
 
 
 @pytest.fixture(scope="module")

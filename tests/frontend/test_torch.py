@@ -8,6 +8,7 @@ from frontend import cases
 
 from acclimate import errors, ops
 from acclimate.frontend import from_torch, load, load_torch
+from acclimate.grad import differentiate
 
 torch, nn, F = cases.torch, cases.nn, cases.F
 
@@ -215,3 +216,21 @@ def test_pt2_keeps_ties_and_mode(tmp_path):
     module[2].weight = module[0].weight
     graph = load_torch(save(module, (12,), tmp_path / "m.pt2", 2))
     assert graph.aliases == {"2.weight": "0.weight"} and [n.op for n in graph.nodes][1] == "batch_norm_train"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_a_model_that_takes_integers(dtype):
+    """Whole numbers arrive as floats; an embedding learns, but for its padding row."""
+    module = cases.seeded(cases.Text)
+    example = torch.randint(0, 20, (3, 10)).to(dtype)
+    example[:, -2:] = 0
+    graph = from_torch(module, example)
+    y = module(example)
+    y.square().sum().backward()
+    env = ops.evaluate(graph, {"x": example.numpy()})
+    np.testing.assert_allclose(env[graph.outputs["output"]], y.detach(), atol=1e-5)
+    squares = ops.emit(graph, "sum", ops.emit(graph, "square", graph.outputs["output"]), axes=3)
+    found = differentiate(graph, ops.emit(graph, "reshape", squares, shape=(1,)), ["words.weight"])
+    got = ops.evaluate(graph, {"x": example.numpy()})[found["words.weight"]]
+    np.testing.assert_allclose(got, module.words.weight.grad, atol=1e-5)
+    assert not got[0].any() and got[1:].any()

@@ -117,7 +117,7 @@ def base_cases() -> Iterator[Case]:
         if not ins[-1].repeated:
             types += (None,) * (len(ins) - len(types))
         index = {i for i, d in example.domain.items() if d.startswith("index:")} | (
-            {1} if row.name == "take" else set()
+            {1} if row.name in ("take", "take_grad") else set()
         )
         attrs = row.fill(example.attrs)
         yield Case(row, types, tuple(infer(row, attrs, list(types))), attrs, {i: inputs[i] for i in index})
@@ -153,6 +153,10 @@ def open_attrs(case: Case) -> dict:
     found = {}
     for name, attr in case.row.attrs.items():
         if attr.kind == "-" and out is not None:
+            if isinstance(case.attrs[name], int):
+                axis = {"rows": 0, "classes": 1}.get(name, case.attrs.get("axis"))
+                found[name] = out.shape[axis] if 0 <= axis < len(out.shape) else -1
+                continue
             spatial = name == "size" and "kernel" in case.row.attrs
             found[name] = tuple(out.shape[2:]) if spatial else tuple(out.shape)
             if name == "after" and case.ins[0] is not None:
@@ -198,6 +202,11 @@ FORWARD = {
 NEEDED = {"batch_norm_grad": {0: (3, 5), 1: (2, 4, 5)}}
 
 
+def indexed(case: Case) -> Type:
+    """The tensor that a constant index of a case points into."""
+    return case.outs[0] if case.row.name == "take_grad" else case.ins[0]
+
+
 def makes_sense(case: Case) -> bool:
     """The loader may be stricter than the compiler's rules where no frontend goes: that is not held against it."""
     for name, low in {
@@ -213,7 +222,7 @@ def makes_sense(case: Case) -> bool:
             return False
     for i, index in case.constants.items():
         if i < len(case.ins) and not (
-            0 <= index.min() and index.max() < case.ins[0].shape[case.attrs["axis"]]
+            0 <= index.min() and index.max() < indexed(case).shape[case.attrs["axis"]]
         ):
             return False
     for output, inputs in NEEDED.get(case.row.name, {}).items():
@@ -356,7 +365,7 @@ def test_indices_are_checked_at_load():
     for base in base_cases():
         for i, good in base.constants.items():
             axis = base.attrs["axis"]
-            size = base.ins[0].shape[axis]
+            size = indexed(base).shape[axis]
             for bad in (-1, size, 2**31 - 1, -(2**31)):
                 for at in range(good.size):
                     content = good.copy()

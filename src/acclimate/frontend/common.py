@@ -125,11 +125,15 @@ class Erf:
 
 @dataclass(frozen=True)
 class Compared:
-    """source > bound (or its negation), which only a piecewise function that the table has may use."""
+    """source > bound, or < with above=False, or at least (most) that without `strict`; no value of the Graph yet."""
 
     source: Ref
     bound: float
     above: bool
+    strict: bool
+
+    def negated(self) -> Compared:
+        return Compared(self.source, self.bound, not self.above, not self.strict)
 
 
 @dataclass
@@ -154,14 +158,22 @@ class Builder:
     learned: set[str] = field(default_factory=set)  # values that depend on a parameter
     constants: dict[Any, str] = field(default_factory=dict)
     shared: set[str] = field(default_factory=set)  # values that the foreign graph uses more than once
+    whole: set[str] = field(default_factory=set)  # values that hold whole numbers
+    truths: set[str] = field(default_factory=set)  # values that are 0 or 1
     dropouts: int = 0
 
     # -- values ------------------------------------------------------------------------------------------------
-    def input(self, shape: Sequence[int], name: str = "") -> Ref:
-        """The input, called x; where nothing is the batch, one of several, by its own name."""
+    def input(self, shape: Sequence[int], name: str = "", whole: bool = False) -> Ref:
+        """The input, called x; where nothing is the batch, one of several, by its own name.
+
+        whole: of integers, which a float holds exactly up to 2^24.
+        """
         if self.fixed:
-            return Ref(self.graph.input(name, tuple(map(int, shape))))
-        return Ref(self.graph.input("x", (Size(1), *(int(s) for s in shape[1:]))))
+            made = self.graph.input(name, tuple(map(int, shape)))
+        else:
+            made = self.graph.input("x", (Size(1), *(int(s) for s in shape[1:])))
+        self.whole.update([made] if whole else [])
+        return Ref(made)
 
     def parameter(self, name: str, data: np.ndarray) -> Ref:
         """A parameter under the user's name."""
@@ -180,9 +192,13 @@ class Builder:
         if isinstance(thing, Ref):
             return thing
         if isinstance(thing, Erf):
-            raise Untaken("erf is only taken as a part of GELU, x * (1 + erf(x / sqrt(2))) / 2")
+            y = self.emit("erf", thing.source)
+            plain = thing.scale == 1 and thing.shift == 0
+            return y if plain else self.emit("affine", y, scale=float(thing.scale), shift=float(thing.shift))
         if isinstance(thing, Compared):
-            raise Untaken("a comparison that depends on the data")
+            pair = (thing.source, thing.bound) if thing.above == thing.strict else (thing.bound, thing.source)
+            y = self.emit("greater", *pair)
+            return self.truth(y if thing.strict else self.emit("affine", y, scale=-1.0, shift=1.0))
         if isinstance(thing, Dim):
             raise Untaken("the batch size is used as a number")
         data = np.asarray(thing)
@@ -195,7 +211,14 @@ class Builder:
             self.constants[key] = self.graph.constant(stem, data)
         return Ref(self.constants[key])
 
+    def truth(self, thing: Any) -> Any:
+        """The thing, known to be 0 or 1."""
+        self.truths.update([thing] if isinstance(thing, Ref) else [])
+        return thing
+
     def shape(self, thing: Any) -> tuple[int, ...]:
+        if isinstance(thing, (Erf, Compared)):
+            thing = thing.source
         return tuple(self.graph.shape(thing)) if isinstance(thing, Ref) else np.shape(thing)
 
     def length(self, thing: Any, axis: int) -> int:
@@ -217,8 +240,11 @@ class Builder:
             ) from error
         node = self.graph.nodes[-1]
         self.made.update({n: node for n in node.outputs if n})
-        if any(n in self.learned for n in inputs):
+        if any(n in self.learned for n in inputs) and op != "detach":
             self.learned.update(n for n in node.outputs if n)
+        for kind in (self.whole, self.truths):  # what only moves stays so
+            if (TABLE[op].view or TABLE[op].moves or op in ("expand", "slice")) and inputs[0] in kind:
+                kind.add(node.outputs[0])
         if self.readings:
             self._check_samples_apart(node)
         return Ref(out if isinstance(out, str) else out[0])
@@ -291,6 +317,8 @@ class Builder:
         """The verified Graph at the given batch, without what the output does not need."""
         if self.failures:
             raise unsupported(self.failures, source)
+        if isinstance(output, (Erf, Compared)):
+            output = self.value(output)
         if not isinstance(output, Ref):
             raise BadInput("the model's output does not depend on its input", where=source)
         g = self.graph

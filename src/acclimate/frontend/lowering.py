@@ -6,6 +6,7 @@ Like the functions of `common` that move elements, these take *things*; what the
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from .common import (
     flatten,
     like,
     merge,
+    pad,
     slice_axis,
     swap,
     to_last,
@@ -33,6 +35,9 @@ from .common import (
     unsqueeze,
     view,
 )
+
+MAX_WINDOW = 65535  # elements of a max-pool's window
+MOST_FACTORS = 64  # of a product, each of which is a node
 
 # -- picking by index --------------------------------------------------------------------------------------------------
 
@@ -46,7 +51,7 @@ def pad_by_copies(b: Builder, x: Any, axis: int, before: int, after: int, mode: 
 
 
 def take(b: Builder, x: Any, axis: int, index: Any) -> Any:
-    """x at constant indices along an axis, such that a gradient exists wherever a parameter lies upstream."""
+    """x at constant indices along an axis: a slice where they are evenly spaced."""
     shape = b.shape(x)
     axis %= len(shape)
     index = np.asarray(index).astype(np.int64)
@@ -60,14 +65,11 @@ def take(b: Builder, x: Any, axis: int, index: Any) -> Any:
         raise Untaken("an index that is out of range or empty")
     index = np.where(index < 0, index + n, index)
     runs = _runs([int(i) for i in index])
-    if len(runs) <= 16:
-        return concat(b, [slice_axis(b, x, axis, s, s + (k - 1) * t + 1, t) for s, t, k in runs], axis)
-    if x not in b.learned:
-        names = b.graph.constant(f"{b.stem or 'model'}.index", index, "i32")
-        return b.emit("take", x, Ref(names), axis=axis)
-    if index.size * n > 1 << 20:
-        raise Untaken(f"{index.size} rows are picked out of {n} that are learned, which has no gradient row")
-    return along(b, x, axis, np.eye(n, dtype=np.float32)[index])
+    if len(runs) == 1:
+        start, step, count = runs[0]
+        return slice_axis(b, x, axis, start, start + (count - 1) * step + 1, step)
+    names = b.graph.constant(f"{b.stem or 'model'}.index", index, "i32")
+    return b.emit("take", x, Ref(names), axis=axis)
 
 
 def take_many(b: Builder, x: Any, index: Any) -> Any:
@@ -77,6 +79,26 @@ def take_many(b: Builder, x: Any, index: Any) -> Any:
     shape = tuple(b.length(x, i) for i in range(k))
     flat = np.ravel_multi_index(tuple(np.moveaxis(index % np.array(shape), -1, 0)), shape)
     return take(b, flatten(b, x, 0, k - 1), 0, flat)
+
+
+def gather(b: Builder, x: Any, axis: int, index: Any) -> Any:
+    """Picks along one axis, by a constant index that is the same along all others."""
+    if isinstance(index, Ref):
+        stretched = b.producer(index, "expand")
+        index = b.graph.values[stretched.inputs[0]].data if stretched is not None else None
+    if index is None:
+        raise Untaken("an index that depends on the data")
+    shape = b.shape(x)
+    axis, index = axis % len(shape), np.asarray(index)
+    rows = np.moveaxis(index, axis, -1).reshape(-1, index.shape[axis])
+    whole = all(
+        n in (1, m) or (isinstance(m, Dim) and n == m.coefficient * (b.baked or 0))
+        for i, (n, m) in enumerate(zip(index.shape, shape, strict=True))
+        if i != axis
+    )
+    if not whole or (rows != rows[0]).any():
+        raise Untaken("an index that differs along another axis")
+    return take(b, x, axis, rows[0])
 
 
 def _runs(index: list[int]) -> list[tuple[int, int, int]]:
@@ -116,6 +138,8 @@ def affine(b: Builder, x: Any, scale: float = 1.0, shift: float = 0.0) -> Any:
     """scale * x + shift; affines in a row become one."""
     if isinstance(x, Erf):
         return Erf(x.source, x.scale * scale, x.shift * scale + shift)
+    if isinstance(x, Compared):
+        x = b.value(x)
     if not isinstance(x, Ref):
         return np.asarray(x) * scale + shift
     before = b.producer(x, "affine")
@@ -136,6 +160,7 @@ def binary(b: Builder, op: str, x: Any, y: Any) -> Any:
         gelu = _gelu(b, *((x, y) if isinstance(x, Erf) else (y, x)))
         if gelu is not None:
             return gelu
+    x, y = (b.value(t) if isinstance(t, Compared) else t for t in (x, y))
     c, d = number(x), number(y)
     if d is not None and (np.ndim(y) <= len(b.shape(x))) and not (op == "div" and d == 0):
         return affine(
@@ -226,6 +251,7 @@ def _normalized(b: Builder, x: Any, y: Any) -> Any:
 
 def unary(b: Builder, op: str, x: Any, **attrs: Any) -> Any:
     """One of the table's element-wise ops, folded on constants."""
+    x = b.value(x) if isinstance(x, (Erf, Compared)) else x
     if isinstance(x, Ref):
         return b.emit(op, x, **attrs)
     row = TABLE[op]
@@ -243,18 +269,20 @@ def clamp(b: Builder, x: Any, low: float | None, high: float | None) -> Any:
 
 
 def power(b: Builder, x: Any, exponent: Any) -> Any:
-    """x to a power of which one side is constant, composed of products, square roots and reciprocals, or of exp."""
+    """x to a power; to a whole one by products and reciprocals, to one that is no constant as exp(log(x) exponent)."""
     base, fixed = number(x), number(exponent)
+    if fixed is None and not isinstance(x, Ref) and not isinstance(exponent, Ref):
+        return np.power(x, exponent)
     if fixed is None:
-        if base is None or base <= 0:
-            raise Untaken("a power whose exponent is not one constant")
-        return unary(b, "exp", affine(b, exponent, math.log(base)))
+        if base is not None and base > 0:
+            return unary(b, "exp", affine(b, exponent, math.log(base)))
+        return unary(b, "exp", binary(b, "mul", unary(b, "log", x), exponent))
     exponent = fixed
+    whole, half = divmod(abs(exponent), 1.0)
+    if half not in (0.0, 0.5) or whole > 16:
+        return unary(b, "pow", x, exponent=exponent)
     if exponent < 0:
         return unary(b, "reciprocal", power(b, x, -exponent))
-    whole, half = divmod(exponent, 1.0)
-    if half not in (0.0, 0.5) or whole > 16:
-        raise Untaken(f"the power {exponent} is not a small multiple of 1/2")
     factor, result = x, unary(b, "sqrt", x) if half else None
     bits = int(whole)
     while bits:
@@ -265,28 +293,88 @@ def power(b: Builder, x: Any, exponent: Any) -> Any:
     return affine(b, x, 0.0, 1.0) if result is None else result
 
 
-def compare(b: Builder, x: Any, y: Any, above: bool) -> Compared:
-    """x > y (or x < y) for a number y; at equality both sides of what follows must agree."""
+def compare(b: Builder, x: Any, y: Any, above: bool, strict: bool = True) -> Any:
+    """x > y, or x < y with above=False, or with equality without `strict`: 1 where it holds, 0 elsewhere."""
     if isinstance(x, Ref) and number(y) is not None:
-        return Compared(x, number(y) or 0.0, above)
+        return Compared(x, number(y) or 0.0, above, strict)
     if isinstance(y, Ref) and number(x) is not None:
-        return Compared(y, number(x) or 0.0, not above)
-    raise Untaken("a comparison of two tensors")
+        return Compared(y, number(x) or 0.0, not above, strict)
+    if not isinstance(x, Ref) and not isinstance(y, Ref):
+        return {
+            (True, True): np.greater,
+            (True, False): np.greater_equal,
+            (False, True): np.less,
+            (False, False): np.less_equal,
+        }[above, strict](x, y)
+    test = b.emit("greater", *(_aligned(b, x, y) if above == strict else _aligned(b, y, x)))
+    return b.truth(test) if strict else inverted(b, test)
+
+
+def equal(b: Builder, x: Any, y: Any) -> Any:
+    """1 where x == y, 0 elsewhere."""
+    if not isinstance(x, (Ref, Compared)) and not isinstance(y, (Ref, Compared)):
+        return np.equal(x, y)
+    more, less = (b.value(compare(b, b.value(x), y, above)) for above in (True, False))
+    return inverted(b, b.truth(binary(b, "add", more, less)))
+
+
+def inverted(b: Builder, test: Any) -> Any:
+    """The negation of a truth value."""
+    if isinstance(test, Compared):
+        return test.negated()
+    return b.truth(affine(b, test, -1.0, 1.0)) if isinstance(test, Ref) else np.logical_not(test)
+
+
+def both(b: Builder, x: Any, y: Any) -> Any:
+    """Where both truth values hold."""
+    return b.truth(binary(b, "mul", *(_truth(b, t) for t in (x, y))))
+
+
+def either(b: Builder, x: Any, y: Any) -> Any:
+    """Where at least one truth value holds."""
+    return inverted(b, both(b, inverted(b, x), inverted(b, y)))
+
+
+def differs(b: Builder, x: Any, y: Any) -> Any:
+    """Where exactly one of two truth values holds."""
+    return b.truth(unary(b, "abs", binary(b, "sub", *(_truth(b, t) for t in (x, y)))))
+
+
+def _truth(b: Builder, test: Any) -> Any:
+    """A truth value as 0 and 1."""
+    return (
+        b.value(test) if isinstance(test, Compared) else test if isinstance(test, Ref) else np.float32(test)
+    )
+
+
+def keep(b: Builder, x: Any, test: Any) -> Any:
+    """x where the test holds, 0 elsewhere, whatever x is there."""
+    if number(x) == 0:
+        return np.float32(0)
+    if not isinstance(x, Ref) or not isinstance(test, Ref):
+        return binary(b, "mul", x, test)
+    return b.emit("keep", *_aligned(b, x, test))
+
+
+def sign(b: Builder, x: Any) -> Any:
+    """-1, 0 or 1; flat."""
+    return binary(b, "sub", b.value(compare(b, x, 0.0, True)), b.value(compare(b, x, 0.0, False)))
 
 
 def where(b: Builder, condition: Any, x: Any, y: Any) -> Any:
     """x where a constant condition holds, y elsewhere; or the piecewise function that a comparison spells out."""
+    x, y = (b.value(t) if isinstance(t, (Erf, Compared)) else t for t in (x, y))
+    x, y = (t if isinstance(t, Ref) else np.clip(np.asarray(t, np.float32), -LARGE, LARGE) for t in (x, y))
     if isinstance(condition, Compared):
-        return _piecewise(b, condition, *((x, y) if condition.above else (y, x)))
-    if isinstance(condition, Ref):
-        raise Untaken("a choice that depends on the data")
-    keep = np.asarray(condition).astype(np.float32)
-    one = [np.clip(t, -LARGE, LARGE) if not isinstance(t, Ref) else t for t in (x, y)]
-    return binary(b, "add", binary(b, "mul", one[0], keep), binary(b, "mul", one[1], 1 - keep))
+        known = _piecewise(b, condition, *((x, y) if condition.above else (y, x)))
+        if known is not None:
+            return known
+    test, rest = (_truth(b, t) for t in (condition, inverted(b, condition)))
+    return binary(b, "add", keep(b, x, test), keep(b, y, rest))
 
 
 def _piecewise(b: Builder, test: Compared, high: Any, low: Any) -> Any:
-    """`high` above the bound and `low` below it, where this is relu, leaky relu, clamp, abs or a guarded softplus."""
+    """`high` above the bound and `low` below it, where it is relu, leaky relu, clamp, abs or a guarded softplus."""
     x, bound = test.source, test.bound
     (base, slope), soft = _unscaled(b, low), b.producer(_unscaled(b, low)[0], "softplus")
     if high == x and number(low) == bound:
@@ -299,7 +387,7 @@ def _piecewise(b: Builder, test: Compared, high: Any, low: Any) -> Any:
         bases = {_unscaled(b, t)[0] for t in (Ref(soft.inputs[0]), x, high)}
         if len(bases) == 1:
             return low  # equal to `high` there, but for less than exp(-10)
-    raise Untaken("a choice that depends on the data")
+    return None
 
 
 def reduce(b: Builder, op: str, x: Any, axes: Sequence[int] | None, keep: bool) -> Any:
@@ -323,6 +411,16 @@ def largest(b: Builder, x: Any, axes: Sequence[int] | None, keep: bool) -> Any:
     count = math.prod(shape[a] for a in axes)
     if isinstance(count, Dim):
         raise Untaken("a maximum over the batch")
+    if count > MAX_WINDOW:
+        if len(axes) > 1:
+            y = largest(b, x, axes[1:], True)
+            y = largest(b, y, axes[:1], True)
+        else:  # in pieces, the last one filled up with what is never the largest
+            pieces = -(-count // MAX_WINDOW)
+            y = pad(b, y, [0] * rank, [*[0] * (rank - 1), pieces * MAX_WINDOW - count], -LARGE)
+            y = largest(b, view(b, y, [*b.shape(y)[:-1], pieces, MAX_WINDOW]), [-1], False)
+            y = largest(b, y, [-1], False)
+        return view(b, y, [1 if i in axes else s for i, s in enumerate(shape) if keep or i not in axes])
     lead = b.shape(y)[: rank - len(axes)]
     whole = [*lead, 1, count] if lead else [1, 1, count]
     y = merge(b, view(b, y, whole), whole, 0, max(len(lead) - 1, 0))
@@ -385,6 +483,8 @@ def matmul(b: Builder, x: Any, y: Any) -> Any:
     """numpy's product of any two ranks, as one product of matrices or of stacks of them."""
     if not isinstance(x, Ref) and not isinstance(y, Ref):
         return np.matmul(x, y)
+    if len(b.shape(x)) == len(b.shape(y)) == 1:
+        return reduce(b, "sum", binary(b, "mul", x, y), [0], False)
     if len(b.shape(x)) == 1:
         return squeeze_exactly(b, matmul(b, unsqueeze(b, x, [0]), y), -2 if len(b.shape(y)) > 1 else -1)
     if len(b.shape(y)) == 1:
@@ -437,10 +537,18 @@ def attention(
     dropout_p: float,
     scale: float | None,
 ) -> Any:
-    """Scaled dot-product attention over (..., L, D): softmax(q k' scale + bias) v. A boolean bias says what to keep."""
+    """Scaled dot-product attention over (..., L, D): softmax(q k' scale + bias) v. A boolean bias says what to keep.
+
+    With fewer heads (axis -3) in k and v than in q, each serves as many heads of q as follow each other.
+    """
+    if len(b.shape(q)) > 2 and b.shape(k)[-3] != b.shape(q)[-3] and b.shape(k)[-3] != 1:
+        heads = np.repeat(np.arange(b.length(k, -3)), b.length(q, -3) // b.length(k, -3))
+        k, v = take(b, k, -3, heads), take(b, v, -3, heads)
     scores = matmul(b, affine(b, q, b.shape(q)[-1] ** -0.5 if scale is None else scale), swap(b, k, -1, -2))
     kept = np.tril(np.ones((b.length(q, -2), b.length(k, -2)), np.bool_)) if causal else None
-    if bias is not None and not isinstance(bias, Ref) and np.asarray(bias).dtype == np.bool_:
+    if isinstance(bias, Compared) or (isinstance(bias, Ref) and bias in b.truths):
+        bias = affine(b, bias, LARGE, -LARGE)
+    elif bias is not None and not isinstance(bias, Ref) and np.asarray(bias).dtype == np.bool_:
         kept, bias = np.asarray(bias) if kept is None else np.asarray(bias) & kept, None
     if kept is not None:
         if not kept.any(-1).all():
@@ -453,18 +561,28 @@ def attention(
 
 
 def einsum(b: Builder, equation: str, things: Sequence[Any]) -> Any:
-    """einsum of one or two tensors, each letter at most once in each."""
-    left, _, out = equation.replace(" ", "").partition("->")
+    """einsum; several operands are taken two at a time, from the left."""
+    left, arrow, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    if (
-        "." in equation
-        or "->" not in equation
-        or len(terms) > 2
-        or any(len(set(t)) < len(t) for t in (*terms, out))
-    ):
-        raise Untaken(
-            f"einsum {equation!r}: an explicit output, one or two operands and no repeated letter are taken"
-        )
+    if not arrow:
+        letters = left.replace(",", "").replace("...", "")
+        out = "..." * ("..." in left) + "".join(sorted(s for s in set(letters) if letters.count(s) == 1))
+    if "..." in left:  # as many unused letters, aligned at the end
+        free = [s for s in string.ascii_letters if s not in equation]
+        ranks = [len(b.shape(t)) - len(s.replace("...", "")) for s, t in zip(terms, things, strict=True)]
+        rest = free[: max(r for r, s in zip(ranks, terms, strict=True) if "..." in s)]
+        terms = [
+            s.replace("...", "".join(rest[len(rest) - max(r, 0) :]))
+            for r, s in zip(ranks, terms, strict=True)
+        ]
+        out = out.replace("...", "".join(rest))
+    if any(len(set(t)) < len(t) for t in (*terms, out)):
+        raise Untaken(f"einsum {equation!r}: a letter that is repeated in one operand, a diagonal")
+    while len(terms) > 2:
+        later = set("".join(terms[2:]) + out)
+        kept = "".join(s for s in dict.fromkeys(terms[0] + terms[1]) if s in later)
+        things = [einsum(b, f"{terms[0]},{terms[1]}->{kept}", things[:2]), *things[2:]]
+        terms = [kept, *terms[2:]]
     x, y = things[0], things[1] if len(things) > 1 else np.ones(())
     tx, ty = terms[0], terms[1] if len(terms) > 1 else ""
     for letter in sorted(set(tx) - set(ty) - set(out)):
@@ -492,6 +610,54 @@ def einsum(b: Builder, equation: str, things: Sequence[Any]) -> Any:
     z = view(b, z, [sizes[c] for c in (*both, *only_x, *only_y)])
     order = [*both, *only_x, *only_y]
     return transpose(b, z, [order.index(c) for c in out])
+
+
+def product(b: Builder, x: Any, axes: Sequence[int] | None, keep: bool) -> Any:
+    """The product over axes, of as many factors as they have elements."""
+    shape = b.shape(x)
+    rank = len(shape)
+    axes = sorted({a % rank for a in axes} if axes else range(rank))
+    y = flatten(b, transpose(b, x, [*(i for i in range(rank) if i not in axes), *axes]), rank - len(axes), -1)
+    if b.length(y, -1) > MOST_FACTORS:
+        raise Untaken(f"a product of more than {MOST_FACTORS} factors")
+    first, *more = (slice_axis(b, y, -1, i, i + 1) for i in range(b.length(y, -1)))
+    for factor in more:
+        first = binary(b, "mul", first, factor)
+    return view(b, first, [1 if i in axes else s for i, s in enumerate(shape) if keep or i not in axes])
+
+
+def remainder(b: Builder, x: Any, y: Any, mode: int) -> Any:
+    """x - y * (x / y, rounded by `mode` of the row "round")."""
+    quotient = unary(b, "round", binary(b, "div", x, y), mode=mode)
+    return binary(b, "sub", x, binary(b, "mul", quotient, y))
+
+
+def cosine(b: Builder, x: Any) -> Any:
+    return unary(b, "sin", affine(b, x, 1.0, math.pi / 2))
+
+
+def exp_pair(b: Builder, x: Any, op: str) -> Any:
+    """Half of exp(x) and exp(-x), added (cosh) or subtracted (sinh)."""
+    return binary(b, op, *(affine(b, unary(b, "exp", affine(b, x, s)), 0.5) for s in (1.0, -1.0)))
+
+
+def log_sum_exp(b: Builder, x: Any, axes: Sequence[int] | None, keep: bool) -> Any:
+    """log(sum(exp(x))) over axes, from the largest one up."""
+    shape = b.shape(x)
+    rank = len(shape)
+    axes = sorted({a % rank for a in axes} if axes else range(rank))
+    perm = [i for i in range(rank) if i not in axes] + axes
+    y = flatten(b, transpose(b, x, perm), rank - len(axes), -1)
+    rest = binary(b, "sub", y, b.emit("log_softmax", y))  # the same in the whole row
+    rest = slice_axis(b, rest, -1, 0, 1)
+    return view(b, rest, [1 if i in axes else s for i, s in enumerate(shape) if keep or i not in axes])
+
+
+def leaky_relu(b: Builder, x: Any, slope: float) -> Any:
+    """x where positive, slope * x elsewhere."""
+    if slope >= 0:
+        return unary(b, "leaky_relu", x, slope=slope)
+    return prelu(b, x, np.float32(slope))  # the output's sign does not say which side it came from
 
 
 def softmax(b: Builder, x: Any, axis: int, log: bool = False) -> Any:
@@ -629,6 +795,13 @@ def pool(
     attrs["after"] = attrs["before"] if after is None else spread(after, rank)
     dilation = spread(dilation, rank)
     extra = _pool(b, x, attrs, ceil, dilation)
+    if (
+        op == "max_pool"
+        and math.prod(attrs["kernel"]) > MAX_WINDOW
+        and attrs["kernel"] == tuple(b.shape(x)[2:])
+        and not any((*attrs["before"], *attrs["after"]))
+    ):
+        return largest(b, x, range(-rank, 0), True)
     if op == "max_pool":
         attrs["after"] = tuple(a + e for a, e in zip(attrs["after"], extra, strict=True))
         return b.emit(op, x, **attrs, dilation=dilation)
@@ -636,7 +809,7 @@ def pool(
 
 
 def adaptive_pool(b: Builder, op: str, x: Any, sizes: Sequence[int | None]) -> Any:
-    """avg_pool or max_pool to given output sizes; averages whose windows overlap are matrices."""
+    """avg_pool or max_pool to given output sizes; averages whose windows differ are matrices."""
     rank = len(sizes)
     shape = b.shape(x)
     goal = [s if g is None else int(g) for g, s in zip(sizes, shape[-rank:], strict=True)]
@@ -645,10 +818,17 @@ def adaptive_pool(b: Builder, op: str, x: Any, sizes: Sequence[int | None]) -> A
     if not any(s % g for s, g in zip(shape[-rank:], goal, strict=True)):
         kernel = [s // g for s, g in zip(shape[-rank:], goal, strict=True)]
         return x if kernel == [1] * rank else pool(b, op, x, kernel, kernel, 0)
-    if op == "max_pool":
-        raise Untaken(f"adaptive max-pool of {shape[-rank:]} to {tuple(goal)}, which does not divide it")
     for axis, g in zip(range(len(shape) - rank, len(shape)), goal, strict=True):
         n = b.length(x, axis)
+        if (
+            op == "max_pool" and g != n
+        ):  # windows of one length, the shorter ones with their last row repeated
+            ends = [(i * n // g, -(-(i + 1) * n // g)) for i in range(g)]
+            longest = max(end - start for start, end in ends)
+            y = take(b, x, axis, [min(start + k, end - 1) for start, end in ends for k in range(longest)])
+            y = view(b, y, [*b.shape(y)[:axis], g, longest, *b.shape(y)[axis + 1 :]])
+            x = largest(b, y, [axis + 1], False)
+            continue
         rows = [(np.arange(n) >= i * n // g) & (np.arange(n) < -(-(i + 1) * n // g)) for i in range(g)]
         x = along(b, x, axis, np.array([r / r.sum() for r in rows])) if g != n else x
     return x
@@ -658,12 +838,119 @@ def upsample_nearest(b: Builder, x: Any, sizes: Sequence[int]) -> Any:
     """Repeat each element along the spatial axes, to sizes that are multiples of the present ones."""
     shape = list(b.shape(x))
     times = [int(g) // int(s) for g, s in zip(sizes, shape[2:], strict=True)]
-    if [t * s for t, s in zip(times, shape[2:], strict=True)] != list(sizes):
-        raise Untaken(f"nearest upsampling of {tuple(shape[2:])} to {tuple(sizes)}, which is not a multiple")
     apart, wide = shape[:2], shape[:2]
     for s, t in zip(shape[2:], times, strict=True):
         apart, wide = [*apart, s, 1], [*wide, s, t]
     return view(b, expand(b, view(b, x, apart), wide), [*shape[:2], *sizes])
+
+
+def resample(b: Builder, x: Any, matrices: Sequence[np.ndarray]) -> Any:
+    """Interpolation of the spatial axes, a matrix (out, in) an axis; by repeating or picking where that is all."""
+    shape = b.shape(x)[2:]
+    picked = [
+        m.argmax(1) if ((m == 1).sum(1) == 1).all() and ((m != 0).sum(1) == 1).all() else None
+        for m in matrices
+    ]
+    repeats = [
+        p is not None and len(p) % n == 0 and np.array_equal(p, np.repeat(np.arange(n), len(p) // n))
+        for p, n in zip(picked, shape, strict=True)
+    ]
+    if all(repeats):
+        return upsample_nearest(b, x, [len(m) for m in matrices])
+    for axis, (matrix, index) in enumerate(zip(matrices, picked, strict=True), 2):
+        x = along(b, x, axis, matrix) if index is None else take(b, x, axis, index)
+    return x
+
+
+def unshuffle(b: Builder, x: Any, r: int) -> Any:
+    """(N, C, H r, W r) to (N, C r r, H, W)."""
+    n, c, h, w = b.shape(x)
+    y = transpose(b, view(b, x, [n, c, h // r, r, w // r, r]), [0, 1, 3, 5, 2, 4])
+    return view(b, y, [n, c * r * r, h // r, w // r])
+
+
+def channel_shuffle(b: Builder, x: Any, groups: int) -> Any:
+    """Channels of g groups, taken one of each in turn."""
+    shape = b.shape(x)
+    y = view(b, x, [shape[0], groups, shape[1] // groups, *shape[2:]])
+    return view(b, swap(b, y, 1, 2), shape)
+
+
+def embedding(b: Builder, table: Any, index: Any, padding: int = -1) -> Any:
+    """Rows of a table at constant indices, or at those that the data holds; `padding`: a row that does not learn."""
+    if not isinstance(index, Ref):
+        if padding >= 0 and isinstance(table, Ref) and (np.asarray(index) == padding).any():
+            fixed = b.emit("detach", take(b, table, 0, [padding]))
+            n = b.length(table, 0)
+            table = concat(
+                b,
+                [
+                    t
+                    for t in (
+                        slice_axis(b, table, 0, 0, padding) if padding else None,
+                        fixed,
+                        slice_axis(b, table, 0, padding + 1, None) if padding + 1 < n else None,
+                    )
+                    if t is not None
+                ],
+                0,
+            )
+        return take(b, table, 0, index)
+    return b.emit("embedding", table, index, padding=int(padding))
+
+
+def detach(b: Builder, x: Any) -> Any:
+    """x, which no gradient passes."""
+    return b.emit("detach", x) if isinstance(x, Ref) else x
+
+
+def convolution_transposed(
+    b: Builder,
+    x: Any,
+    w: Any,
+    bias: Any,
+    *,
+    stride: Any,
+    before: Any,
+    after: Any,
+    extra: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """A transposed convolution: the input gradient of the convolution with the same weight (in, out / groups, ...).
+
+    before, after: what is cut off the output; extra: what its end is longer by.
+    """
+    rank = len(b.shape(x)) - 2
+    if rank not in (1, 2):
+        raise Untaken(f"a transposed convolution over {rank} spatial dimensions; one or two are taken")
+    stride, dilation, before, after, extra = (
+        spread(v, rank) for v in (stride, dilation, before, after, extra)
+    )
+    kernel = [int(k) for k in b.shape(w)[2:]]
+    span = [
+        (n - 1) * s + d * (k - 1) + 1
+        for n, s, d, k in zip(b.shape(x)[2:], stride, dilation, kernel, strict=True)
+    ]
+    cut = [a - e for a, e in zip(after, extra, strict=True)]
+    inside = min(*before, *cut, 0) >= 0  # else nothing is cut by the op, and the result is padded
+    size = [n - p - q if inside else n for n, p, q in zip(span, before, cut, strict=True)]
+    if min(size) < 1:
+        raise Untaken(f"a transposed convolution whose output is empty: {tuple(size)}")
+    y = b.emit(
+        "conv_input_grad",
+        x,
+        w,
+        size=tuple(size),
+        stride=stride,
+        before=before if inside else (0,) * rank,
+        after=tuple(cut) if inside else (0,) * rank,
+        dilation=dilation,
+        groups=int(groups),
+    )
+    if not inside:
+        y = pad(b, y, [0, 0, *(-p for p in before)], [0, 0, *(-q for q in cut)])
+    return scale_shift(b, y, None, bias)
 
 
 def pixel_shuffle(b: Builder, x: Any, r: int) -> Any:

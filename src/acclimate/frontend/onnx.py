@@ -17,7 +17,7 @@ from ..ir import Graph
 from . import common as c
 from .common import LOST, Builder, Ref, Retry, Untaken
 from .onnx_model import RANDOM, Model, Node, evaluated, has_graph
-from .onnx_ops import REWRITES, SIZES, TABLE, settled
+from .onnx_ops import COMPARED, REWRITES, SIZES, TABLE, settled
 
 MOST_NODES = 1 << 18
 DEEPEST_CALLS = 100
@@ -151,7 +151,7 @@ class _Walk:
         for name, array in self.model.parameters.items():
             self.env[name] = self.b.parameter(name, array)
         for name, shape in self.model.inputs:
-            self.env[name] = self.b.input(shape, name)
+            self.env[name] = self.b.input(shape, name, name in self.model.whole)
         for node in self.model.nodes:
             results = self._call(node)
             for name, value in zip(node.outputs, results, strict=False):
@@ -170,6 +170,9 @@ class _Walk:
         b, lost = self.b, [LOST] * len(node.outputs)
         b.where, b.stem = node.where, node.scope
         taken = node.op in TABLE and node.domain in ("", "ai.onnx")
+        for name in node.inputs if node.op not in COMPARED else ():
+            if isinstance(self.env.get(name), c.Compared):
+                self.env[name] = b.value(self.env[name])
         things = [self.env.get(n, LOST) if n else None for n in node.inputs]
         node.things, node.wanted = (
             things,

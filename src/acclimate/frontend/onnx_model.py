@@ -22,6 +22,9 @@ MOST_ELEMENTS = 1 << 26  # of a constant that a file does not hold, but asks to 
 _ORIGINAL = "pkg.torch.onnx.original_node_name"
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
+#: element types of integers, which a float holds exactly up to 2^24
+WHOLE = (2, 3, 4, 5, 6, 7, 12, 13)
+
 
 def _metadata(proto: Any) -> dict[str, str]:
     return {p.key: p.value for p in getattr(proto, "metadata_props", ())}
@@ -108,6 +111,7 @@ class Model:
         self.tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
         self.nodes = [Node(n, self.opset) for n in graph.node]
         self.uses = Counter(name for n in self.nodes for name in n.inputs)
+        self.whole: set[str] = set()  # inputs of integers
         self.inputs = self._inputs(graph, fixed)
         first = 1 if fixed else self.inputs[0][1][0]
         self.baked = first if isinstance(first, int) else None
@@ -140,12 +144,14 @@ class Model:
 
     def _shape(self, given: Any, fixed: bool) -> list[Any]:
         tensor = given.type.tensor_type
-        if tensor.elem_type not in (1, 10, 11, 16):
+        if tensor.elem_type not in (1, 10, 11, 16, *WHOLE):
             raise Unsupported(
-                "the model takes integers",
+                "the model takes neither floats nor integers",
                 where=given.name,
-                action="do the embedding outside of the model and give it floats",
+                number=f"element type {tensor.elem_type}",
+                action="give it float32",
             )
+        self.whole.update([given.name] if tensor.elem_type in WHOLE else [])
         shape = [d.dim_value if d.dim_value > 0 else d.dim_param or "?" for d in tensor.shape.dim]
         if any(isinstance(s, str) for s in shape[not fixed :]) or not (shape or fixed):
             raise Unsupported(

@@ -17,7 +17,7 @@ from ..ir import Dim
 from . import common as c
 from . import lowering as f
 from .common import LOST, Builder, Ref, Untaken
-from .onnx_model import Node, bounded, evaluated
+from .onnx_model import WHOLE, Node, bounded, evaluated
 
 # -- arithmetic on sizes ---------------------------------------------------------------------------------------------
 
@@ -125,6 +125,37 @@ def _conv(b: Builder, n: Node) -> Any:
     )
 
 
+def _conv_transpose(b: Builder, n: Node) -> Any:
+    kernel = [int(k) for k in b.shape(n.get(1))[2:]]
+    rank = len(kernel)
+    stride, dilation = n.attr("strides", [1] * rank), n.attr("dilations", [1] * rank)
+    extra, pads = n.attr("output_padding", [0] * rank), n.attr("pads", [0] * 2 * rank)
+    auto, goal = n.attr("auto_pad", "NOTSET"), n.attr("output_shape", None)
+    sizes = b.shape(n.x)[2:]
+    if goal is None and auto.startswith("SAME"):
+        goal = [s * t for s, t in zip(sizes, stride, strict=True)]
+    before, after = pads[:rank], pads[rank:]
+    if goal is not None:
+        total = [
+            (s - 1) * t + e + d * (k - 1) + 1 - g
+            for s, t, e, d, k, g in zip(sizes, stride, extra, dilation, kernel, goal[-rank:], strict=True)
+        ]
+        small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+        before, after = (small, large) if auto == "SAME_UPPER" else (large, small)
+    return f.convolution_transposed(
+        b,
+        n.x,
+        n.get(1),
+        n.get(2),
+        stride=stride,
+        before=before,
+        after=after,
+        extra=extra,
+        dilation=dilation,
+        groups=n.attr("group", 1),
+    )
+
+
 def _gemm(b: Builder, n: Node) -> Any:
     x, w, bias, alpha, beta = n.x, n.get(1), n.get(2), n.attr("alpha", 1.0), n.attr("beta", 1.0)
     x = c.swap(b, x, 0, 1) if n.attr("transA", 0) else x
@@ -217,10 +248,10 @@ def _number(n: Node, i: int, name: str) -> float | None:
 
 
 def _clip(b: Builder, n: Node) -> Any:
-    low, high = n.get(1), n.get(2)
-    if isinstance(low, Ref) or isinstance(high, Ref):
-        x = n.x if low is None else f.larger(b, n.x, low)
-        return x if high is None else f.larger(b, x, high, -1.0)
+    bounds = n.get(1), n.get(2)
+    if any(isinstance(v, Ref) or np.size(v) > 1 for v in bounds if v is not None):
+        x = n.x if bounds[0] is None else f.larger(b, n.x, bounds[0])
+        return x if bounds[1] is None else f.larger(b, x, bounds[1], -1.0)
     return f.clamp(b, n.x, _number(n, 1, "min"), _number(n, 2, "max"))
 
 
@@ -249,14 +280,6 @@ def _sum_of(op: str) -> Callable[..., Any]:
     return lambda b, x, axes, keep: f.reduce(b, "sum", f.unary(b, op, x), axes, keep)
 
 
-def _log_sum_exp(b: Builder, x: Any, axes: Any, keep: bool) -> Any:
-    axes = axes or range(len(b.shape(x)))
-    if len(axes) != 1:
-        raise Untaken("ReduceLogSumExp over several axes")
-    y = c.slice_axis(b, f.binary(b, "sub", x, f.softmax(b, x, axes[0], log=True)), axes[0], 0, 1)
-    return y if keep else c.squeeze(b, y, axes)
-
-
 def _binary(op: str) -> Callable[..., Any]:
     return lambda b, n: f.binary(b, op, n.x, n.get(1))
 
@@ -279,9 +302,45 @@ def _hard_sigmoid(b: Builder, n: Node) -> Any:
 
 
 def _leaky_relu(b: Builder, n: Node) -> Any:
-    if n.attr("alpha", 0.01) < 0:
-        raise Untaken("a leaky relu of negative slope")
-    return f.unary(b, "leaky_relu", n.x, slope=n.attr("alpha", 0.01))
+    return f.leaky_relu(b, n.x, n.attr("alpha", 0.01))
+
+
+def _thresholded_relu(b: Builder, n: Node) -> Any:
+    return f.where(b, f.compare(b, n.x, n.attr("alpha", 1.0), True), n.x, 0.0)
+
+
+def _shrink(b: Builder, n: Node) -> Any:
+    """x moved by `bias` towards zero where it is further than `lambd` from it, else 0."""
+    bound, bias = n.attr("lambd", 0.5), n.attr("bias", 0.0)
+    parts = [
+        f.keep(b, f.affine(b, n.x, 1.0, -side * bias), b.value(f.compare(b, n.x, side * bound, side > 0)))
+        for side in (1.0, -1.0)
+    ]
+    return f.binary(b, "add", *parts)
+
+
+def _local_response_norm(b: Builder, n: Node) -> Any:
+    """x / (bias + alpha / size * the sum of squares of `size` channels around)^beta."""
+    size, shape = n.attr("size"), b.shape(n.x)
+    square = c.view(b, f.unary(b, "square", n.x), [shape[0], 1, shape[1], math.prod(shape[2:])])
+    before, after = [0, 0, (size - 1) // 2, 0], [0, 0, size - 1 - (size - 1) // 2, 0]
+    mean = f.pool(b, "avg_pool", c.pad(b, square, before, after), [size, 1], [1, 1], [0, 0])
+    scale = f.affine(b, c.view(b, mean, shape), n.attr("alpha", 1e-4), n.attr("bias", 1.0))
+    return f.binary(b, "mul", n.x, f.power(b, scale, -n.attr("beta", 0.75)))
+
+
+def _logical(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda b, n: fn(b, n.x, n.get(1))
+
+
+def _mean_variance(b: Builder, n: Node) -> Any:
+    """(x - mean) / std over axes, by default all but the channels."""
+    axes = list(n.attr("axes", [0, 2, 3]))
+    if any(isinstance(b.shape(n.x)[a], Dim) for a in axes):
+        raise Untaken("statistics over the batch")
+    centred = f.binary(b, "sub", n.x, f.reduce(b, "mean", n.x, axes, True))
+    spread = f.affine(b, f.reduce(b, "mean", f.unary(b, "square", centred), axes, True), 1.0, 1e-18)
+    return f.binary(b, "div", centred, f.unary(b, "sqrt", spread))
 
 
 def _swish(b: Builder, n: Node) -> Any:
@@ -347,7 +406,9 @@ def _split(b: Builder, n: Node) -> Any:
 def _gather(b: Builder, n: Node) -> Any:
     axis, index = n.attr("axis", 0), n.get(1)
     if isinstance(index, Ref):
-        raise Untaken("an index that depends on the data")
+        if axis == 0 and len(b.shape(n.x)) == 2:
+            return f.embedding(b, n.x, index)
+        raise Untaken("an index that depends on the data, but for the rows of a table")
     if np.ndim(index) == 0:
         return c.select(b, n.x, axis, int(index))
     return f.take(b, n.x, axis, index)
@@ -410,9 +471,11 @@ def _resize(b: Builder, n: Node) -> Any:
     goal = [int(g) for g in goal[-len(shape[2:]) :]]
     kept = ("mode", "coordinate_transformation_mode", "nearest_mode", "cubic_coeff_a", "exclude_outside")
     attrs = {k: v for k, v in n.attrs.items() if k in kept}
+    matrices = []
     for i, axis in enumerate(range(2, len(shape))):
         size = b.length(x, axis)
         if size == goal[i]:
+            matrices.append(np.eye(size, dtype=np.float32))
             continue
         proto = helper.make_node("Resize", ["x", "", "scales"], ["y"], **attrs)
         factor = np.float32(goal[i] / size if scales is None else scales[axis])
@@ -420,11 +483,8 @@ def _resize(b: Builder, n: Node) -> Any:
             Node(proto, max(n.opset, 13)),
             {"x": np.eye(size, dtype=np.float32), "scales": np.array([1, factor], np.float32)},
         )[0].T
-        if np.array_equal(matrix, np.repeat(np.eye(size), goal[i] // size, 0)):
-            x = f.upsample_nearest(b, x, [goal[i] if a == axis else s for a, s in enumerate(b.shape(x))][2:])
-        else:
-            x = f.along(b, x, axis, matrix)
-    return x
+        matrices.append(matrix)
+    return f.resample(b, x, matrices)
 
 
 def _depth_to_space(b: Builder, n: Node) -> Any:
@@ -434,6 +494,24 @@ def _depth_to_space(b: Builder, n: Node) -> Any:
     batch, channels, h, w = b.shape(n.x)
     y = c.transpose(b, c.view(b, n.x, [batch, r, r, channels // (r * r), h, w]), [0, 3, 4, 1, 5, 2])
     return c.view(b, y, [batch, channels // (r * r), h * r, w * r])
+
+
+def _modulo(b: Builder, n: Node) -> Any:
+    if n.attr("fmod", 0):
+        return f.remainder(b, n.x, n.get(1), 3)
+    if f.number(n.get(1)) is None:
+        raise Untaken("a divisor that is not one constant")
+    return f.remainder(b, n.x, n.get(1), 0)
+
+
+def _space_to_depth(b: Builder, n: Node) -> Any:
+    """Blocks first among the new channels, or with mode CRD channels first."""
+    r = n.attr("blocksize")
+    if n.attr("mode", "DCR") == "CRD":
+        return f.unshuffle(b, n.x, r)
+    batch, channels, h, w = b.shape(n.x)
+    y = c.transpose(b, c.view(b, n.x, [batch, channels, h // r, r, w // r, r]), [0, 3, 5, 1, 2, 4])
+    return c.view(b, y, [batch, channels * r * r, h // r, w // r])
 
 
 #: operator -> row, its gates in ONNX's order by their number in ours, activations that are taken
@@ -502,8 +580,8 @@ def _recurrent(b: Builder, n: Node) -> Any:
 
 def _attention(b: Builder, n: Node) -> Any:
     q, k, v = n.things[:3]
-    if len(b.shape(q)) != 4 or len(n.things) > 4 or b.shape(q)[1] != b.shape(k)[1]:
-        raise Untaken("attention on three axes, with a cache, or with fewer heads for keys")
+    if len(b.shape(q)) != 4 or len(n.things) > 4:
+        raise Untaken("attention on three axes, or with a cache")
     more = [k for k, v in n.attrs.items() if k not in ("is_causal", "scale", "softmax_precision") and v]
     if more:
         raise Untaken(f"attention with {', '.join(sorted(more))}")
@@ -511,9 +589,17 @@ def _attention(b: Builder, n: Node) -> Any:
 
 
 def _cast(b: Builder, n: Node) -> Any:
-    if isinstance(n.x, Ref) and n.attr("to") not in (1, 10, 11, 16):
-        raise Untaken("a conversion of the data to integers")
-    return n.x
+    if n.attr("to") in (1, 10, 11, 16) or not isinstance(n.x, Ref) or n.x in b.truths:
+        return n.x
+    if n.attr("to") == 9:
+        return f.inverted(b, f.equal(b, n.x, 0.0))
+    if n.attr("to") not in WHOLE:
+        raise Untaken(f"a conversion of the data to type {n.attr('to')}")
+    if n.x in b.whole:
+        return n.x
+    y = f.unary(b, "round", n.x, mode=3)
+    b.whole.add(y)
+    return y
 
 
 def _lp_normalization(b: Builder, n: Node) -> Any:
@@ -547,6 +633,7 @@ def _affine(scale: float = 1.0, shift: float = 0.0) -> Callable[..., Any]:
 TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     # layers
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
     "Gemm": _gemm,
     "MatMul": lambda b, n: f.matmul(b, n.x, n.get(1)),
     "Attention": _attention,
@@ -560,6 +647,8 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     ),
     "RMSNormalization": _rms_norm,
     "LpNormalization": _lp_normalization,
+    "MeanVarianceNormalization": _mean_variance,
+    "LRN": _local_response_norm,
     "Dropout": _dropout,
     "MaxPool": _pool("max_pool"),
     "AveragePool": _pool("avg_pool"),
@@ -568,6 +657,7 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "Resize": _resize,
     "Upsample": _resize,
     "DepthToSpace": _depth_to_space,
+    "SpaceToDepth": _space_to_depth,
     # activations
     "Relu": _simple("relu"),
     "Sigmoid": _simple("sigmoid"),
@@ -580,6 +670,17 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "HardSwish": _simple("hard_swish"),
     "HardSigmoid": _hard_sigmoid,
     "LeakyRelu": _leaky_relu,
+    "ThresholdedRelu": _thresholded_relu,
+    "Shrink": _shrink,
+    "Sin": _simple("sin"),
+    "Cos": lambda b, n: f.cosine(b, n.x),
+    "Tan": lambda b, n: f.binary(b, "div", f.unary(b, "sin", n.x), f.cosine(b, n.x)),
+    "Sinh": lambda b, n: f.exp_pair(b, n.x, "sub"),
+    "Cosh": lambda b, n: f.exp_pair(b, n.x, "add"),
+    "Floor": lambda b, n: f.unary(b, "round", n.x, mode=0),
+    "Ceil": lambda b, n: f.unary(b, "round", n.x, mode=1),
+    "Round": lambda b, n: f.unary(b, "round", n.x, mode=2),
+    "Sign": lambda b, n: f.sign(b, n.x),
     "Swish": _swish,
     "Gelu": lambda b, n: f.unary(b, "gelu", n.x, tanh=int(n.attr("approximate", "none") == "tanh")),
     "Erf": lambda b, n: c.Erf(n.x),
@@ -602,8 +703,16 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "Div": _binary("div"),
     "Neg": _affine(-1.0),
     "Pow": lambda b, n: f.power(b, n.x, n.get(1)),
-    **dict.fromkeys(("Greater", "GreaterOrEqual"), lambda b, n: f.compare(b, n.x, n.get(1), True)),
-    **dict.fromkeys(("Less", "LessOrEqual"), lambda b, n: f.compare(b, n.x, n.get(1), False)),
+    "Mod": _modulo,
+    "Greater": lambda b, n: f.compare(b, n.x, n.get(1), True),
+    "GreaterOrEqual": lambda b, n: f.compare(b, n.x, n.get(1), True, False),
+    "Less": lambda b, n: f.compare(b, n.x, n.get(1), False),
+    "LessOrEqual": lambda b, n: f.compare(b, n.x, n.get(1), False, False),
+    "Equal": _logical(f.equal),
+    "And": _logical(f.both),
+    "Or": _logical(f.either),
+    "Xor": _logical(f.differs),
+    "Not": lambda b, n: f.inverted(b, n.x),
     "Sum": _variadic(lambda b, x, y: f.binary(b, "add", x, y)),
     "Mean": lambda b, n: f.affine(
         b, _variadic(lambda b, x, y: f.binary(b, "add", x, y))(b, n), 1 / len(n.things)
@@ -616,10 +725,12 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "ReduceMin": _reduce(
         lambda b, x, axes, keep: f.affine(b, f.largest(b, f.affine(b, x, -1.0), axes, keep), -1.0)
     ),
+    "ReduceLogSum": _reduce(lambda b, x, axes, keep: f.unary(b, "log", f.reduce(b, "sum", x, axes, keep))),
+    "ReduceProd": _reduce(f.product),
     "ReduceL1": _reduce(_sum_of("abs")),
     "ReduceSumSquare": _reduce(_sum_of("square")),
     "ReduceL2": _reduce(lambda b, x, axes, keep: f.unary(b, "sqrt", _sum_of("square")(b, x, axes, keep))),
-    "ReduceLogSumExp": _reduce(_log_sum_exp),
+    "ReduceLogSumExp": _reduce(f.log_sum_exp),
     "CumSum": _cumsum,
     "Trilu": _trilu,
     "IsNaN": lambda b, n: np.zeros((), np.bool_),
@@ -631,6 +742,7 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "Split": _split,
     "Gather": _gather,
     "GatherND": _gather_nd,
+    "GatherElements": lambda b, n: f.gather(b, n.x, n.attr("axis", 0), n.get(1)),
     "Expand": _expand,
     "Pad": _pad,
     "Shape": _shape,
@@ -648,9 +760,11 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
 
 _QUANTISED = "bring the float model; acclimate.quantize makes an int8 graph of it"
 
+#: operators that look into a comparison rather than take it as numbers
+COMPARED = {"Where", "Not"}
+
 #: operator -> the nearest thing that is taken
 REWRITES: dict[str, str] = {
-    "ConvTranspose": "Resize by nearest and a convolution",
     **dict.fromkeys(_CELLS, "the usual activations, sequences of one length, no clip and no peepholes"),
     **dict.fromkeys(
         (
@@ -664,29 +778,8 @@ REWRITES: dict[str, str] = {
         ),
         _QUANTISED,
     ),
-    **dict.fromkeys(
-        (
-            "Greater",
-            "Less",
-            "GreaterOrEqual",
-            "LessOrEqual",
-            "Equal",
-            "Not",
-            "And",
-            "Or",
-            "Sign",
-            "Floor",
-            "Ceil",
-            "Round",
-            "Where",
-        ),
-        "Relu, Clip or Sigmoid; comparisons have no gradient",
-    ),
     **dict.fromkeys(("If", "Loop", "Scan"), "export the one branch that is needed"),
     **dict.fromkeys(("ArgMax", "ArgMin", "TopK", "NonMaxSuppression"), c.OUTSIDE),
-    **dict.fromkeys(("GatherElements", "ScatterND", "ScatterElements"), "Slice and Concat"),
+    **dict.fromkeys(("ScatterND", "ScatterElements"), "Slice and Concat"),
     "Gather": "one constant index, Slice and Concat",
-    "Pow": "products and Sqrt",
-    "Erf": "Gelu",
-    "LRN": "BatchNormalization",
 }

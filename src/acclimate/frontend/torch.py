@@ -23,7 +23,7 @@ from ..ir import Dim, Graph
 from . import common as c
 from . import torch_file
 from .common import LOST, Builder, Ref, Untaken
-from .torch_ops import RANDOM, REWRITES, TABLE
+from .torch_ops import COMPARED, RANDOM, REWRITES, TABLE
 
 #: The attribute by which a buffer's tensor remembers its name.
 _STEM = "acclimate_name"
@@ -116,16 +116,15 @@ def _example(torch: Any, example: Any) -> Any:
             number=type(example).__name__,
             action="a model with several inputs is not taken: join them to one tensor and split it inside",
         )
-    if not example.is_floating_point():
-        raise Unsupported("the model takes integers", number=str(example.dtype), action=_EMBED)
+    if example.is_complex():
+        raise Unsupported(
+            "the model takes complex numbers", number=str(example.dtype), action="split them in two"
+        )
     if example.dim() == 0 or example.shape[0] == 0:
         raise WrongUse(
             "axis 0 of the example is the batch, of one or more", number=f"shape {tuple(example.shape)}"
         )
-    return example.detach().to("cpu", torch.float32)
-
-
-_EMBED = "give the model float inputs: do the embedding outside of it, or pass x as one-hot floats"
+    return example.detach().to("cpu", torch.float32 if example.is_floating_point() else example.dtype)
 
 
 def _copied(torch: Any, module: Any, mode: str | None) -> Any:
@@ -219,9 +218,6 @@ def _user_input(program: Any, source: str) -> Any:
 def _convert(program: Any, baked: int | None, batch: int, source: str) -> Graph:
     """The Graph of an exported program."""
     entry = _user_input(program, source)
-    value = entry.meta["val"]
-    if not value.dtype.is_floating_point:
-        raise Unsupported("the model takes integers", where=source, number=str(value.dtype), action=_EMBED)
     outputs = [s for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
     if len(outputs) != 1:
         raise Unsupported(
@@ -309,14 +305,14 @@ class _Walk:
                     tensor = tensor.detach().clone()
                     setattr(tensor, _STEM, spec.target)
                 self.env[node] = tensor
-        self.env[self.entry] = self.b.input(self.entry.meta["val"].shape)
+        value = self.entry.meta["val"]
+        self.env[self.entry] = self.b.input(value.shape, whole=not value.dtype.is_floating_point)
 
     def _call(self, node: Any) -> Any:
         """What a node's result is; LOST where it could not be taken."""
-        args = _map(lambda n: self.env.get(n, n), node.args)
-        kwargs = _map(lambda n: self.env.get(n, n), node.kwargs)
         name = _name(node.target)
         self.b.where, self.b.stem = _where(node), _stem(node)
+        args, kwargs = (_map(lambda n: self._given(n, name), v) for v in (node.args, node.kwargs))
         if name == "getitem":
             if args[0] is LOST:
                 return LOST
@@ -346,6 +342,13 @@ class _Walk:
         except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
             self._fail(name, Untaken(f"its arguments are not understood ({c.first_line(error)})"))
         return LOST
+
+    def _given(self, node: Any, reader: str) -> Any:
+        """What a node's result is to an operator; a comparison becomes a value where it is not read as one."""
+        value = self.env.get(node, node)
+        if isinstance(value, c.Compared) and reader not in COMPARED:
+            value = self.env[node] = self.b.value(value)
+        return value
 
     def _fail(self, name: str, error: Untaken) -> None:
         self.b.fail(name, error, REWRITES.get(name.split(".")[0], ""))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ def _same(kernel: Any, dilation: Any) -> tuple[list[int], list[int]]:
 def _conv(b: Builder, a: Any) -> Any:
     kernel = b.shape(a.weight)[2:]
     if getattr(a, "transposed", False):
-        raise Untaken("a transposed convolution")
+        return _conv_transpose(b, a)
     dilation, padding = f.spread(a.dilation, len(kernel)), a.padding
     if isinstance(padding, str):
         before, after = _same(kernel, dilation) if padding == "same" else ([0], [0])
@@ -42,6 +43,21 @@ def _conv(b: Builder, a: Any) -> Any:
         before=before,
         after=after,
         dilation=dilation,
+        groups=a.groups,
+    )
+
+
+def _conv_transpose(b: Builder, a: Any) -> Any:
+    return f.convolution_transposed(
+        b,
+        a.x,
+        a.weight,
+        a.bias,
+        stride=a.stride,
+        before=a.padding,
+        after=a.padding,
+        extra=a.output_padding,
+        dilation=a.dilation,
         groups=a.groups,
     )
 
@@ -67,9 +83,9 @@ def _rsub(b: Builder, a: Any) -> Any:
 
 
 def _div(b: Builder, a: Any) -> Any:
-    if getattr(a, "rounding_mode", None):
-        raise Untaken("a division that rounds")
-    return f.binary(b, "div", a.x, a.other)
+    mode = getattr(a, "rounding_mode", None)
+    y = f.binary(b, "div", a.x, a.other)
+    return y if mode is None else f.unary(b, "round", y, mode={"floor": 0, "trunc": 3}[mode])
 
 
 def _pow(b: Builder, a: Any) -> Any:
@@ -146,18 +162,40 @@ def _max_pool(rank: int, tuple_: bool = False) -> Callable[..., Any]:
 
 
 def _avg_pool(b: Builder, a: Any) -> Any:
-    if getattr(a, "divisor_override", None) is not None:
-        raise Untaken("average pooling with divisor_override")
-    return f.pool(
+    divisor = getattr(a, "divisor_override", None)
+    if divisor is not None and a.ceil_mode:
+        raise Untaken("average pooling with divisor_override and ceil_mode")
+    kernel = f.spread(a.kernel_size, len(b.shape(a.x)) - 2)
+    y = f.pool(
         b,
         "avg_pool",
         a.x,
-        a.kernel_size,
+        kernel,
         a.stride,
         a.padding,
         ceil=a.ceil_mode,
-        include_pad=a.count_include_pad,
+        include_pad=a.count_include_pad or divisor is not None,
     )
+    return y if divisor is None else f.affine(b, y, math.prod(kernel) / divisor)
+
+
+def _avg_pool_3d(b: Builder, a: Any) -> Any:
+    """Over the first of three spatial dimensions only, as local response norm does over channels."""
+    sides = [f.spread(v, 3) for v in (a.kernel_size, a.stride or a.kernel_size, a.padding)]
+    if any(tuple(s[1:]) != rest for s, rest in zip(sides, ((1, 1), (1, 1), (0, 0)), strict=True)):
+        raise Untaken("average pooling over three spatial dimensions")
+    n, channels, depth, h, w = b.shape(a.x)
+    kernel, stride, padding = ((s[0], s[1]) for s in sides)
+    flat = SimpleNamespace(**vars(a))
+    flat.x, flat.kernel_size = c.view(b, a.x, [n, channels, depth, h * w]), kernel
+    flat.stride, flat.padding = stride, padding
+    y = _avg_pool(b, flat)
+    return c.view(b, y, [*b.shape(y)[:3], h, w])
+
+
+def _logit(b: Builder, a: Any) -> Any:
+    x = a.x if a.eps is None else f.clamp(b, a.x, a.eps, 1 - a.eps)
+    return f.unary(b, "log", f.binary(b, "div", x, f.affine(b, x, -1.0, 1.0)))
 
 
 def _pad(b: Builder, a: Any) -> Any:
@@ -174,27 +212,158 @@ def _pad(b: Builder, a: Any) -> Any:
 
 
 def _index(b: Builder, a: Any) -> Any:
-    given = [(axis, i) for axis, i in enumerate(a.indices) if i is not None]
-    if len(given) != 1 or isinstance(given[0][1], Ref):
-        raise Untaken("indexing by several tensors, or by one that depends on the data")
-    axis, index = given[0]
-    if np.asarray(index).dtype == np.bool_:
-        index = np.flatnonzero(index) if np.ndim(index) == 1 else None
-    if index is None:
-        raise Untaken("indexing by a mask of several dimensions")
-    return f.take(b, a.x, axis, index)
+    given, axis = [], 0
+    for index in a.indices:
+        if isinstance(index, Ref):
+            if axis == 0 and len(a.indices) == 1 and len(b.shape(a.x)) == 2 and index not in b.truths:
+                return f.embedding(b, a.x, index)
+            raise Untaken("indexing by data, but for the rows of a table")
+        masked = index is not None and np.asarray(index).dtype == np.bool_
+        parts = np.nonzero(index) if masked else [index]
+        given += [(axis + i, part) for i, part in enumerate(parts) if part is not None]
+        axis += len(parts)
+    axes, indices = zip(*given, strict=True)
+    if len(axes) == 1:
+        return f.take(b, a.x, axes[0], indices[0])
+    together = axes == tuple(range(axes[0], axes[0] + len(axes)))
+    rank, at = len(b.shape(a.x)), axes[0] if together else 0
+    rest = [i for i in range(rank) if i not in axes]
+    x = c.transpose(b, a.x, [*rest[:at], *axes, *rest[at:]])
+    sizes = [b.length(x, at + i) for i in range(len(axes))]
+    indices = np.broadcast_arrays(*(np.where(i < 0, i + n, i) for i, n in zip(indices, sizes, strict=True)))
+    flat = np.ravel_multi_index(indices, sizes)
+    return f.take(b, c.flatten(b, x, at, at + len(axes) - 1), at, flat)
 
 
 def _constant_index(b: Builder, a: Any) -> Any:
     if isinstance(a.index, Ref):
+        if a.dim == 0 and len(b.shape(a.x)) == 2:
+            return f.embedding(b, a.x, a.index)
         raise Untaken("an index that depends on the data")
     return f.take(b, a.x, a.dim, np.asarray(a.index).reshape(-1))
 
 
 def _embedding(b: Builder, a: Any) -> Any:
-    if isinstance(a.indices, (Ref, Dim)):
-        raise Untaken("an embedding of the input")
-    return f.take(b, a.weight, 0, a.indices)
+    if getattr(a, "scale_grad_by_freq", False):
+        raise Untaken("an embedding whose gradient is scaled by frequency")
+    return f.embedding(b, a.weight, a.indices, getattr(a, "padding_idx", -1))
+
+
+def _repeat_interleave(b: Builder, a: Any) -> Any:
+    times = f.number(a.repeats)
+    if times is None or a.dim is None:
+        raise Untaken("repeats that differ, or of the flattened tensor")
+    return f.take(b, a.x, a.dim, np.repeat(np.arange(b.length(a.x, a.dim)), int(times)))
+
+
+def _triangle(upper: bool) -> Callable[..., Any]:
+    def rule(b: Builder, a: Any) -> Any:
+        ones = np.ones((b.length(a.x, -2), b.length(a.x, -1)), np.float32)
+        return f.binary(b, "mul", a.x, (np.triu if upper else np.tril)(ones, a.diagonal))
+
+    return rule
+
+
+def _windows(b: Builder, a: Any) -> Any:
+    """Tensor.unfold: windows of one axis, as a new last axis."""
+    axis = a.dimension % len(b.shape(a.x))
+    starts = np.arange(0, b.length(a.x, axis) - a.size + 1, a.step)
+    y = f.take(b, a.x, axis, starts[:, None] + np.arange(a.size))
+    rank = len(b.shape(y))
+    return c.transpose(b, y, [*(i for i in range(rank) if i != axis + 1), axis + 1])
+
+
+def _difference(b: Builder, a: Any) -> Any:
+    if a.n != 1 or a.prepend is not None or a.append is not None:
+        raise Untaken("a difference of higher order, or with something before or after")
+    return f.binary(b, "sub", c.slice_axis(b, a.x, a.dim, 1, None), c.slice_axis(b, a.x, a.dim, 0, -1))
+
+
+def _product(b: Builder, a: Any) -> Any:
+    axes = [a.dim] if hasattr(a, "dim") else None
+    return f.product(b, a.x, axes, getattr(a, "keepdim", False))
+
+
+def _cosine_similarity(b: Builder, a: Any) -> Any:
+    def total(x: Any, y: Any) -> Any:
+        return f.reduce(b, "sum", f.binary(b, "mul", x, y), [a.dim], False)
+
+    scale = 1.0
+    for x in (a.x1, a.x2):
+        length = f.unary(b, "sqrt", f.reduce(b, "sum", f.unary(b, "square", x), [a.dim], False))
+        scale = f.binary(b, "mul", scale, f.larger(b, length, a.eps))
+    return f.binary(b, "div", total(a.x1, a.x2), scale)
+
+
+def _bilinear(b: Builder, a: Any) -> Any:
+    x, y = a.input1, a.input2
+    rank = len(b.shape(x)) - 1
+    lead = "abcdefg"[:rank]
+    z = f.einsum(b, f"{lead}x,zxy->{lead}zy", [x, a.weight])
+    z = f.einsum(b, f"{lead}zy,{lead}y->{lead}z", [z, y])
+    return z if a.bias is None else f.binary(b, "add", z, a.bias)
+
+
+def _distances(b: Builder, a: Any) -> Any:
+    """Euclidean distances of all rows of two matrices, by the sum of the squares of the differences."""
+    if a.p != 2:
+        raise Untaken(f"distances of order {a.p}")
+    gap = f.binary(b, "sub", c.unsqueeze(b, a.x1, [-2]), c.unsqueeze(b, a.x2, [-3]))
+    return f.unary(b, "sqrt", f.reduce(b, "sum", f.unary(b, "square", gap), [-1], False))
+
+
+def _shrink(hard: bool) -> Callable[..., Any]:
+    def rule(b: Builder, a: Any) -> Any:
+        inside = f.clamp(b, a.x, -float(a.lambd), float(a.lambd))
+        rest = f.binary(b, "sub", a.x, inside)
+        if not hard:
+            return rest
+        outside = f.compare(b, f.unary(b, "abs", a.x), float(a.lambd), True)
+        return f.keep(b, a.x, b.value(outside))
+
+    return rule
+
+
+def _logical(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(b: Builder, a: Any) -> Any:
+        for thing in (a.x, a.other):
+            if isinstance(thing, Ref) and thing not in b.truths:
+                raise Untaken("an operation on the bits of numbers")
+        return fn(b, a.x, a.other)
+
+    return rule
+
+
+def _not(b: Builder, a: Any) -> Any:
+    if isinstance(a.x, Ref) and a.x not in b.truths:
+        return f.equal(b, a.x, 0.0)
+    return f.inverted(b, a.x)
+
+
+def _rotate(b: Builder, a: Any) -> Any:
+    """torch.rot90: a quarter turn is a flip and an exchange of two axes."""
+    x, (i, j) = a.x, a.dims
+    for _ in range(a.k % 4):
+        x = c.swap(b, f.take(b, x, j, np.arange(b.length(x, j))[::-1]), i, j)
+    return x
+
+
+def _round(mode: int) -> Callable[..., Any]:
+    def rule(b: Builder, a: Any) -> Any:
+        if getattr(a, "decimals", 0):
+            raise Untaken("rounding to decimals")
+        return f.unary(b, "round", a.x, mode=mode)
+
+    return rule
+
+
+def _log_add_exp(b: Builder, a: Any) -> Any:
+    """The larger and log(1 + exp(-gap)): y + softplus(x - y)."""
+    return f.binary(b, "add", a.other, f.softplus(b, f.binary(b, "sub", a.x, a.other)))
+
+
+def _x_log_y(b: Builder, a: Any) -> Any:
+    return f.binary(b, "mul", a.x, f.unary(b, "log", a.other))
 
 
 def _scatter(b: Builder, a: Any, start: int, end: int, step: int, source: Any) -> Any:
@@ -263,33 +432,28 @@ def _cumsum(b: Builder, a: Any) -> Any:
 
 
 def _attention(b: Builder, a: Any) -> Any:
-    if getattr(a, "enable_gqa", False):
-        raise Untaken("attention with fewer heads for keys than for queries")
     return f.attention(b, a.query, a.key, a.value, a.attn_mask, a.is_causal, a.dropout_p, a.scale)
 
 
-def _upsample_nearest(b: Builder, a: Any) -> Any:
-    shape = b.shape(a.x)[2:]
-    sizes = a.output_size or [int(s * f) for s, f in zip(shape, a.scale_factors, strict=True)]
-    return f.upsample_nearest(b, a.x, sizes)
-
-
 def _interpolate(mode: str) -> Callable[..., Any]:
-    """Linear or cubic interpolation is one constant matrix a spatial dimension."""
+    """Interpolation is one constant matrix a spatial dimension: what it makes of the identity."""
 
     def rule(b: Builder, a: Any) -> Any:
         import torch
 
-        x, shape = a.x, b.shape(a.x)
-        for i, axis in enumerate(range(2, len(shape))):
-            n = b.length(x, axis)
-            eye = torch.eye(n).reshape(n, 1, n, 1) if mode == "bicubic" else torch.eye(n).reshape(n, 1, n)
-            how = {"size": a.output_size[i]} if a.output_size else {"scale_factor": a.scale_factors[i]}
-            if mode == "bicubic":
+        matrices = []
+        factors: Any = getattr(a, "scale_factors", None)
+        for i, n in enumerate(b.shape(a.x)[2:]):
+            wide = mode in ("bilinear", "bicubic")  # torch has these in two dimensions only
+            eye = torch.eye(n).reshape(n, 1, n, 1) if wide else torch.eye(n).reshape(n, 1, n)
+            how = {"size": a.output_size[i]} if a.output_size else {"scale_factor": factors[i]}
+            if wide:
                 how = {k: (v, 1) for k, v in how.items()}
-            matrix = torch.nn.functional.interpolate(eye, **how, mode=mode, align_corners=a.align_corners)
-            x = f.along(b, x, axis, matrix.reshape(n, -1).T.numpy())
-        return x
+            if hasattr(a, "align_corners"):
+                how["align_corners"] = a.align_corners
+            matrix = torch.nn.functional.interpolate(eye, **how, mode=mode)
+            matrices.append(matrix.reshape(n, -1).T.numpy())
+        return f.resample(b, a.x, matrices)
 
     return rule
 
@@ -309,8 +473,11 @@ def _norm(b: Builder, a: Any) -> Any:
         return f.reduce(b, "sum", f.unary(b, "abs", a.x), axes, keep)
     if order == math.inf:
         return f.largest(b, f.unary(b, "abs", a.x), axes, keep)
-    if order != 2:
+    if order <= 0 or order == "fro":
         raise Untaken(f"a norm of order {order}")
+    if order != 2:
+        total = f.reduce(b, "sum", f.power(b, f.unary(b, "abs", a.x), order), axes, keep)
+        return f.power(b, total, 1 / order)
     return f.unary(b, "sqrt", f.reduce(b, "sum", f.unary(b, "square", a.x), axes, keep))
 
 
@@ -354,12 +521,7 @@ def _amax(sign: float) -> Callable[..., Any]:
 
 
 def _log_sum_exp(b: Builder, a: Any) -> Any:
-    axes = [a.dim] if isinstance(a.dim, int) else a.dim
-    if len(axes) != 1:
-        raise Untaken("logsumexp over several axes")
-    rest = f.binary(b, "sub", a.x, f.softmax(b, a.x, axes[0], log=True))  # the same along the axis
-    y = c.slice_axis(b, rest, axes[0], 0, 1)
-    return y if a.keepdim else c.squeeze(b, y, axes)
+    return f.log_sum_exp(b, a.x, [a.dim] if isinstance(a.dim, int) else a.dim, a.keepdim)
 
 
 def _glu(b: Builder, a: Any) -> Any:
@@ -384,9 +546,7 @@ def _selu(b: Builder, a: Any) -> Any:
 
 
 def _leaky_relu(b: Builder, a: Any) -> Any:
-    if a.negative_slope < 0:
-        raise Untaken(f"a leaky relu of negative slope {a.negative_slope}")
-    return f.unary(b, "leaky_relu", a.x, slope=float(a.negative_slope))
+    return f.leaky_relu(b, a.x, float(a.negative_slope))
 
 
 def _rrelu(b: Builder, a: Any) -> Any:
@@ -400,9 +560,9 @@ def _softplus(b: Builder, a: Any) -> Any:
 
 
 def _threshold(b: Builder, a: Any) -> Any:
-    if a.threshold != a.value:
-        raise Untaken("a threshold that jumps")
-    return f.clamp(b, a.x, a.threshold, None)
+    if a.threshold == a.value:
+        return f.clamp(b, a.x, a.threshold, None)
+    return f.where(b, f.compare(b, a.x, a.threshold, True), a.x, a.value)
 
 
 def _clamp(b: Builder, a: Any) -> Any:
@@ -418,9 +578,15 @@ def _cast(b: Builder, a: Any) -> Any:
     import torch
 
     dtype = getattr(a, "dtype", None)
-    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point and isinstance(a.x, Ref):
-        raise Untaken(f"a conversion of the data to {dtype}")
-    return a.x
+    if not isinstance(dtype, torch.dtype) or dtype.is_floating_point or not isinstance(a.x, (Ref, c.Erf)):
+        return a.x
+    if dtype == torch.bool:
+        return a.x if a.x in b.truths else f.inverted(b, f.equal(b, a.x, 0.0))
+    if a.x in b.whole or a.x in b.truths:
+        return a.x
+    y = f.unary(b, "round", a.x, mode=3)
+    b.whole.add(y)
+    return y
 
 
 def _masked_fill(b: Builder, a: Any) -> Any:
@@ -428,7 +594,7 @@ def _masked_fill(b: Builder, a: Any) -> Any:
 
 
 def _where_self(b: Builder, a: Any) -> Any:
-    return f.where(b, a.condition, a.x if a.x is not a.condition else a.self, a.other)
+    return f.where(b, a.condition, a.self, a.other)
 
 
 def _outer(b: Builder, a: Any) -> Any:
@@ -491,9 +657,7 @@ def _unfold(b: Builder, a: Any) -> Any:
 
 
 def _detach(b: Builder, a: Any) -> Any:
-    if a.x in b.learned:
-        raise Untaken("a gradient is stopped in the middle of what learns")
-    return a.x
+    return f.detach(b, a.x)
 
 
 def _simple(op: str) -> Callable[..., Any]:
@@ -560,6 +724,8 @@ RANDOM = {
 TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     # layers
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), _conv),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d"), _conv_transpose),
+    "bilinear": _bilinear,
     "linear": lambda b, a: f.linear(b, a.x, a.weight, a.bias),
     **dict.fromkeys(("addmm", "baddbmm", "addbmm"), _addmm),
     "addmv": lambda b, a: f.binary(
@@ -619,6 +785,7 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "max_pool2d_with_indices": _max_pool(2, True),
     "avg_pool1d": _avg_pool,
     "avg_pool2d": _avg_pool,
+    "avg_pool3d": _avg_pool_3d,
     **dict.fromkeys(
         ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
         lambda b, a: f.adaptive_pool(b, "avg_pool", a.x, a.output_size),
@@ -627,17 +794,33 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
         ("adaptive_max_pool1d", "adaptive_max_pool2d"),
         lambda b, a: (f.adaptive_pool(b, "max_pool", a.x, a.output_size), LOST),
     ),
-    "upsample_nearest1d": _upsample_nearest,
-    "upsample_nearest2d": _upsample_nearest,
+    **dict.fromkeys(("upsample_nearest1d", "upsample_nearest2d"), _interpolate("nearest")),
+    **dict.fromkeys(
+        ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d"), _interpolate("nearest-exact")
+    ),
     "upsample_linear1d": _interpolate("linear"),
-    "upsample_bilinear2d": _interpolate("linear"),
+    "upsample_bilinear2d": _interpolate("bilinear"),
     "upsample_bicubic2d": _interpolate("bicubic"),
     "pixel_shuffle": lambda b, a: f.pixel_shuffle(b, a.x, a.upscale_factor),
+    "pixel_unshuffle": lambda b, a: f.unshuffle(b, a.x, a.downscale_factor),
+    "channel_shuffle": lambda b, a: f.channel_shuffle(b, a.x, a.groups),
     "im2col": _unfold,
     # activations
     **{
         op: _simple(op)
-        for op in ("relu", "sigmoid", "tanh", "silu", "exp", "log", "sqrt", "square", "abs", "reciprocal")
+        for op in (
+            "relu",
+            "sigmoid",
+            "tanh",
+            "silu",
+            "exp",
+            "log",
+            "sqrt",
+            "square",
+            "abs",
+            "reciprocal",
+            "sin",
+        )
     },
     "hardswish": _simple("hard_swish"),
     "hardsigmoid": _simple("hard_sigmoid"),
@@ -658,6 +841,8 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "log_sigmoid_forward": lambda b, a: (f.affine(b, f.softplus(b, f.affine(b, a.x, -1.0)), -1.0), None),
     "mish": lambda b, a: f.binary(b, "mul", a.x, f.unary(b, "tanh", f.softplus(b, a.x))),
     "softsign": lambda b, a: f.binary(b, "div", a.x, f.affine(b, f.unary(b, "abs", a.x), 1.0, 1.0)),
+    "softshrink": _shrink(False),
+    "hardshrink": _shrink(True),
     "tanhshrink": lambda b, a: f.binary(b, "sub", a.x, f.unary(b, "tanh", a.x)),
     "glu": _glu,
     "erf": lambda b, a: c.Erf(a.x),
@@ -677,6 +862,24 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "addcdiv": _add_product("div"),
     "lerp": _lerp,
     "neg": lambda b, a: f.affine(b, a.x, -1.0),
+    "cos": lambda b, a: f.cosine(b, a.x),
+    "tan": lambda b, a: f.binary(b, "div", f.unary(b, "sin", a.x), f.cosine(b, a.x)),
+    **{name: _round(mode) for mode, name in enumerate(("floor", "ceil", "round", "trunc"))},
+    "remainder": lambda b, a: f.remainder(b, a.x, a.other, 0),
+    "fmod": lambda b, a: f.remainder(b, a.x, a.other, 3),
+    **dict.fromkeys(("sign", "sgn"), lambda b, a: f.sign(b, a.x)),
+    "hypot": lambda b, a: f.unary(
+        b, "sqrt", f.binary(b, "add", f.unary(b, "square", a.x), f.unary(b, "square", a.other))
+    ),
+    "logaddexp": _log_add_exp,
+    "xlogy": _x_log_y,
+    "logit": _logit,
+    "sinh": lambda b, a: f.exp_pair(b, a.x, "sub"),
+    "cosh": lambda b, a: f.exp_pair(b, a.x, "add"),
+    "prod": _product,
+    "diff": _difference,
+    "cosine_similarity": _cosine_similarity,
+    **dict.fromkeys(("cdist", "_cdist_forward"), _distances),
     "rsqrt": lambda b, a: f.power(b, a.x, -0.5),
     "log1p": lambda b, a: f.unary(b, "log", f.affine(b, a.x, 1.0, 1.0)),
     "expm1": lambda b, a: f.affine(b, f.unary(b, "exp", a.x), 1.0, -1.0),
@@ -687,6 +890,7 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "sum": _reduce("sum"),
     "var": _variance(False),
     "std": _variance(True),
+    "std_mean": lambda b, a: (_variance(True)(b, a), _reduce("mean")(b, a)),
     "var_mean": lambda b, a: (_variance(False)(b, a), _reduce("mean")(b, a)),
     "max": _extreme(1.0),
     "min": _extreme(-1.0),
@@ -696,9 +900,18 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "minimum": _extreme(-1.0),
     "linalg_vector_norm": _norm,
     "norm": _norm,
+    "linalg_norm": _norm,
     "cumsum": _cumsum,
-    **dict.fromkeys(("gt", "ge"), lambda b, a: f.compare(b, a.x, a.other, True)),
-    **dict.fromkeys(("lt", "le"), lambda b, a: f.compare(b, a.x, a.other, False)),
+    **dict.fromkeys(("gt", "greater"), lambda b, a: f.compare(b, a.x, a.other, True)),
+    **dict.fromkeys(("lt", "less"), lambda b, a: f.compare(b, a.x, a.other, False)),
+    **dict.fromkeys(("ge", "greater_equal"), lambda b, a: f.compare(b, a.x, a.other, True, False)),
+    **dict.fromkeys(("le", "less_equal"), lambda b, a: f.compare(b, a.x, a.other, False, False)),
+    "eq": lambda b, a: f.equal(b, a.x, a.other),
+    "ne": lambda b, a: f.inverted(b, f.equal(b, a.x, a.other)),
+    **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), _logical(f.both)),
+    **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _logical(f.either)),
+    **dict.fromkeys(("logical_xor", "bitwise_xor", "__xor__"), _logical(f.differs)),
+    **dict.fromkeys(("logical_not", "bitwise_not"), _not),
     "isnan": lambda b, a: np.zeros((), np.bool_),
     "masked_fill": _masked_fill,
     "where": _where_self,
@@ -745,6 +958,12 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "slice_scatter": _slice_scatter,
     "index": _index,
     "index_select": _constant_index,
+    "gather": lambda b, a: f.gather(b, a.x, a.dim, a.index),
+    "repeat_interleave": _repeat_interleave,
+    "triu": _triangle(True),
+    "tril": _triangle(False),
+    "unfold": _windows,
+    "rot90": _rotate,
     "flip": _flip,
     "roll": _roll,
     "pad": _pad,
@@ -786,38 +1005,24 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
 }
 
 
+#: operators that look into a comparison rather than take it as numbers
+COMPARED = {"where", "masked_fill", "logical_not", "bitwise_not"}
+
 #: operator -> the nearest thing that is taken
 REWRITES: dict[str, str] = {
-    **dict.fromkeys(
-        ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
-        "nn.Upsample(scale_factor=2) and a convolution",
-    ),
+    "conv_transpose3d": "fold one spatial dimension into the channels and use conv_transpose2d",
     "conv3d": "fold one spatial dimension into the channels and use conv2d",
     **dict.fromkeys(
         ("lstm", "gru", "rnn_tanh", "rnn_relu"),
         "sequences (N, T, F) of one length; a linear layer for proj_size",
     ),
-    **dict.fromkeys(
-        ("gt", "lt", "ge", "le", "eq", "ne", "sign", "floor", "ceil", "round", "where", "heaviside"),
-        "compute it with relu, clamp or sigmoid; comparisons have no gradient",
-    ),
     **dict.fromkeys(("argmax", "argmin", "topk", "sort", "argsort"), c.OUTSIDE),
-    **dict.fromkeys(
-        ("sin", "cos", "tan", "erf", "atan", "sinh", "cosh"),
-        "compute constant tables in __init__; use tanh or gelu",
-    ),
-    "embedding": "embed outside of the model and pass floats, or multiply one-hot floats by a linear layer",
+    **dict.fromkeys(("atan", "atan2", "asin", "acos"), "compute constant tables in __init__; use tanh"),
     "avg_pool2d": "avg_pool2d without divisor_override, and a multiplication",
-    "index": "slices and torch.cat; or index_select by one constant index",
+    "index": "slices and torch.cat; or indices that are constant",
     "gather": "slices and torch.cat, or a product with a one-hot mask",
     "instance_norm": "track_running_stats=False, or .eval() on this layer",
-    "adaptive_max_pool2d": "a max_pool2d with a fixed kernel",
-    "upsample_nearest2d": "an integer scale_factor, or mode='bilinear'",
-    "pow": "squares, products, sqrt; or exp(p * log(x)) where x is positive",
-    "detach": "leave it out; what learns is for the update set to say",
     "buffer update": "keep what is tracked in batch norm, or outside of the model",
     "alpha_dropout": "nn.Dropout",
     "feature_alpha_dropout": "nn.Dropout2d",
-    "hardshrink": "x - clamp(x, -lambd, lambd), which is a soft shrink",
-    "cdist": "a product of matrices and sums of squares",
 }

@@ -90,6 +90,11 @@ def _div_grad(tape: Any, node: Any, d: str) -> list[str]:
     return [da, db]
 
 
+def _keep_grad(tape: Any, node: Any, d: str) -> list[str]:
+    a, b = node.inputs
+    return [reduce_to(tape, tape.emit("keep", d, b), tape.graph.shape(a)) if tape.wants(a) else "", ""]
+
+
 def _reduced(attrs: Any, x: Type) -> list[Type]:
     axes = axes_of(attrs["axes"], len(x.shape))
     if attrs["axes"] >> len(x.shape):
@@ -140,6 +145,7 @@ ROWS = (
             in_place=(0, 1),
             check=True,
             fast=True,
+            roles={0: "bias", 1: "bias"},
         ),
         bits=True,
     ),
@@ -164,6 +170,7 @@ ROWS = (
         grad=_mul_grad,
         in_place=(0, 1),
         check=True,
+        roles={0: "scale", 1: "scale"},
     ),
     Row(
         "div",
@@ -208,6 +215,28 @@ ROWS = (
         shape=_reduced,
         grad=_reduce_grad(True),
         cost=_reads_all,
+        check=True,
+    ),
+    Row(
+        "greater",
+        "~, ~ -> ~",
+        "1 where a > b, 0 elsewhere, with broadcasting; flat wherever it has a slope.",
+        lambda a, x, y: [(x > y).astype(x.dtype)],
+        _PAIRS,
+        shape=broadcast,
+        grad=lambda tape, node, d: ["", ""],
+        in_place=(0, 1),
+        check=True,
+    ),
+    Row(
+        "keep",
+        "~, ~ -> ~",
+        "a where b is not zero, 0 elsewhere (also where a is not a number), with broadcasting.",
+        lambda a, x, y: [np.where(y != 0, x, x.dtype.type(0))],
+        tuple(Example(e.inputs, {}, {1: "target"}) for e in _PAIRS),
+        shape=broadcast,
+        grad=_keep_grad,
+        in_place=(0, 1),
         check=True,
     ),
 )

@@ -180,6 +180,15 @@ def _grad(tape: Any, node: Any, d: str) -> list[str]:
     return [dx, dw, db]
 
 
+def _transposed_grad(tape: Any, node: Any, d: str) -> list[str]:
+    """Of a transposed convolution: a convolution of what comes back, and that one's weight gradient."""
+    x, w = node.inputs
+    geometry = {k: v for k, v in node.attrs.items() if k != "size"}
+    dx = tape.emit("conv", d, w, **geometry) if tape.wants(x) else ""
+    kernel = tape.graph.shape(w)[2:]
+    return [dx, tape.emit("conv_weight_grad", d, x, kernel=kernel, **geometry) if tape.wants(w) else ""]
+
+
 def _input_grad_shape(attrs: Any, d: Type, w: Type) -> list[Type]:
     x = Type((d.shape[0], w.shape[1] * attrs["groups"], *attrs["size"]))
     if tuple(d.shape) != tuple(_conv_shape(attrs, x, w)[0].shape):
@@ -241,14 +250,15 @@ ROWS = (
     Row(
         "conv_input_grad",
         "NO~, Oc~ -> NC~",
-        "Gradient of a convolution with respect to its input.",
+        "Gradient of a convolution with respect to its input; as a layer, a transposed convolution.",
         _conv_input_grad,
         tuple(Example((_out(x, w, g), w), {**g, "size": x[2:]}) for x, w, g in _CASES),
         attrs={**_GEOMETRY, "size": Attr("i2", pad=1)},
         shape=_input_grad_shape,
+        grad=_transposed_grad,
         check=True,
         fast=True,
-        no_grad=_NO_SECOND,
+        roles={1: "weight"},
         cost=lambda a, i, o: _macs(a, i[0].size, i[1].shape),
     ),
     Row(

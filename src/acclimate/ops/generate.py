@@ -97,12 +97,19 @@ def docs() -> str:
 
 
 def main() -> int:
-    targets = {RUNTIME / "ac_ops.h": header(), RUNTIME / "ac_table.c": table(), ROOT / "docs/ops.md": docs()}
+    return publish(
+        {RUNTIME / "ac_ops.h": header(), RUNTIME / "ac_table.c": table(), ROOT / "docs/ops.md": docs()}
+    )
+
+
+def publish(targets: dict[Path, str]) -> int:
+    """Write the files that are not as they should be, or with `--check` say so; an exit status."""
     stale = [path for path, text in targets.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in stale:
             print(
-                f"{path.relative_to(ROOT)} does not match the op rows. Next: make generate", file=sys.stderr
+                f"{path.relative_to(ROOT)} does not match what it is made from. Next: make generate",
+                file=sys.stderr,
             )
         return 1 if stale else 0
     for path in stale:

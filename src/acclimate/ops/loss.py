@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import BadInput
+from ..ir import Type
 from .matrix import _log_softmax
 from .row import Attr, Cost, Example, Row
 
@@ -53,7 +55,24 @@ _CE = (
     Example(((4, 3), (4,), (3,)), {"smoothing": 0.1}, {1: "below:3", 2: "positive"}),
 )
 
+
+def _one_hot(a: Any, y: Any) -> list[Any]:
+    if ((y < 0) | (y >= a["classes"])).any():
+        raise BadInput("a label is outside the classes", number=f"{y.min()}..{y.max()} of {a['classes']}")
+    return [np.eye(a["classes"], dtype=np.float32)[y]]
+
+
 ROWS = (
+    Row(
+        "one_hot",
+        "N:i32 -> NK",
+        "1 at each sample's label, 0 elsewhere. A label outside 0..K-1 stops the run with an error.",
+        _one_hot,
+        (Example(((5,),), {"classes": 4}, {0: "below:4"}),),
+        attrs={"classes": Attr("-")},
+        shape=lambda a, y: [Type((y.shape[0], a["classes"]))],
+        no_grad="labels are not differentiated",
+    ),
     Row(
         "cross_entropy",
         "NK, N:i32, K? -> 1",

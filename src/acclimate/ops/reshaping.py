@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import BadInput
 from ..ir import Type
 from .arithmetic import reduce_to
-from .row import MAX_RANK, Attr, Example, Row
+from .row import MAX_RANK, Attr, Cost, Example, Row
 
 _NO_SECOND = "second derivatives are not needed"
 
@@ -132,6 +132,53 @@ def _take_shape(attrs: Any, x: Type, index: Type) -> list[Type]:
     if not 0 <= axis < len(x.shape):
         raise BadInput("an axis is out of range", where=str(x), number=str(axis))
     return [Type((*x.shape[:axis], index.shape[0], *x.shape[axis + 1 :]))]
+
+
+def _take_grad(tape: Any, node: Any, d: str) -> list[str]:
+    x, index = node.inputs
+    axis = node.attrs["axis"]
+    return [tape.emit("take_grad", d, index, axis=axis, size=tape.graph.shape(x)[axis]), ""]
+
+
+def _take_grad_ref(a: Any, d: Any, index: Any) -> list[Any]:
+    x = np.zeros((*d.shape[: a["axis"]], a["size"], *d.shape[a["axis"] + 1 :]), d.dtype)
+    np.add.at(x, (*(slice(None),) * a["axis"], index), d)
+    return [x]
+
+
+def _take_grad_shape(attrs: Any, d: Type, index: Type) -> list[Type]:
+    axis = attrs["axis"]
+    if not 0 <= axis < len(d.shape) or d.shape[axis] != index.shape[0]:
+        raise BadInput(
+            "a gradient does not have a part an index", where=f"{d}, {index}", number=f"axis {axis}"
+        )
+    return [Type((*d.shape[:axis], attrs["size"], *d.shape[axis + 1 :]))]
+
+
+def _rows(index: Any, count: int) -> np.ndarray:
+    """Row numbers from floats; BadInput where one is outside of the table."""
+    at = np.asarray(index).astype(np.int64)
+    if ((at < 0) | (at >= count)).any():
+        raise BadInput(
+            "an index is outside of its table",
+            number=f"{at.min()}..{at.max()}, the table has rows 0..{count - 1}",
+            action="map the indices to the table's rows",
+        )
+    return at
+
+
+def _embedding_grad_ref(a: Any, d: Any, index: Any) -> list[Any]:
+    table = np.zeros((a["rows"], d.shape[-1]), d.dtype)
+    np.add.at(table, _rows(index, a["rows"]), d)
+    if a["padding"] >= 0:
+        table[a["padding"]] = 0
+    return [table]
+
+
+def _embedding_grad_shape(attrs: Any, d: Type, index: Type) -> list[Type]:
+    if tuple(d.shape[:-1]) != tuple(index.shape):
+        raise BadInput("a gradient does not have a row an index", where=f"{d}, {index}")
+    return [Type((attrs["rows"], d.shape[-1]))]
 
 
 _PART = {"start": Attr("i6", pad=0), "step": Attr("i6", pad=1)}
@@ -269,6 +316,73 @@ ROWS = (
         attrs={"axis": Attr("i", 0)},
         shape=_take_shape,
         check=True,
-        no_grad="it picks the channels of an update set, inside the backward part",
+        grad=_take_grad,
+    ),
+    Row(
+        "take_grad",
+        "~, P:i32 -> ~",
+        "Zeros of `size` along an axis, with each index's part of d added in its place.",
+        _take_grad_ref,
+        (
+            Example(((3, 2, 4), (2,)), {"axis": 1, "size": 6}, {1: "below:6"}),
+            Example(((7, 3), (7,)), {"axis": 0, "size": 5}, {1: "below:5"}),
+        ),
+        attrs={"axis": Attr("i", 0), "size": Attr("-")},
+        shape=_take_grad_shape,
+        check=True,
+        no_grad=_NO_SECOND,
+        cost=lambda a, i, o: Cost(elementwise=i[0].size + o[0].size),
+    ),
+    Row(
+        "embedding",
+        "VD, * -> ~",
+        "Rows of a table, at whole numbers that the data holds; one outside of the table stops the run with an "
+        "error. No gradient is added to the row `padding`.",
+        lambda a, table, index: [table[_rows(index, len(table))]],
+        (
+            Example(((7, 5), (2, 3)), {}, {1: "below:7"}),
+            Example(((4, 3), (6,)), {"padding": 1}, {1: "below:4"}),
+        ),
+        attrs={"padding": Attr("i", -1)},
+        shape=lambda a, table, index: [Type((*index.shape, table.shape[1]))],
+        check=True,
+        grad=lambda tape, node, d: [
+            tape.emit(
+                "embedding_grad",
+                d,
+                node.inputs[1],
+                rows=tape.graph.shape(node.inputs[0])[0],
+                padding=node.attrs["padding"],
+            )
+            if tape.wants(node.inputs[0])
+            else "",
+            "",
+        ],
+        roles={0: "weight"},
+    ),
+    Row(
+        "embedding_grad",
+        "~, * -> VD",
+        "Zeros with d added to the row that each index names.",
+        _embedding_grad_ref,
+        (
+            Example(((2, 3, 5), (2, 3)), {"rows": 7}, {1: "below:7"}),
+            Example(((6, 3), (6,)), {"rows": 4, "padding": 1}, {1: "below:4"}),
+        ),
+        attrs={"rows": Attr("-"), "padding": Attr("i", -1)},
+        shape=_embedding_grad_shape,
+        check=True,
+        no_grad=_NO_SECOND,
+        cost=lambda a, i, o: Cost(elementwise=i[0].size + o[0].size),
+    ),
+    Row(
+        "detach",
+        "~ -> ~",
+        "The same; no gradient passes.",
+        lambda a, x: [x],
+        (Example(((3, 4),)),),
+        shape=lambda a, x: [x],
+        view=True,
+        grad=lambda tape, node, d: [""],
     ),
 )

@@ -137,7 +137,7 @@ class Session:
         if status == LABEL_ERROR:
             raise BadInput(
                 f"the step was refused: {_core.status_text(status)}",
-                action="map the labels to the model's classes",
+                action="map the labels to the model's classes, and indices to the rows of their tables",
             )
         if status:
             raise AcclimateError(f"a run failed: {_core.status_text(status)}")

@@ -22,6 +22,11 @@ static int same_shape(const ac_tensor *a, const ac_tensor *b) {
 /* An argument that may be absent has the shape of `a`. */
 static int alike(const ac_tensor *a, const ac_tensor *b) { return !b || same_shape(a, b); }
 
+ac_status ac_check_round(const ac_call *call) {
+    const int32_t mode = ((const ac_attr_round *)call->attr)->mode;
+    return mode >= 0 && mode < 4 ? AC_OK : AC_E_OP;
+}
+
 /* ---- arithmetic ---- */
 
 /* numpy's rule: dimensions are compared from the last; one of them is 1, or they are equal. */
@@ -49,6 +54,8 @@ ac_status ac_check_add(const ac_call *call) {
 ac_status ac_check_sub(const ac_call *call) { return check_broadcast(call); }
 ac_status ac_check_mul(const ac_call *call) { return check_broadcast(call); }
 ac_status ac_check_div(const ac_call *call) { return check_broadcast(call); }
+ac_status ac_check_greater(const ac_call *call) { return check_broadcast(call); }
+ac_status ac_check_keep(const ac_call *call) { return check_broadcast(call); }
 
 static ac_status check_reduction(const ac_call *call, int32_t axes, int32_t keep) {
     const ac_tensor *x = AC_IN_T(call, 0);

@@ -203,15 +203,40 @@ ac_status ac_check_pad(const ac_call *c) {
     return check_part(AC_OUT_T(c, 0), AC_IN_T(c, 0), a->before, NULL);
 }
 
-ac_status ac_check_take(const ac_call *c) {
-    const ac_attr_take *a = c->attr;
-    const ac_tensor *x = AC_IN_T(c, 0), *index = AC_IN_T(c, 1), *y = AC_OUT_T(c, 0);
-    const int32_t *at = AC_IN(c, 1);
-    if (!within(a->axis, 0, x->rank - 1) || at == NULL) return AC_E_OP;
+/* x with its `axis` picked by a constant `index` is y */
+static ac_status check_taken(const ac_tensor *x, const ac_tensor *index, const int32_t *at, const ac_tensor *y,
+                             int32_t axis) {
+    if (!within(axis, 0, x->rank - 1) || at == NULL) return AC_E_OP;
     if (y->rank != x->rank) return AC_E_SHAPE;
     for (int i = 0; i < x->rank; i++)
-        if (y->dim[i] != (i == a->axis ? index->dim[0] : x->dim[i])) return AC_E_SHAPE;
+        if (y->dim[i] != (i == axis ? index->dim[0] : x->dim[i])) return AC_E_SHAPE;
     for (uint32_t i = 0; i < index->size; i++)
-        if (!within(at[i], 0, x->dim[a->axis] - 1)) return AC_E_OP;
+        if (!within(at[i], 0, x->dim[axis] - 1)) return AC_E_OP;
     return AC_OK;
+}
+
+ac_status ac_check_take(const ac_call *c) {
+    const ac_attr_take *a = c->attr;
+    return check_taken(AC_IN_T(c, 0), AC_IN_T(c, 1), AC_IN(c, 1), AC_OUT_T(c, 0), a->axis);
+}
+
+ac_status ac_check_take_grad(const ac_call *c) {
+    const ac_attr_take_grad *a = c->attr;
+    return check_taken(AC_OUT_T(c, 0), AC_IN_T(c, 1), AC_IN(c, 1), AC_IN_T(c, 0), a->axis);
+}
+
+/* Has `rows` one row of the table (V, D) for each index? A float names rows up to 2^24. */
+static ac_status check_embedded(const ac_tensor *table, const ac_tensor *index, const ac_tensor *rows) {
+    if (table->dim[0] > ATTR_MAX || rows->rank != index->rank + 1) return AC_E_SHAPE;
+    for (int i = 0; i < index->rank; i++)
+        if (rows->dim[i] != index->dim[i]) return AC_E_SHAPE;
+    return rows->dim[index->rank] == table->dim[1] ? AC_OK : AC_E_SHAPE;
+}
+
+ac_status ac_check_embedding(const ac_call *c) {
+    return check_embedded(AC_IN_T(c, 0), AC_IN_T(c, 1), AC_OUT_T(c, 0));
+}
+
+ac_status ac_check_embedding_grad(const ac_call *c) {
+    return check_embedded(AC_OUT_T(c, 0), AC_IN_T(c, 1), AC_IN_T(c, 0));
 }

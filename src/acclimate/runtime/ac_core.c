@@ -371,7 +371,7 @@ const char *ac_status_text(ac_status status) {
         "an op's number, arguments or attributes are not allowed",
         "the shapes of an op's arguments do not fit together",
         "no entry or binding has this name",
-        "a label is outside the classes of the model",
+        "a label is outside the classes of the model, or an index outside its table",
         "a block of memory is not 4-byte aligned",
         "the delta was learned from another model",
         "a record of the delta does not fit: its name, type, shape or channels are not the Program's",

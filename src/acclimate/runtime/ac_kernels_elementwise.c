@@ -91,6 +91,7 @@ ac_status AC_KERNEL(gate_bits)(const ac_call *call) {
 #define ROOT_HALF 0.707106781f        /* sqrt(1 / 2) */
 #define ROOT_TWO_OVER_PI 0.797884561f /* sqrt(2 / pi) */
 #define DENSITY_AT_ZERO 0.398942280f  /* 1 / sqrt(2 pi) */
+#define TWO_OVER_ROOT_PI 1.12837917f  /* 2 / sqrt(pi) */
 
 AC_INLINE float gelu_inner_tanh(float x) {
     return ac_tanhf(ROOT_TWO_OVER_PI * (x + 0.044715f * (x * x * x)));
@@ -137,6 +138,16 @@ AC_INLINE float sign(float x) {
     return x > 0.0f ? 1.0f : not_positive;
 }
 
+/* The next whole number: below, above, nearest (halves to even), towards zero. From 2^23 on all floats are whole. */
+AC_INLINE float rounded(float x, int32_t mode) {
+    if (!(ac_absf(x) < 8388608.0f))
+        return x;
+    const float whole = (float)(int32_t)x;
+    const float up = (ac_absf(x) + 8388608.0f) - 8388608.0f, nearest = ac_copysignf(up, x);
+    const float below = whole > x ? whole - 1.0f : whole, above = whole < x ? whole + 1.0f : whole;
+    return ac_copysignf(mode == 0 ? below : mode == 1 ? above : mode == 2 ? nearest : whole, x);
+}
+
 AC_MAP(sigmoid, AC_NO_ATTRIBUTES, ac_sigmoidf(v))
 AC_MAP_GRAD(sigmoid_grad, AC_NO_ATTRIBUTES, (d * (s * (1.0f - s))))
 AC_MAP(tanh, AC_NO_ATTRIBUTES, ac_tanhf(v))
@@ -164,6 +175,13 @@ AC_MAP(abs, AC_NO_ATTRIBUTES, ac_absf(v))
 AC_MAP_GRAD(abs_grad, AC_NO_ATTRIBUTES, (d * sign(s)))
 AC_MAP(reciprocal, AC_NO_ATTRIBUTES, 1.0f / v)
 AC_MAP_GRAD(reciprocal_grad, AC_NO_ATTRIBUTES, (d * (-s * s)))
+AC_MAP(pow, AC_ATTRIBUTES(pow), ac_powf(v, a.exponent))
+AC_MAP_GRAD(pow_grad, AC_ATTRIBUTES(pow_grad), (d * (a.exponent * ac_powf(s, a.exponent - 1.0f))))
+AC_MAP(erf, AC_NO_ATTRIBUTES, ac_erff(v))
+AC_MAP_GRAD(erf_grad, AC_NO_ATTRIBUTES, (d * (TWO_OVER_ROOT_PI * ac_expf(-s * s))))
+AC_MAP(sin, AC_NO_ATTRIBUTES, ac_sinf(v, 0))
+AC_MAP_GRAD(sin_grad, AC_NO_ATTRIBUTES, (d * ac_sinf(s, 1)))
+AC_MAP(round, AC_ATTRIBUTES(round), rounded(v, a.mode))
 AC_MAP(affine, AC_ATTRIBUTES(affine), (v * a.scale + a.shift))
 
 /* y = x Phi(x), or its approximation by tanh */
@@ -301,6 +319,8 @@ AC_PAIR_ROW(add, A + B)
 AC_PAIR(sub, A - B)
 AC_PAIR(mul, (A * B))
 AC_PAIR(div, A / B)
+AC_PAIR(greater, A > B ? 1.0f : 0.0f)
+AC_PAIR(keep, B != 0.0f ? A : 0.0f)
 
 /* a + b, clamped; and the bits. Where nothing is stretched, a block at a time, while it is in the first cache. */
 ac_status AC_KERNEL(add)(const ac_call *call) {

@@ -11,6 +11,20 @@ static int labels_fit(const int32_t *y, size_t n, size_t classes) {
     return 1;
 }
 
+/* y (N) labels -> one (N, K) */
+ac_status AC_KERNEL(one_hot)(const ac_call *call) {
+    const int32_t *y = AC_IN(call, 0);
+    float *one = AC_OUT(call, 0);
+    const size_t n = AC_IN_T(call, 0)->size, classes = (size_t)AC_OUT_T(call, 0)->dim[1];
+    if (!labels_fit(y, n, classes))
+        return AC_E_LABEL;
+    for (size_t i = 0; i < n * classes; i++)
+        one[i] = 0.0f;
+    for (size_t i = 0; i < n; i++)
+        one[i * classes + (size_t)y[i]] = 1.0f;
+    return AC_OK;
+}
+
 /* What the sum over the samples is divided by: N, or the weights of the labels. */
 static double label_weight(const int32_t *y, const float *w, size_t n) {
     double total = 0;

@@ -186,3 +186,53 @@ ac_status AC_KERNEL(take)(const ac_call *c) {
             memmove(to, from + (size_t)index[p] * inner, inner * sizeof(float));
     return AC_OK;
 }
+
+/* d (.., P, ..), index (P) -> x (.., A, ..) = 0, then x[.., index[p], ..] += d[.., p, ..], p in order */
+ac_status AC_KERNEL(take_grad)(const ac_call *c) {
+    const ac_attr_take_grad *a = c->attr;
+    const ac_tensor *x = AC_OUT_T(c, 0);
+    const int32_t *index = AC_IN(c, 1);
+    const float *from = AC_IN(c, 0);
+    float *to = AC_OUT(c, 0);
+    size_t inner = elements_from(x, a->axis + 1), whole = inner * (size_t)x->dim[a->axis], times = x->size / whole;
+    memset(to, 0, x->size * sizeof(float));
+    for (size_t k = 0; k < times; k++, to += whole)
+        for (uint32_t p = 0; p < AC_IN_T(c, 1)->size; p++, from += inner)
+            move_row(to + (size_t)index[p] * inner, 1, from, 1, (int32_t)inner, 1);
+    return AC_OK;
+}
+
+/* The row that a float names, -1 where the table has no such row. */
+static int32_t row_of(float index, int32_t rows) {
+    return index > -1.0f && index < (float)rows ? (int32_t)index : -1;
+}
+
+/* table (V, D), index (n numbers) -> y (n, D) */
+ac_status AC_KERNEL(embedding)(const ac_call *c) {
+    const ac_tensor *table = AC_IN_T(c, 0);
+    const float *from = AC_IN(c, 0), *index = AC_IN(c, 1);
+    float *to = AC_OUT(c, 0);
+    size_t inner = (size_t)table->dim[1];
+    for (uint32_t i = 0; i < AC_IN_T(c, 1)->size; i++, to += inner) {
+        int32_t row = row_of(index[i], table->dim[0]);
+        if (row < 0) return AC_E_LABEL;
+        memmove(to, from + (size_t)row * inner, inner * sizeof(float));
+    }
+    return AC_OK;
+}
+
+/* d (n, D), index (n numbers) -> table (V, D) = 0, then table[index[i]] += d[i], i in order, but for `padding` */
+ac_status AC_KERNEL(embedding_grad)(const ac_call *c) {
+    const ac_attr_embedding_grad *a = c->attr;
+    const ac_tensor *table = AC_OUT_T(c, 0);
+    const float *from = AC_IN(c, 0), *index = AC_IN(c, 1);
+    float *to = AC_OUT(c, 0);
+    size_t inner = (size_t)table->dim[1];
+    memset(to, 0, table->size * sizeof(float));
+    for (uint32_t i = 0; i < AC_IN_T(c, 1)->size; i++, from += inner) {
+        int32_t row = row_of(index[i], table->dim[0]);
+        if (row < 0) return AC_E_LABEL;
+        if (row != a->padding) move_row(to + (size_t)row * inner, 1, from, 1, (int32_t)inner, 1);
+    }
+    return AC_OK;
+}

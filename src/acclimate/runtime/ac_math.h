@@ -158,6 +158,37 @@ AC_INLINE float ac_log1pf(float x) {
     return ac_logf(sum) + (x - (sum - 1.0f)) / sum;
 }
 
+/* x to the power p: the logarithm's error grows with |p log x|. NaN for x < 0 unless p is a whole number. */
+AC_INLINE float ac_powf(float x, float p) {
+    const float y = ac_expf(p * ac_logf(ac_absf(x)));
+    const int exact = ac_absf(p) < 8388608.0f; /* from there on every p is whole and even enough */
+    const int32_t n = exact ? (int32_t)p : 0;
+    const int whole = !exact | ((float)n == p);
+    const float negative = whole ? (n & 1 ? -y : y) : AC_NAN;
+    return p == 0.0f ? 1.0f : x < 0.0f ? negative : y;
+}
+
+/* sin(x + quarters pi / 2). x = k pi / 2 + r in double, |r| <= pi / 4; exact to float where float still has a phase. */
+AC_INLINE float ac_sinf(float x, uint32_t quarters) {
+    union {
+        double value;
+        uint64_t bits;
+    } shifted;
+    shifted.value = (double)x * 0.63661977236758134 + 6755399441055744.0; /* 1.5 * 2^52 rounds */
+    const double k = shifted.value - 6755399441055744.0;
+    const float r = (float)((double)x - k * 1.5707963267948966), s = r * r;
+    const uint32_t turn = (uint32_t)shifted.bits + quarters;
+    float p = -1.9515295891e-4f;
+    p = p * s + 8.3321608736e-3f;
+    p = p * s - 1.6666654611e-1f;
+    float q = 2.443315711809948e-5f;
+    q = q * s - 1.388731625493765e-3f;
+    q = q * s + 4.166664568298827e-2f;
+    const float y = turn & 1u ? 1.0f - 0.5f * s + s * s * q : r + r * s * p;
+    const float bounded = ac_absf(y) > 1.0f ? ac_copysignf(1.0f, y) : y;
+    return turn & 2u ? -bounded : bounded;
+}
+
 /* tanh |x| = e / (e + 2), e = exp(2 |x|) - 1; 1 above 10 */
 AC_INLINE float ac_tanhf(float x) {
     const float a = ac_absf(x);

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x19A5B92Au
+#define AC_TABLE_HASH 0x5B8A1F6Bu
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -40,62 +40,76 @@ typedef enum {
     AC_OP_ABS_GRAD = 30,
     AC_OP_RECIPROCAL = 31,
     AC_OP_RECIPROCAL_GRAD = 32,
-    AC_OP_ADD = 33,
-    AC_OP_SUB = 34,
-    AC_OP_MUL = 35,
-    AC_OP_DIV = 36,
-    AC_OP_AFFINE = 37,
-    AC_OP_SUM = 38,
-    AC_OP_MEAN = 39,
-    AC_OP_CONV = 40,
-    AC_OP_CONV_INPUT_GRAD = 41,
-    AC_OP_CONV_WEIGHT_GRAD = 42,
-    AC_OP_MATMUL = 43,
-    AC_OP_SOFTMAX = 44,
-    AC_OP_SOFTMAX_GRAD = 45,
-    AC_OP_LOG_SOFTMAX = 46,
-    AC_OP_LOG_SOFTMAX_GRAD = 47,
-    AC_OP_LSTM = 48,
-    AC_OP_LSTM_GRAD = 49,
-    AC_OP_GRU = 50,
-    AC_OP_GRU_GRAD = 51,
-    AC_OP_RNN = 52,
-    AC_OP_RNN_GRAD = 53,
-    AC_OP_MAX_POOL = 54,
-    AC_OP_MAX_POOL_GRAD = 55,
-    AC_OP_AVG_POOL = 56,
-    AC_OP_AVG_POOL_GRAD = 57,
-    AC_OP_BATCH_NORM = 58,
-    AC_OP_BATCH_NORM_GRAD = 59,
-    AC_OP_BATCH_NORM_TRAIN = 60,
-    AC_OP_BATCH_NORM_TRAIN_GRAD = 61,
-    AC_OP_LAYER_NORM = 62,
-    AC_OP_LAYER_NORM_GRAD = 63,
-    AC_OP_DROPOUT = 64,
-    AC_OP_RESHAPE = 65,
-    AC_OP_TRANSPOSE = 66,
-    AC_OP_EXPAND = 67,
-    AC_OP_CONCAT = 68,
-    AC_OP_SLICE = 69,
-    AC_OP_SLICE_GRAD = 70,
-    AC_OP_SLICE_ADD = 71,
-    AC_OP_PAD = 72,
-    AC_OP_TAKE = 73,
-    AC_OP_CROSS_ENTROPY = 74,
-    AC_OP_CROSS_ENTROPY_GRAD = 75,
-    AC_OP_BINARY_CROSS_ENTROPY = 76,
-    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 77,
-    AC_OP_MSE = 78,
-    AC_OP_MSE_GRAD = 79,
-    AC_OP_SGD = 80,
-    AC_OP_ADAM = 81,
-    AC_OP_EMA = 82,
-    AC_OP_ACCUMULATE = 83,
-    AC_OP_CLEAR = 84,
-    AC_OP_INCREMENT = 85,
-    AC_OP_SUM_SQUARES = 86,
-    AC_OP_CLIP_SCALE = 87,
-    AC_OP_COUNT = 88
+    AC_OP_POW = 33,
+    AC_OP_POW_GRAD = 34,
+    AC_OP_ERF = 35,
+    AC_OP_ERF_GRAD = 36,
+    AC_OP_SIN = 37,
+    AC_OP_SIN_GRAD = 38,
+    AC_OP_ROUND = 39,
+    AC_OP_ADD = 40,
+    AC_OP_SUB = 41,
+    AC_OP_MUL = 42,
+    AC_OP_DIV = 43,
+    AC_OP_AFFINE = 44,
+    AC_OP_SUM = 45,
+    AC_OP_MEAN = 46,
+    AC_OP_GREATER = 47,
+    AC_OP_KEEP = 48,
+    AC_OP_CONV = 49,
+    AC_OP_CONV_INPUT_GRAD = 50,
+    AC_OP_CONV_WEIGHT_GRAD = 51,
+    AC_OP_MATMUL = 52,
+    AC_OP_SOFTMAX = 53,
+    AC_OP_SOFTMAX_GRAD = 54,
+    AC_OP_LOG_SOFTMAX = 55,
+    AC_OP_LOG_SOFTMAX_GRAD = 56,
+    AC_OP_LSTM = 57,
+    AC_OP_LSTM_GRAD = 58,
+    AC_OP_GRU = 59,
+    AC_OP_GRU_GRAD = 60,
+    AC_OP_RNN = 61,
+    AC_OP_RNN_GRAD = 62,
+    AC_OP_MAX_POOL = 63,
+    AC_OP_MAX_POOL_GRAD = 64,
+    AC_OP_AVG_POOL = 65,
+    AC_OP_AVG_POOL_GRAD = 66,
+    AC_OP_BATCH_NORM = 67,
+    AC_OP_BATCH_NORM_GRAD = 68,
+    AC_OP_BATCH_NORM_TRAIN = 69,
+    AC_OP_BATCH_NORM_TRAIN_GRAD = 70,
+    AC_OP_LAYER_NORM = 71,
+    AC_OP_LAYER_NORM_GRAD = 72,
+    AC_OP_DROPOUT = 73,
+    AC_OP_RESHAPE = 74,
+    AC_OP_TRANSPOSE = 75,
+    AC_OP_EXPAND = 76,
+    AC_OP_CONCAT = 77,
+    AC_OP_SLICE = 78,
+    AC_OP_SLICE_GRAD = 79,
+    AC_OP_SLICE_ADD = 80,
+    AC_OP_PAD = 81,
+    AC_OP_TAKE = 82,
+    AC_OP_TAKE_GRAD = 83,
+    AC_OP_EMBEDDING = 84,
+    AC_OP_EMBEDDING_GRAD = 85,
+    AC_OP_DETACH = 86,
+    AC_OP_ONE_HOT = 87,
+    AC_OP_CROSS_ENTROPY = 88,
+    AC_OP_CROSS_ENTROPY_GRAD = 89,
+    AC_OP_BINARY_CROSS_ENTROPY = 90,
+    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 91,
+    AC_OP_MSE = 92,
+    AC_OP_MSE_GRAD = 93,
+    AC_OP_SGD = 94,
+    AC_OP_ADAM = 95,
+    AC_OP_EMA = 96,
+    AC_OP_ACCUMULATE = 97,
+    AC_OP_CLEAR = 98,
+    AC_OP_INCREMENT = 99,
+    AC_OP_SUM_SQUARES = 100,
+    AC_OP_CLIP_SCALE = 101,
+    AC_OP_COUNT = 102
 } ac_op;
 
 typedef struct {
@@ -132,6 +146,18 @@ typedef struct {
 typedef struct {
     float alpha;
 } ac_attr_elu_grad;
+
+typedef struct {
+    float exponent;
+} ac_attr_pow;
+
+typedef struct {
+    float exponent;
+} ac_attr_pow_grad;
+
+typedef struct {
+    int32_t mode;
+} ac_attr_round;
 
 typedef struct {
     float low;
@@ -323,6 +349,18 @@ typedef struct {
 } ac_attr_take;
 
 typedef struct {
+    int32_t axis;
+} ac_attr_take_grad;
+
+typedef struct {
+    int32_t padding;
+} ac_attr_embedding;
+
+typedef struct {
+    int32_t padding;
+} ac_attr_embedding_grad;
+
+typedef struct {
     float smoothing;
 } ac_attr_cross_entropy;
 
@@ -400,6 +438,13 @@ ac_status AC_KERNEL(abs)(const ac_call *call);
 ac_status AC_KERNEL(abs_grad)(const ac_call *call);
 ac_status AC_KERNEL(reciprocal)(const ac_call *call);
 ac_status AC_KERNEL(reciprocal_grad)(const ac_call *call);
+ac_status AC_KERNEL(pow)(const ac_call *call);
+ac_status AC_KERNEL(pow_grad)(const ac_call *call);
+ac_status AC_KERNEL(erf)(const ac_call *call);
+ac_status AC_KERNEL(erf_grad)(const ac_call *call);
+ac_status AC_KERNEL(sin)(const ac_call *call);
+ac_status AC_KERNEL(sin_grad)(const ac_call *call);
+ac_status AC_KERNEL(round)(const ac_call *call);
 ac_status AC_KERNEL(add)(const ac_call *call);
 ac_status AC_FAST_KERNEL(add)(const ac_call *call);
 ac_status AC_KERNEL(sub)(const ac_call *call);
@@ -408,6 +453,8 @@ ac_status AC_KERNEL(div)(const ac_call *call);
 ac_status AC_KERNEL(affine)(const ac_call *call);
 ac_status AC_KERNEL(sum)(const ac_call *call);
 ac_status AC_KERNEL(mean)(const ac_call *call);
+ac_status AC_KERNEL(greater)(const ac_call *call);
+ac_status AC_KERNEL(keep)(const ac_call *call);
 ac_status AC_KERNEL(conv)(const ac_call *call);
 ac_status AC_FAST_KERNEL(conv)(const ac_call *call);
 ac_status AC_KERNEL(conv_input_grad)(const ac_call *call);
@@ -453,6 +500,10 @@ ac_status AC_KERNEL(slice_grad)(const ac_call *call);
 ac_status AC_KERNEL(slice_add)(const ac_call *call);
 ac_status AC_KERNEL(pad)(const ac_call *call);
 ac_status AC_KERNEL(take)(const ac_call *call);
+ac_status AC_KERNEL(take_grad)(const ac_call *call);
+ac_status AC_KERNEL(embedding)(const ac_call *call);
+ac_status AC_KERNEL(embedding_grad)(const ac_call *call);
+ac_status AC_KERNEL(one_hot)(const ac_call *call);
 ac_status AC_KERNEL(cross_entropy)(const ac_call *call);
 ac_status AC_KERNEL(cross_entropy_grad)(const ac_call *call);
 ac_status AC_KERNEL(binary_cross_entropy)(const ac_call *call);
@@ -467,12 +518,15 @@ ac_status AC_KERNEL(clear)(const ac_call *call);
 ac_status AC_KERNEL(increment)(const ac_call *call);
 ac_status AC_KERNEL(sum_squares)(const ac_call *call);
 ac_status AC_KERNEL(clip_scale)(const ac_call *call);
+ac_status ac_check_round(const ac_call *call);
 ac_status ac_check_add(const ac_call *call);
 ac_status ac_check_sub(const ac_call *call);
 ac_status ac_check_mul(const ac_call *call);
 ac_status ac_check_div(const ac_call *call);
 ac_status ac_check_sum(const ac_call *call);
 ac_status ac_check_mean(const ac_call *call);
+ac_status ac_check_greater(const ac_call *call);
+ac_status ac_check_keep(const ac_call *call);
 ac_status ac_check_conv(const ac_call *call);
 ac_status ac_check_conv_input_grad(const ac_call *call);
 ac_status ac_check_conv_weight_grad(const ac_call *call);
@@ -505,6 +559,9 @@ ac_status ac_check_slice_grad(const ac_call *call);
 ac_status ac_check_slice_add(const ac_call *call);
 ac_status ac_check_pad(const ac_call *call);
 ac_status ac_check_take(const ac_call *call);
+ac_status ac_check_take_grad(const ac_call *call);
+ac_status ac_check_embedding(const ac_call *call);
+ac_status ac_check_embedding_grad(const ac_call *call);
 ac_status ac_check_sgd(const ac_call *call);
 ac_status ac_check_adam(const ac_call *call);
 

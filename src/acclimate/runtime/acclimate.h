@@ -63,7 +63,7 @@ typedef enum {
     AC_E_OP,         /* an op's number, arguments or attributes are not allowed */
     AC_E_SHAPE,      /* the shapes of an op's arguments do not fit together */
     AC_E_NAME,       /* no entry or binding has this name */
-    AC_E_LABEL,      /* a label is outside the classes: the run stopped before any update */
+    AC_E_LABEL,      /* a label is outside the classes, or an index outside its table: nothing was updated */
     AC_E_ALIGN,      /* a block of memory is not 4-byte aligned */
     AC_E_MODEL,      /* a delta of another model, or the Program does not say of which model it is */
     AC_E_RECORD,     /* a record of a delta has a name, type, shape or channels that the Program does not */

@@ -40,7 +40,9 @@ def layers(graph: Graph) -> list[Layer]:
         for i, name in enumerate(node.inputs):
             name = source.get(name, "")
             if name and name not in seen:
-                found[name] = TABLE[node.op].roles.get(i, "weight")
+                role = TABLE[node.op].roles.get(i, "weight")
+                vector = max(graph.shape(name), default=1) == graph.type(name).size
+                found[name] = role if vector else "weight"  # biases and scales are one number a channel
                 seen.add(name)
         if found:
             out.append(Layer(node.op, found))
@@ -230,7 +232,9 @@ class Explicit:
             isinstance(i, (int, np.integer)) for i in what
         ):
             raise WrongUse(
-                "channels are None, Channels, a share in (0, 1], or a list of indices", where=name, number=repr(what)
+                "channels are None, Channels, a share in (0, 1], or a list of indices",
+                where=name,
+                number=repr(what),
             )
         return Channels(axis, tuple(int(i) for i in what)), f"{len(what)} of {shape[axis]} channels, named"
 
