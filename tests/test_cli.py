@@ -434,7 +434,7 @@ def test_bad_input_has_exit_code_4(run, files, verb, model, dataset, says):
     ("--device", "nano33", 2, "did you mean nano33ble"),
     ("--scheme", "everything", 2, "one of auto"),
     ("--scheme", "block:nose", 2, "stem"),
-    ("--loss", "hinge", 2, "cross_entropy"),
+    ("--loss", "hing", 2, "cross_entropy"),
     ("--optimizer", "lion", 2, "adamw"),
     ("--lr", "0", 2, "above zero"),
     ("--batch", "0", 2, "batch_size"),

@@ -11,6 +11,9 @@
  */
 #define _POSIX_C_SOURCE 200809L /* fsync */
 #include "acclimate.h"
+#ifdef THREADS /* of the installed library: fast kernels need its workers, even where THREADS is 1 */
+#include "ac_threads.h"
+#endif
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -188,6 +191,10 @@ int main(int argc, char **argv) {
     if (program.state_bytes > sizeof state || program.arena_bytes > sizeof arena)
         return complain("memory", "STATE_BYTES or ARENA_BYTES is too small for this Program");
     ac_memory memory = {state, arena, NULL};
+#ifdef THREADS
+    memory.workers = ac_workers_open(THREADS);
+    if (!memory.workers) return complain("threads", "cannot be started");
+#endif
     if (ac_reset(&program, &memory) != AC_OK) return complain("memory", "is not aligned");
 
     /* 3. What it can do. */
@@ -221,5 +228,8 @@ int main(int argc, char **argv) {
     float again = accuracy(&program, &memory, &predict, &data, batch);
     printf("after power cycle %.4f\n", (double)again);
     fclose(data.file);
+#ifdef THREADS
+    ac_workers_close(memory.workers);
+#endif
     return again == after ? 0 : complain("what was kept", "differs from what was learned");
 }

@@ -355,7 +355,7 @@ HOSTILE = {
     "functions that double 40 times": lambda: _doubling(40),
     "12 nested graphs": lambda: proto([("Cast", ["x"], ["c"]), *[deep(12)]]),
     "20000 nodes in a row": lambda: proto(
-        [("Sin", ["x" if i == 0 else f"v{i}"], [f"v{i + 1}" if i < 19_999 else "y"]) for i in range(20_000)]
+        [("Atan", ["x" if i == 0 else f"v{i}"], [f"v{i + 1}" if i < 19_999 else "y"]) for i in range(20_000)]
     ),
 }
 #: Sizes are numbers to a graph: the plan says that these do not fit.
