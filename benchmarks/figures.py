@@ -45,7 +45,9 @@ def _legend(names: Sequence[str], top: float) -> tuple[list[str], float]:
         width = 26 + 6.9 * len(name)
         if x + width > WIDTH - 10:
             x, y = 10.0, y + 18
-        parts.append(f'<rect x="{x}" y="{y - 10:.0f}" width="11" height="11" fill="{COLOURS[i % len(COLOURS)]}"/>')
+        parts.append(
+            f'<rect x="{x}" y="{y - 10:.0f}" width="11" height="11" fill="{COLOURS[i % len(COLOURS)]}"/>'
+        )
         parts.append(_text(x + 16, y, name))
         x += width
     return parts, y + 12
@@ -73,14 +75,20 @@ def bars(
         for tick in _ticks(top):
             at = base - tick / top * (height - 14)
             parts.append(_line(left, at, WIDTH - 10, at))
-            parts.append(_text(left - 5, at + 4, f"{100 * tick:.0f} %" if percent else f"{tick:g}", "end", "quiet"))
+            parts.append(
+                _text(left - 5, at + 4, f"{100 * tick:.0f} %" if percent else f"{tick:g}", "end", "quiet")
+            )
         pitch = (WIDTH - 10 - left) / each
         for g, (label, values) in enumerate(row):
             wide = (pitch - 14) / max(len(names), 1)
             for i, v in enumerate(values):
                 if v is not None:
                     tall = v / top * (height - 14)
-                    told = f"{label}, {names[i]}: {100 * v:.1f} %" if percent else f"{label}, {names[i]}: {v:.3g}"
+                    told = (
+                        f"{label}, {names[i]}: {100 * v:.1f} %"
+                        if percent
+                        else f"{label}, {names[i]}: {v:.3g}"
+                    )
                     parts.append(
                         f'<rect x="{left + g * pitch + 7 + i * wide:.1f}" y="{base - tall:.1f}" width="{wide - 1:.1f}" '
                         f'height="{tall:.1f}" fill="{COLOURS[i % len(COLOURS)]}"><title>{escape(told)}</title></rect>'
@@ -93,7 +101,7 @@ def bars(
 def curves(
     title: str, names: Sequence[str], panels: Sequence[tuple[str, Sequence[str], Sequence[Sequence[float]]]]
 ) -> str:
-    """Small panels side by side: (what grows, its values in words, a series a name). Both axes start at zero or one point."""
+    """Small panels side by side, each (what grows, its values in words, a series a name); from zero upwards."""
     parts, y = _legend(names, 40)
     each, height = 3, 210
     for first in range(0, len(panels), each):
@@ -105,7 +113,9 @@ def curves(
                 at = base - tick / top * (height - 70)
                 parts += [_line(left, at, right, at), _text(left - 5, at + 4, f"{tick:g}", "end", "quiet")]
             xs = [left + (right - left) * (i + 0.5) / len(points) for i in range(len(points))]
-            parts += [_text(x, base + 16, word, "middle", "quiet") for x, word in zip(xs, points, strict=True)]
+            parts += [
+                _text(x, base + 16, word, "middle", "quiet") for x, word in zip(xs, points, strict=True)
+            ]
             parts.append(_text((left + right) / 2, base + 34, label, "middle"))
             for i, values in enumerate(series):
                 ys = [base - v / top * (height - 70) for v in values]
@@ -114,8 +124,7 @@ def curves(
                 parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
                 for x, at, v, word in zip(xs, ys, values, points, strict=True):
                     told = f"{names[i]}, {label} {word}: {v:.3g}"
-                    parts.append(
-                        f'<circle cx="{x:.1f}" cy="{at:.1f}" r="3" fill="{colour}"><title>{escape(told)}</title></circle>'
-                    )
+                    inside = f'fill="{colour}"><title>{escape(told)}</title>'
+                    parts.append(f'<circle cx="{x:.1f}" cy="{at:.1f}" r="3" {inside}</circle>')
         y += height
     return _svg(title, y + 6, parts)

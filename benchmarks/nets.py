@@ -92,7 +92,13 @@ class InvertedResidual(nn.Module):
 
 
 #: c_in, c_out, kernel, stride, expansion of the blocks of `MobileNet`
-MOBILE_BLOCKS = ((16, 16, 3, 1, 3), (16, 24, 5, 2, 4), (24, 24, 3, 1, 4), (24, 40, 7, 2, 4), (40, 40, 3, 1, 6))
+MOBILE_BLOCKS = (
+    (16, 16, 3, 1, 3),
+    (16, 24, 5, 2, 4),
+    (24, 24, 3, 1, 4),
+    (24, 40, 7, 2, 4),
+    (40, 40, 3, 1, 6),
+)
 
 
 class MobileNet(nn.Module):
@@ -208,7 +214,9 @@ def mlp() -> nn.Module:
 
 def torch_loss(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Torch's function of (logits, targets) for one of acclimate's losses."""
-    return {"cross_entropy": F.cross_entropy, "binary_cross_entropy": F.binary_cross_entropy_with_logits}[name]
+    return {"cross_entropy": F.cross_entropy, "binary_cross_entropy": F.binary_cross_entropy_with_logits}[
+        name
+    ]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,10 @@ DOCS = ROOT / "docs" / "benchmarks.md"
 CHECKED_STEPS = 10  # whose losses must agree with ours
 TOLERANCE = 5e-3  # of a loss, relative: float32 in another order, through ten steps
 TURN_S = 0.08  # a turn takes about so long,
-TURN_STEPS = (2, 200)  # in so many steps; the first finds another worker's data in the caches and does not count
+TURN_STEPS = (
+    2,
+    200,
+)  # in so many steps; the first finds another worker's data in the caches and does not count
 RATES = {"sgd": 0.05, "adamw": 0.003}
 NETS = ("mlp", "lenet", "resnet26", "mobilenet", "dscnn", "ecg", "vit")
 OURS = "acclimate"
@@ -66,7 +69,7 @@ class Peer:
 
 
 PEERS = {
-    OURS: Peer("with_acclimate.py", "acclimate"),
+    OURS: Peer("with_acclimate.py", "acclimate", package="acclimate"),
     "torch": Peer("with_torch.py", "torch, eager", package="torch"),
     "torch-channels-last": Peer(
         "with_torch.py", "torch, channels last", options={"channels_last": True}, package="torch"
@@ -78,7 +81,9 @@ PEERS = {
     "jax-channels-last": Peer(
         "with_jax.py", "JAX, jit, channels last", "jax", {"channels_last": True}, package="jax"
     ),
-    "onnxruntime": Peer("with_onnxruntime.py", "ONNX Runtime training", "onnxruntime", package="onnxruntime-training"),
+    "onnxruntime": Peer(
+        "with_onnxruntime.py", "ONNX Runtime training", "onnxruntime", package="onnxruntime-training"
+    ),
     "executorch": Peer("with_executorch.py", "ExecuTorch training", "executorch", package="executorch"),
     "tinygrad": Peer("with_tinygrad.py", "tinygrad", "tinygrad", programs=("clang",), package="tinygrad"),
 }
@@ -123,7 +128,9 @@ def setup(names: Iterable[str]) -> None:
         for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, *REQUIREMENTS[venv]]):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
+                lines = [
+                    line for line in done.stderr.splitlines() if "ERROR" in line
+                ] or done.stderr.splitlines()
                 tell.print(f"{venv}: left out: {' '.join(lines[:2])}", highlight=False)
                 break
         else:
@@ -138,7 +145,9 @@ def version_of(name: str) -> str:
     if name == OURS:
         import acclimate
 
-        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
         return f"{acclimate.__version__} {done.stdout.strip()}".strip()
     peer = PEERS[name]
     code = f"from importlib import metadata; print(metadata.version({peer.package!r}))"
@@ -449,13 +458,11 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 def docs(path: Path) -> None:
     """Tables and pictures of the stored results, into docs/."""
     rows = json.loads(path.read_text())["rows"]
-    text = DOCS.read_text()
-    parts = {"peers": "\n".join(markdown(rows))}
-    for name, body in parts.items():
-        text = figures.between(text, name, body)
-    DOCS.write_text(text)
+    DOCS.write_text(figures.between(DOCS.read_text(), "peers", "\n".join(markdown(rows))))
     for threads in sorted({r["threads"] for r in rows}):
-        mine = [r for r in rows if r["threads"] == threads and r["scheme"] == "full" and r["optimizer"] == "sgd"]
+        mine = [
+            r for r in rows if r["threads"] == threads and r["scheme"] == "full" and r["optimizer"] == "sgd"
+        ]
         (DOCS.parent / f"peers-{threads}.svg").write_text(picture(mine, threads))
 
 
@@ -464,68 +471,84 @@ def _compared(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> list[str]:
-    """The time of each peer as a multiple of ours, a table for each number of threads and what learns."""
+    """Times, start-up and memory, what was not compared, and where all that was measured."""
     out: list[str] = []
-    groups = sorted({(r["threads"], r["scheme"], r["optimizer"]) for r in rows})
-    for threads, scheme, optimizer in groups:
-        mine = [r for r in rows if (r["threads"], r["scheme"], r["optimizer"]) == (threads, scheme, optimizer)]
-        present = [p for p in PEERS if p != OURS and any(r["peer"] == p for r in mine)]
-        what = {"full": "everything learns", "last": "the last layer learns"}[scheme]
-        out += [
-            f"**{threads} thread{'s' * (threads > 1)}, {what}, {optimizer.upper()}**: time of a step over ours",
-            "",
-            "| net | batch | ours, ms | of peak | " + " | ".join(PEERS[p].title for p in present) + " |",
-            "|---|---|---|---|" + "---|" * len(present),
-        ]
-        for net, batch in dict.fromkeys((r["net"], r["batch"]) for r in mine):
-            at = {r["peer"]: r for r in mine if (r["net"], r["batch"]) == (net, batch)}
-            if OURS not in at:
-                continue
-            ours = at[OURS]
-            cells = []
-            for p in present:
-                r = at.get(p)
-                cells.append(
-                    ""
-                    if r is None
-                    else "fails"
-                    if "error" in r
-                    else f"{r['over_acclimate']:.1f} ({r['share_of_peak']:.0%})"
-                    if r["agrees"]
-                    else "other losses"
-                )
-            out.append(
-                f"| {net} | {batch} | {ours['step_ms']:.3g} | {ours['share_of_peak']:.0%} | " + " | ".join(cells) + " |"
-            )
-        out.append("")
-    out += ["Start-up to the first finished step (s) and peak resident memory (MiB), batch 1, one thread:", ""]
-    first = [r for r in rows if (r["batch"], r["threads"], r["scheme"]) == (1, 1, "full") and "error" not in r]
+    for group in sorted({(r["threads"], r["scheme"], r["optimizer"]) for r in rows}):
+        mine = [r for r in rows if (r["threads"], r["scheme"], r["optimizer"]) == group]
+        out += [*_times(mine, *group), ""]
+    out += [
+        "Start-up to the first finished step, s, and peak resident memory, MiB, at batch 1 on one thread:",
+        "",
+    ]
+    first = [
+        r for r in rows if (r["batch"], r["threads"], r["scheme"]) == (1, 1, "full") and "error" not in r
+    ]
     nets = list(dict.fromkeys(r["net"] for r in first))
     out += ["| | " + " | ".join(nets) + " |", "|---|" + "---|" * len(nets)]
     for p in PEERS:
         at = {r["net"]: r for r in first if r["peer"] == p}
+        cells = [
+            f"{at[n]['startup_s']:.1f}, {at[n]['peak_resident_mib']:.0f}" if n in at else "" for n in nets
+        ]
         if at:
-            cells = [f"{at[n]['startup_s']:.1f} s, {at[n]['peak_resident_mib']:.0f}" if n in at else "" for n in nets]
             out.append(f"| {PEERS[p].title} | " + " | ".join(cells) + " |")
-    out += ["", "Not compared, and why:", ""]
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
     for r in rows:
-        if not r.get("agrees"):
+        if not r.get("agrees") and "layout" not in r.get("error", ""):  # a net without channels is no failure
             why = r.get("error") or f"its losses differ from ours by {r['loss_difference']:.0%}"
-            if "layout" not in why:  # a net without channels is no failure
-                reasons.setdefault((r["peer"], why), []).append(f"{r['net']} at {r['batch']}")
-    out += [f"- {PEERS[p].title}, {', '.join(dict.fromkeys(at))}: {why}" for (p, why), at in reasons.items()] or ["- none"]
-    machines = sorted({(r["date"], r["processor"]) for r in rows})
-    loads = [r["load"] for r in rows]
-    versions = sorted({f"{r['peer']} {r['version']}" for r in rows if "-channels" not in r["peer"] and "-comp" not in r["peer"]})
-    peaks = {t: max(r["peak_gflops"] for r in rows if r["threads"] == t and "peak_gflops" in r) for t in sorted({r["threads"] for r in rows})}
-    out += [
+            reasons.setdefault((r["peer"], why), {})[f"{r['net']} at batch {r['batch']}"] = None
+    if reasons:
+        out += ["", "Not compared:", ""]
+        out += [f"- {PEERS[p].title}, {', '.join(at)}: {why}" for (p, why), at in reasons.items()]
+    return [*out, "", *_circumstances(rows)]
+
+
+def _times(rows: list[dict[str, Any]], threads: int, scheme: str, optimizer: str) -> list[str]:
+    """A peer's time over ours and its share of the peak, a line for each net and batch."""
+    present = [p for p in PEERS if p != OURS and any(r["peer"] == p for r in rows)]
+    what = {"full": "everything learns", "last": "the last layer learns"}[scheme]
+    out = [
+        f"**{threads} thread{'s' * (threads > 1)}, {what}, {optimizer.upper()}.** A peer's time over ours, "
+        "and its share of the peak:",
         "",
-        f"Measured {', '.join(dict.fromkeys(d for d, _ in machines))} on {', '.join(dict.fromkeys(p for _, p in machines))}; "
-        f"peak {', '.join(f'{p:.0f} GFLOP/s on {t} thread' + 's' * (t > 1) for t, p in peaks.items())}; other load of the machine "
-        f"{min(loads):.1f} to {max(loads):.1f} processes before the runs. {', '.join(versions)}.",
+        "| net | batch | ours, ms | share | " + " | ".join(PEERS[p].title for p in present) + " |",
+        "|---|---|---|---|" + "---|" * len(present),
     ]
+    for net, batch in dict.fromkeys((r["net"], r["batch"]) for r in rows):
+        at = {r["peer"]: r for r in rows if (r["net"], r["batch"]) == (net, batch)}
+        if OURS in at:
+            ours = f"{at[OURS]['step_ms']:.3g} | {at[OURS]['share_of_peak']:.0%}"
+            out.append(
+                f"| {net} | {batch} | {ours} | " + " | ".join(_cell(at.get(p)) for p in present) + " |"
+            )
     return out
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None or "layout" in row.get("error", ""):
+        return ""
+    if "error" in row:
+        return "fails"
+    return f"{row['over_acclimate']:.2f} ({row['share_of_peak']:.0%})" if row["agrees"] else "other losses"
+
+
+def _circumstances(rows: list[dict[str, Any]]) -> list[str]:
+    """When, where and with what; how busy the machine was."""
+
+    def listed(values: Iterable[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    peaks = {}
+    for r in rows:
+        if "peak_gflops" in r:
+            peaks[r["threads"]] = max(peaks.get(r["threads"], 0), r["peak_gflops"])
+    loads = [r["load"] for r in rows]
+    return [
+        f"Measured {listed(sorted(r['date'] for r in rows))} on {listed(r['processor'] for r in rows)}. "
+        f"Peak: {', '.join(f'{v:.0f} GFLOP/s on {t} thread' + 's' * (t > 1) for t, v in sorted(peaks.items()))}. "
+        f"Processes that others had running before the runs: {min(loads):.1f} to {max(loads):.1f}. "
+        f"Versions: {listed(sorted(PEERS[r['peer']].package + ' ' + r['version'] for r in rows))}."
+    ]
 
 
 def picture(rows: list[dict[str, Any]], threads: int) -> str:
@@ -537,22 +560,30 @@ def picture(rows: list[dict[str, Any]], threads: int) -> str:
         at = {r["peer"]: r for r in compared if (r["net"], r["batch"]) == (net, batch)}
         groups.append((f"{net}, {batch}", [at[p]["share_of_peak"] if p in at else None for p in names]))
     title = f"A training step: share of the peak of {threads} thread{'s' * (threads > 1)}, by net and batch"
-    return figures.bars(title, [PEERS[p].title for p in names], groups, "share of the measured peak", percent=True)
+    return figures.bars(
+        title, [PEERS[p].title for p in names], groups, "share of the measured peak", percent=True
+    )
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--net", action="append", choices=NETS, help="one or more times; default: all")
     parser.add_argument("--batch", action="append", type=int, help="default: 1, 8 and 32")
-    parser.add_argument("--peer", action="append", choices=list(PEERS), help="default: all; acclimate always runs")
+    parser.add_argument(
+        "--peer", action="append", choices=list(PEERS), help="default: all; acclimate always runs"
+    )
     parser.add_argument("--threads", action="append", type=int, help="default: 1 and 2")
     parser.add_argument("--scheme", choices=("full", "last"), default="full", help="what learns")
     parser.add_argument("--optimizer", choices=tuple(RATES), default="sgd")
     parser.add_argument("--repeats", type=int, default=15, help="rounds (15)")
-    parser.add_argument("--limit", type=float, default=600, help="seconds a peer may take for its first step (600)")
+    parser.add_argument(
+        "--limit", type=float, default=600, help="seconds a peer may take for its first step (600)"
+    )
     parser.add_argument("--setup", action="store_true", help="make the peers' environments, and end")
     parser.add_argument("--save", action="store_true", help=f"merge into {RESULTS.relative_to(ROOT)}")
     parser.add_argument("--docs", action="store_true", help="write the docs from the stored results, and end")

@@ -12,7 +12,6 @@ import worker
 from torch.nn import functional as F
 from with_torch import module, torch_loss
 
-
 # Operations for which it has no gradient kernel (max-pool: a wrong one), by others with the same values.
 
 

@@ -27,7 +27,11 @@ class Ops:
         n = x.ndim - 2
         pads = ((0, 0),) * n if pads is None else tuple(q if isinstance(q, tuple) else (q, q) for q in pads)
         space = "HW"[-n:]
-        layout = (f"N{space}C", f"{space}IO", f"N{space}C") if self.last else (f"NC{space}", f"OI{space}", f"NC{space}")
+        layout = (
+            (f"N{space}C", f"{space}IO", f"N{space}C")
+            if self.last
+            else (f"NC{space}", f"OI{space}", f"NC{space}")
+        )
         groups = x.shape[-1 if self.last else 1] if depthwise else 1
         y = lax.conv_general_dilated(
             x, w, (stride,) * n, pads, dimension_numbers=layout, feature_group_count=groups
@@ -141,7 +145,7 @@ def build(job: worker.Job) -> worker.Step:
 
 
 def _is_kernel(name: str, value: Any) -> bool:
-    """Whether a parameter is a convolution's weight: those of linear layers have two axes, the position has no channel."""
+    """Whether a parameter is a convolution's weight; those of linear layers have two axes."""
     return name.endswith("weight") and value.ndim > 2
 
 

@@ -38,7 +38,9 @@ class Ops:
 
         name = f"v{len(self.nodes)}"
         outputs = [name, *(f"{name}_{kept}" for kept in more)]
-        self.nodes.append(helper.make_node(op, list(inputs), outputs, name=f"n{len(self.nodes)}", **attributes))
+        self.nodes.append(
+            helper.make_node(op, list(inputs), outputs, name=f"n{len(self.nodes)}", **attributes)
+        )
         return name, shape
 
     def constant(self, value):
@@ -112,11 +114,15 @@ class Ops:
             ends = [self.constant(np.array([v], np.int64)) for v in (i * width, (i + 1) * width, 2)]
             part = self.emit("Slice", qkv[0], *ends, shape=(tokens, width))
             split = self.reshape(part, (tokens, heads, size))
-            perm, shape = ([0, 2, 3, 1], (heads, size, tokens)) if i == 1 else ([0, 2, 1, 3], (heads, tokens, size))
+            perm, shape = (
+                ([0, 2, 3, 1], (heads, size, tokens)) if i == 1 else ([0, 2, 1, 3], (heads, tokens, size))
+            )
             parts.append(self.emit("Transpose", split[0], shape=shape, perm=perm))
         q, k, v = parts
         scores, _ = self.emit("MatMul", q[0], k[0], shape=(heads, tokens, tokens))
-        scores, shape = self.emit("Mul", scores, self.constant(np.float32(size**-0.5)), shape=(heads, tokens, tokens))
+        scores, shape = self.emit(
+            "Mul", scores, self.constant(np.float32(size**-0.5)), shape=(heads, tokens, tokens)
+        )
         y, _ = self.emit("MatMul", self.emit("Softmax", scores, shape=shape, axis=-1)[0], v[0], shape=v[1])
         y = self.emit("Transpose", y, shape=(tokens, heads, size), perm=[0, 2, 1, 3])
         return self.reshape(y, (tokens, width))

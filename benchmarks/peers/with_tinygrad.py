@@ -97,7 +97,11 @@ def build(job: worker.Job) -> worker.Step:
     def whole() -> Any:
         optimizer.zero_grad()
         z = net(o, p, x)
-        loss = z.sparse_categorical_crossentropy(y) if job.loss == "cross_entropy" else z.binary_crossentropy_logits(y)
+        loss = (
+            z.sparse_categorical_crossentropy(y)
+            if job.loss == "cross_entropy"
+            else z.binary_crossentropy_logits(y)
+        )
         loss.backward()
         return loss.realize(*optimizer.schedule_step())
 
