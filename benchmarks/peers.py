@@ -258,6 +258,7 @@ class Worker:
             raise
         self.startup_s = time.perf_counter() - start
         self.losses, self.facts = [first["first_loss"]], first["facts"]
+        self.processor: list[float] = []  # seconds of all its threads, by step
 
     def _message(self, line: str) -> dict[str, Any]:
         try:
@@ -286,6 +287,7 @@ class Worker:
         """Times of `count` steps in seconds; the losses are kept."""
         answer = self.ask(steps=count)
         self.losses += answer["losses"]
+        self.processor += answer["processor"][1:]
         return answer["times"]
 
     def kill(self) -> None:
@@ -373,6 +375,7 @@ def compare(
             row |= {
                 "step_ms": 1e3 * step_s,
                 "fastest_ms": 1e3 * min(times[name]),
+                "processor_ms": 1e3 * statistics.median(worker.processor),
                 "steps_timed": len(times[name]),
                 "over_acclimate": statistics.median(ratios),
                 "over_acclimate_quartiles": [float(q) for q in np.quantile(ratios, (0.25, 0.75))],

@@ -78,12 +78,13 @@ def main(build: Callable[[Job], Step], prepare: Callable[[Job], None] | None = N
             if "end" in request:
                 tell(peak_resident_kib=peak_resident_kib())
                 return
-            times, losses = [], []
+            times, processor, losses = [], [], []
             for _ in range(request["steps"]):
-                start = time.perf_counter()
+                worked, start = time.process_time(), time.perf_counter()
                 losses.append(step())
                 times.append(time.perf_counter() - start)
-            tell(times=times, losses=losses)
+                processor.append(time.process_time() - worked)
+            tell(times=times, processor=processor, losses=losses)
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().splitlines()
