@@ -32,7 +32,7 @@ endif
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH :=
 
-.PHONY: help demo test test-slow test-sanitizers targets fuzz lint smoke inplace generate format check-types hooks c-library install clean FORCE
+.PHONY: help demo test test-slow test-sanitizers targets fuzz peers lint smoke inplace generate format check-types hooks c-library install clean FORCE
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s $$'\t' 2>/dev/null \
@@ -71,6 +71,9 @@ test-sanitizers: $(VENV)/.tools-test  ## the tests of the runtime and the ops un
 targets: inplace $(VENV)/.tools-test  ## the same bits on other processors, by zig's cross compiler and qemu-user
 	@$(PIP) ziglang==0.17.0
 	PYTHONPATH=src $(PY) -m pytest -m "slow or not slow" tests/runtime/test_targets.py -rs $(PYTEST_ARGS)
+
+peers: inplace $(VENV)/.tools-test  ## environments of the software that benchmarks/peers.py compares with
+	PYTHONPATH=src $(PY) benchmarks/peers.py --setup
 
 lint: $(VENV)/.tools-test  ## ruff, the direction of dependencies, and that generated files are current
 	@echo "== ruff"

@@ -20,7 +20,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from nets import NETS
 from torch import nn
@@ -87,13 +86,10 @@ def overhead(plain: Callable[[], object], other: Callable[[], object], repeats: 
 
 
 def torch_rows(name: str, batch: int, train: bool, repeats: int) -> list[dict[str, Any]]:
-    make, shape, classes = NETS[name]
     torch.manual_seed(0)
-    net = modules(make()).train(train)
+    net = modules(NETS[name].make()).train(train)
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
-    rng = np.random.default_rng(0)
-    x = torch.as_tensor(rng.normal(size=(batch, *shape)).astype(np.float32))
-    y = torch.as_tensor(rng.integers(0, classes, batch))
+    x, y = (torch.as_tensor(a) for a in NETS[name].batch(batch))
 
     def step(segments: int) -> Callable[[], None]:
         def run() -> None:
@@ -124,13 +120,12 @@ def torch_rows(name: str, batch: int, train: bool, repeats: int) -> list[dict[st
 
 
 def our_rows(name: str, batch: int, train: bool, repeats: int) -> list[dict[str, Any]]:
-    make, shape, classes = NETS[name]
     torch.manual_seed(0)
-    model = acclimate.from_torch(make().train(train), torch.zeros(2, *shape))
+    net = NETS[name].make().train(train)
+    model = acclimate.from_torch(net, torch.zeros(2, *NETS[name].shape))
     asked = {"scheme": "full", "batch_size": batch, "micro_batches": 1}
     plain = acclimate.plan(model, recompute="none", **asked)
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(batch, *shape)).astype(np.float32), rng.integers(0, classes, batch)
+    x, y = NETS[name].batch(batch)
     first = acclimate.Learner(plain)
     step = _step(plain, _plain(plain, 1))
     rows = []
@@ -160,7 +155,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--net", action="append", choices=["resnet26", "mobilenet"])
+    parser.add_argument("--net", action="append", choices=["resnet26", "separable"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--eval", action="store_true", help="frozen batch norm instead of batch statistics")
     parser.add_argument("--repeats", type=int, default=11)
@@ -168,7 +163,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     out = []
-    for name in args.net or ["resnet26", "mobilenet"]:
+    for name in args.net or ["resnet26", "separable"]:
         ours = our_rows(name, args.batch, not args.eval, args.repeats)
         theirs = torch_rows(name, args.batch, not args.eval, args.repeats)
         for a, b in zip(ours, theirs, strict=True):

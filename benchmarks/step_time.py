@@ -12,26 +12,23 @@ import statistics
 import sys
 import time
 
-import numpy as np
 import torch
-from nets import NETS
-from torch.nn import functional as F
+from nets import NETS, torch_loss
 
 import acclimate
 
 
 def compare(name: str, batch: int, scheme: str, repeats: int) -> dict[str, float | str | int]:
-    make, shape, classes = NETS[name]
-    torch.manual_seed(0)
-    net = make().eval()
-    plan = acclimate.plan(acclimate.from_torch(net, torch.zeros(1, *shape)), scheme=scheme, batch_size=batch)
+    net = NETS[name].module()
+    model = acclimate.from_torch(net, torch.zeros(1, *NETS[name].shape))
+    plan = acclimate.plan(model, scheme=scheme, loss=NETS[name].loss, batch_size=batch)
+    loss = torch_loss(NETS[name].loss)
     learner = acclimate.Learner(plan)
     if scheme == "last":
         for p in list(net.parameters())[:-2]:
             p.requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.01)
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(batch, *shape)).astype(np.float32), rng.integers(0, classes, batch)
+    x, y = NETS[name].batch(batch)
     xt, yt = torch.as_tensor(x), torch.as_tensor(y)
     ours, theirs = [], []
     for i in range(repeats + 3):
@@ -39,7 +36,7 @@ def compare(name: str, batch: int, scheme: str, repeats: int) -> dict[str, float
         learner.partial_fit(x, y)
         t1 = time.perf_counter()
         optimizer.zero_grad()
-        F.cross_entropy(net(xt), yt).backward()
+        loss(net(xt), yt).backward()
         optimizer.step()
         t2 = time.perf_counter()
         if i >= 3:

@@ -116,6 +116,36 @@ def merge_equal(graph: Graph) -> Graph:
     return new
 
 
+def select_early(graph: Graph) -> Graph:
+    """Take the channels that learn from an activation as soon as it is there, so that only they are kept.
+
+    Done where the backward part reads nothing else of it that `compact_masks` could not do without.
+    """
+    loss = next((i for i, n in enumerate(graph.nodes) if graph.outputs.get("loss") in n.outputs), None)
+    if loss is None:
+        return graph
+    new, uses = graph.copy(), graph.consumers()
+    position = {id(n): i for i, n in enumerate(graph.nodes)}
+    made = {n: i for i, node in enumerate(graph.nodes[:loss]) for n in node.outputs if n}
+    after: dict[int, list[Node]] = {}
+    for node in graph.nodes[loss:]:
+        if not TABLE[node.op].selects or node.inputs[0] not in made:
+            continue
+        source, *which = node.inputs
+        if any(graph.values[n].kind != "constant" for n in which):
+            continue
+        later = [u for u in uses[source] if position[id(u)] > loss and not TABLE[u.op].selects]
+        if all(TABLE[u.op].compact and u.inputs[TABLE[u.op].compact[0]] == source for u in later):
+            after.setdefault(made[source], []).append(node)
+    moved = {id(n) for nodes in after.values() for n in nodes}
+    new.nodes = [
+        n
+        for i, node in enumerate(graph.nodes)
+        for n in ([] if id(node) in moved else [node]) + after.get(i, [])
+    ]
+    return new
+
+
 def compact_masks(graph: Graph) -> Graph:
     """Save one bit an element instead of the whole activation, where only its sign or range is needed later.
 
@@ -206,6 +236,7 @@ PIPELINE: tuple[Callable[[Graph], Graph], ...] = (
     prune,
     fold_constants,
     merge_equal,
+    select_early,
     compact_masks,
     fuse,
     prune,

@@ -314,6 +314,7 @@ ROWS = (
             Example(((5, 3), (4,)), {"axis": 0}, {1: "below:5"}),
         ),
         attrs={"axis": Attr("i", 0)},
+        selects=True,
         shape=_take_shape,
         check=True,
         grad=_take_grad,

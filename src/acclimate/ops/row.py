@@ -82,6 +82,7 @@ class Row:
     in_place: tuple[int, ...] = ()  # inputs whose bytes the first output may take over
     updates: tuple[int, ...] = ()  # persistent inputs that the node writes
     view: bool = False  # the output is the input's bytes under another shape
+    selects: bool = False  # the output is the part of the first input that the others name
     moves: bool = False  # the output holds the input's elements in another order
     fast: bool = (
         False  # besides the plain C kernel there is a fast one, for machines with vectors and threads

@@ -1,0 +1,130 @@
+"""Pictures for the docs: grouped bars and curves as SVG files that stand alone, readable on light and dark pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+WIDTH = 900
+COLOURS = ("#0b62c4", "#d0571e", "#3aa17e", "#c98a1b", "#8c6bc8", "#c2457a", "#6b7784", "#2aa3b8", "#8a6d3b")
+STYLE = (
+    "text{font:12px system-ui,sans-serif;fill:#17202a}.quiet{fill:#5a6674}.grid{stroke:#d5dbe3}"
+    "@media(prefers-color-scheme:dark){text{fill:#e6eaf0}.quiet{fill:#9aa7b5}.grid{stroke:#323c48}}"
+)
+
+
+def between(text: str, name: str, body: str) -> str:
+    """`text` with what stands between <!-- name --> and <!-- /name --> replaced."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if start not in text or end not in text:
+        raise ValueError(f"the page has no {start} ... {end} to write between")
+    return text[: text.index(start) + len(start)] + f"\n{body}\n" + text[text.index(end) :]
+
+
+def _text(x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> str:
+    style = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{escape(words)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="grid"/>'
+
+
+def _svg(title: str, height: float, parts: Sequence[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+        f'aria-label="{escape(title)}"><style>{STYLE}</style>{_text(10, 18, title)}{"".join(parts)}</svg>\n'
+    )
+
+
+def _legend(names: Sequence[str], top: float) -> tuple[list[str], float]:
+    """A colour for each name, in lines from `top`; and where they end."""
+    parts, x, y = [], 10.0, top
+    for i, name in enumerate(names):
+        width = 26 + 6.9 * len(name)
+        if x + width > WIDTH - 10:
+            x, y = 10.0, y + 18
+        parts.append(
+            f'<rect x="{x}" y="{y - 10:.0f}" width="11" height="11" fill="{COLOURS[i % len(COLOURS)]}"/>'
+        )
+        parts.append(_text(x + 16, y, name))
+        x += width
+    return parts, y + 12
+
+
+def _ticks(top: float) -> list[float]:
+    power = 10 ** math.floor(math.log10(top / 4))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if top / (m * power) <= 5)
+    return [k * step for k in range(int(top / step + 1e-9) + 1)]
+
+
+def bars(
+    title: str,
+    names: Sequence[str],
+    groups: Sequence[tuple[str, Sequence[float | None]]],
+    axis: str,
+    percent: bool = False,
+) -> str:
+    """Groups of upright bars, a bar a name; a missing value leaves its place empty. Rows of up to eight groups."""
+    top = max((v for _, values in groups for v in values if v is not None), default=1.0) * 1.05
+    parts, y = _legend(names, 40)
+    each, height = 8, 150
+    for first in range(0, len(groups), each):
+        row, base, left = groups[first : first + each], y + height, 50
+        for tick in _ticks(top):
+            at = base - tick / top * (height - 14)
+            parts.append(_line(left, at, WIDTH - 10, at))
+            parts.append(
+                _text(left - 5, at + 4, f"{100 * tick:.0f} %" if percent else f"{tick:g}", "end", "quiet")
+            )
+        pitch = (WIDTH - 10 - left) / each
+        for g, (label, values) in enumerate(row):
+            wide = (pitch - 14) / max(len(names), 1)
+            for i, v in enumerate(values):
+                if v is not None:
+                    tall = v / top * (height - 14)
+                    told = (
+                        f"{label}, {names[i]}: {100 * v:.1f} %"
+                        if percent
+                        else f"{label}, {names[i]}: {v:.3g}"
+                    )
+                    parts.append(
+                        f'<rect x="{left + g * pitch + 7 + i * wide:.1f}" y="{base - tall:.1f}" width="{wide - 1:.1f}" '
+                        f'height="{tall:.1f}" fill="{COLOURS[i % len(COLOURS)]}"><title>{escape(told)}</title></rect>'
+                    )
+            parts.append(_text(left + (g + 0.5) * pitch, base + 15, label, "middle"))
+        y = base + 24
+    return _svg(f"{title} ({axis})", y + 6, parts)
+
+
+def curves(
+    title: str, names: Sequence[str], panels: Sequence[tuple[str, Sequence[str], Sequence[Sequence[float]]]]
+) -> str:
+    """Small panels side by side, each (what grows, its values in words, a series a name); from zero upwards."""
+    parts, y = _legend(names, 40)
+    each, height = 3, 210
+    for first in range(0, len(panels), each):
+        for p, (label, points, series) in enumerate(panels[first : first + each]):
+            pitch = (WIDTH - 10) / each
+            left, right, base = 44 + p * pitch, (p + 1) * pitch - 12, y + height - 40
+            top = max(max(s) for s in series) * 1.08
+            for tick in _ticks(top):
+                at = base - tick / top * (height - 70)
+                parts += [_line(left, at, right, at), _text(left - 5, at + 4, f"{tick:g}", "end", "quiet")]
+            xs = [left + (right - left) * (i + 0.5) / len(points) for i in range(len(points))]
+            parts += [
+                _text(x, base + 16, word, "middle", "quiet") for x, word in zip(xs, points, strict=True)
+            ]
+            parts.append(_text((left + right) / 2, base + 34, label, "middle"))
+            for i, values in enumerate(series):
+                ys = [base - v / top * (height - 70) for v in values]
+                colour = COLOURS[i % len(COLOURS)]
+                path = " ".join(f"{x:.1f},{at:.1f}" for x, at in zip(xs, ys, strict=True))
+                parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+                for x, at, v, word in zip(xs, ys, values, points, strict=True):
+                    told = f"{names[i]}, {label} {word}: {v:.3g}"
+                    inside = f'fill="{colour}"><title>{escape(told)}</title>'
+                    parts.append(f'<circle cx="{x:.1f}" cy="{at:.1f}" r="3" {inside}</circle>')
+        y += height
+    return _svg(title, y + 6, parts)
