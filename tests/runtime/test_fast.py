@@ -84,6 +84,38 @@ def test_nothing_is_touched_past_an_argument(isa):
     assert "all within bounds" in call(sys.executable, script, 3, 25, isa).stdout
 
 
+ONCE = {"stride": (1, 1), "dilation": (1, 1), "before": (0, 0), "after": (0, 0), "groups": 1}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("stride", [(1 << 16, 1 << 16), (1 << 24, 1 << 8), (641, 6700417)])
+def test_strides_of_which_the_product_is_no_int(isa, stride):
+    """2^32 and 2^32 + 1 must not be taken for 0 and 1."""
+    rng = np.random.default_rng(3)
+    x, w, d = (rng.normal(size=s).astype(np.float32) for s in ((1, 2, 5, 4), (3, 2, 3, 3), (1, 3, 1, 1)))
+    attrs = ONCE | {"stride": stride}
+    for op, arrays, more in (
+        ("conv", [x, w], {}),
+        ("conv_input_grad", [d, w], {"size": x.shape[2:]}),
+        ("conv_weight_grad", [x, d], {"kernel": w.shape[2:]}),
+    ):
+        program = program_of(op, arrays, attrs | more)
+        plain, fast = (run(program, arrays, isa=isa, kernels=k) for k in ("plain", "fast"))
+        np.testing.assert_allclose(fast, plain, rtol=1e-5, atol=1e-5, err_msg=op)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_last_band_that_is_shorter_than_a_vector(isa):
+    """A weight gradient of 31 bands of 32 rows and one of a single point: what follows x, not a number, has no say."""
+    rng = np.random.default_rng(4)
+    arrays = [rng.normal(size=s).astype(np.float32) for s in ((2, 4, 993, 22), (2, 8, 993, 1))]
+    program = program_of("conv_weight_grad", arrays, ONCE | {"kernel": (1, 22)}, last=0)
+    session = Session(program, isa=isa, kernels="fast")
+    session.arena = np.zeros(program.arena_bytes + 64, np.uint8)  # run() fills it with 0xFF
+    fast = run(program, arrays, session)
+    np.testing.assert_allclose(fast, run(program, arrays, isa=isa, kernels="plain"), rtol=1e-3, atol=1e-3)
+
+
 def test_large_shapes():
     """Bands of rows, of columns, several images to a band."""
     rng = np.random.default_rng(0)

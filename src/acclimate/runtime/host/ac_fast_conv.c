@@ -64,17 +64,23 @@ static int end_inside(int at, int step, int size, int count) {
     return larger(smaller(end, count), first_inside(at, step, count));
 }
 
+/* Places from the first grid point of a band of `rows` grid rows to its last. */
+static int64_t band_points(const field *f, const canvas *c, int rows) {
+    return (rows - 1) * (int64_t)c->pitch + f->grid[1];
+}
+
 /* Output vectors of a band of `rows` grid rows, in either order. */
-static int count_spots(const field *f, const canvas *c, int rows, int flat) {
-    return flat ? ((rows - 1) * c->pitch + f->grid[1] + LANES - 1) / LANES
-                : rows * ((f->grid[1] + LANES - 1) / LANES);
+static int64_t count_spots(const field *f, const canvas *c, int rows, int flat) {
+    return flat ? (band_points(f, c, rows) + LANES - 1) / LANES
+                : rows * (((int64_t)f->grid[1] + LANES - 1) / LANES);
 }
 
 /* Lay out the canvas for the field's taps; 0 where it does not fit. `most` bounds the vectors of a band. */
 static int plan_canvas(canvas *c, const field *f, int most) {
     int low[2] = {f->row[0], f->col[0]}, high[2] = {f->row[0], f->col[0]};
+    if (f->taps < 1 || f->taps > TAPS || (int64_t)f->planes * f->taps > DEPTH) return 0;
+    if (f->step[0] * (int64_t)f->step[1] > STEPS) return 0;
     const int phases = f->step[0] * f->step[1];
-    if (f->taps < 1 || f->taps > TAPS || phases > STEPS || (int64_t)f->planes * f->taps > DEPTH) return 0;
     for (int t = 1; t < f->taps; t++) {
         low[0] = smaller(low[0], f->row[t]);
         low[1] = smaller(low[1], f->col[t]);
@@ -96,11 +102,14 @@ static int plan_canvas(canvas *c, const field *f, int most) {
         c->flat = count_spots(f, c, c->rows, 1) < count_spots(f, c, c->rows, 0) || f->grid[1] < LANES;
         int fits = (c->direct || plane * f->planes <= CANVAS - 2 * LANES) && count_spots(f, c, c->rows, c->flat) <= most;
         /* A direct band must hold a whole vector. */
-        if (c->direct && (c->rows - 1) * (int64_t)c->pitch + f->grid[1] < LANES) return 0;
+        if (c->direct && band_points(f, c, c->rows) < LANES) return 0;
         c->plane = c->direct ? f->source_plane : (size_t)plane;
         if (fits) break;
         if (c->rows == 1) return 0;
     }
+    /* So must the last band: a vector that begins in it cannot reach back into the one before. */
+    while (c->direct && f->grid[0] % c->rows && band_points(f, c, f->grid[0] % c->rows) < LANES) c->rows--;
+    if (c->direct && band_points(f, c, c->rows) < LANES) return 0;
     c->phases = 0;
     for (int t = 0; t < f->taps; t++) {
         int row = f->row[t] - low[0], col = f->col[t] - low[1];
@@ -338,8 +347,6 @@ static int by_columns(const field *f, int most, int (*run)(const field *f, const
 }
 
 static int correlate_columns(const field *f, const canvas *c, void *workers) {
-    /* A direct band shorter than a vector at the end cannot overlap what is before it. */
-    if (c->direct && f->grid[0] % c->rows && (f->grid[0] % c->rows - 1) * (int64_t)c->pitch + f->grid[1] < LANES) return 0;
     job j = {f, c, workers};
     ac_share(workers, (double)f->batch * f->groups * f->rows * f->planes * f->taps * f->grid[0] * f->grid[1], correlate_part,
              &j);
@@ -591,7 +598,7 @@ static int weight_grad_columns(const field *f, const canvas *plan, void *argumen
     j.images = 1;
     if (c.rows == f->grid[0]) {
         const int64_t fit = c.direct ? f->batch : (CANVAS - 2 * LANES) / ((int64_t)f->planes * (int64_t)c.plane);
-        j.images = smaller(f->batch, smaller((int)fit, SIDE / count_spots(f, &c, c.rows, c.flat)));
+        j.images = smaller(f->batch, smaller((int)fit, SIDE / (int)count_spots(f, &c, c.rows, c.flat)));
     }
     ac_share(j.workers, (double)f->batch * f->groups * f->rows * f->planes * f->taps * f->grid[0] * f->grid[1],
              weight_grad_part, &j);

@@ -202,7 +202,7 @@ static void weight_grad_part(void *argument, int index, int count) {
                         r->w + t, kernel_width, d, f->grid[0], f->grid[1],
                         r->image + ((size_t)(f->row[t] + in->before[0]) * (size_t)in->width
                                     + (size_t)(f->col[t] + in->before[1])) * LANES,
-                        down, right, (size_t)f->step[1] * LANES, (size_t)(f->step[0] * in->width) * LANES);
+                        down, right, (size_t)f->step[1] * LANES, (size_t)f->step[0] * (size_t)in->width * LANES);
                 }
         }
         for (int l = 0; l < channels; l++)
