@@ -133,7 +133,8 @@ class Session:
 
     def run_range(self, entry: str, first: int = 0, end: int = -1) -> None:
         """Run ops first..end-1 of an entry on what is in memory."""
-        status = _core.run(self._handle, entry, self.state, self.arena, first, end, self._workers)
+        with self.lock:  # sessions that share state share threads and scratch too
+            status = _core.run(self._handle, entry, self.state, self.arena, first, end, self._workers)
         if status == LABEL_ERROR:
             raise BadInput(
                 f"the step was refused: {_core.status_text(status)}",

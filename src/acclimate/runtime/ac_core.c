@@ -61,7 +61,7 @@ uint32_t ac_crc32(uint32_t crc, const void *bytes, size_t size) {
 
 /* ---- checks ---------------------------------------------------------------------------------------------------- */
 
-static uint64_t tensor_bytes(const ac_tensor *t) {
+uint64_t ac_tensor_bytes(const ac_tensor *t) {
     switch (t->dtype) {
     case AC_U8:
     case AC_I8: return t->size;
@@ -82,7 +82,7 @@ static ac_status check_tensor(const ac_program *p, const ac_tensor *t) {
     }
     if (size != t->size) return AC_E_TENSOR;
     uint64_t room = t->area == AC_CONST ? p->constant_bytes : t->area == AC_STATE ? p->state_bytes : p->arena_bytes;
-    if (t->offset % 4 || t->offset + (tensor_bytes(t) + 3) / 4 * 4 > room) return AC_E_OFFSET;
+    if (t->offset % 4 || t->offset + (ac_tensor_bytes(t) + 3) / 4 * 4 > room) return AC_E_OFFSET;
     return AC_OK;
 }
 
@@ -191,7 +191,7 @@ static uint32_t read_op(const ac_program *p, uint32_t at, uint32_t end, uint32_t
 
 /* Whether two tensors share bytes otherwise than by being the same: where one is written, kernels rely on it not. */
 static int entangled(const ac_tensor *a, const ac_tensor *b) {
-    uint64_t a_end = a->offset + tensor_bytes(a), b_end = b->offset + tensor_bytes(b);
+    uint64_t a_end = a->offset + ac_tensor_bytes(a), b_end = b->offset + ac_tensor_bytes(b);
     if (a->area != b->area || a->offset >= b_end || b->offset >= a_end) return 0;
     return a->offset != b->offset || a_end != b_end || a->dtype != b->dtype;
 }

@@ -1,6 +1,6 @@
 /* Deltas: what was learned, as the file that Python's Learner.save writes and Learner.restore reads.
  * docs/format.md has the bytes. Records are not aligned, so words are copied out of them. */
-#include "acclimate.h"
+#include "ac_kernel.h"
 
 #include <string.h>
 
@@ -67,7 +67,7 @@ static void put_record(writer *w, const char *name, uint32_t dtype, uint32_t axi
 /* One tensor, if it changed: whole, or along its first axis where that takes fewer bytes. */
 static ac_status put_tensor(writer *w, const ac_program *p, const uint8_t *state, const ac_binding *b) {
     const ac_tensor *t = b->tensor;
-    if (t->area != AC_STATE || !differs(p, state, t->offset, t->size * (t->dtype <= AC_I32 ? 4 : 1))) return AC_OK;
+    if (t->area != AC_STATE || !differs(p, state, t->offset, (uint32_t)ac_tensor_bytes(t))) return AC_OK;
     if (t->dtype > AC_I32 || length_of(b->name) > LONGEST_NAME) return AC_E_RECORD;
     if (t->dtype == AC_F32 && !finite_words(state + t->offset, t->size)) return AC_E_VALUE;
     const uint32_t rows = (uint32_t)t->dim[0], row = t->size / rows * 4;
@@ -87,7 +87,7 @@ static ac_status put_tensor(writer *w, const ac_program *p, const uint8_t *state
 }
 
 static ac_status put_records(writer *w, const ac_program *p, const ac_memory *m, uint32_t pending) {
-    ac_entry entry;
+    ac_entry entry = {0};
     ac_status status = ac_find_entry(p, "state", &entry);
     for (uint32_t i = entry.first_binding; status == AC_OK && i < entry.end_binding; i++) {
         ac_binding b;

@@ -54,6 +54,9 @@ extern const ac_row ac_table_base[], ac_table_v3[], ac_table_v4[], ac_fast_base[
  * tables give the same bits. The caller must know that the processor has what it names. */
 const ac_row *ac_table_of(const char *isa, int fast);
 
+/* Bytes of a tensor's elements; bits in words of 32. */
+uint64_t ac_tensor_bytes(const ac_tensor *t);
+
 /* ac_load with a given table, for tests that compare instruction sets. */
 ac_status ac_load_with(ac_program *program, const void *bytes, size_t size, const ac_row *rows);
 

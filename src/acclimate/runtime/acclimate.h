@@ -32,7 +32,8 @@
  *     }
  *
  * C99; no malloc, no stdio, no recursion, no mutable globals. Little-endian machines only. Every function that can
- * fail returns an ac_status. Worst-case stack of ac_load: under 2 KiB; of ac_run: under 8 KiB (convolutions).
+ * fail returns an ac_status. Worst-case stack of ac_load: under 2 KiB; of ac_run: under 8 KiB (convolutions),
+ * with workers under 32 KiB.
  */
 #ifndef ACCLIMATE_H
 #define ACCLIMATE_H

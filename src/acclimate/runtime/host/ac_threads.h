@@ -15,7 +15,8 @@ extern "C" {
 #define AC_MAX_THREADS 64
 
 /* Start count - 1 threads (1 <= count <= AC_MAX_THREADS) and give each, and the caller, its scratch; NULL where the
- * machine refuses. One run at a time may use a pool. */
+ * machine refuses. One run at a time may use a pool, in the process that opened it: a forked child opens
+ * one of its own, and leaves its parent's. */
 ac_workers *ac_workers_open(int count);
 
 /* End the threads and free everything; NULL is allowed. */
