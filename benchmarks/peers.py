@@ -4,7 +4,10 @@
 Each peer has a process of its own, and where versions clash a virtual environment of its own (`--setup` makes them).
 All train the same net from the same weights on the same batch. After the first steps their losses must agree with
 ours: a peer whose losses don't is shown, but not compared. Then the processes take turns, a few steps each, round
-after round, on the same processors; times are medians over all steps, ratios are medians over rounds.
+after round, on the same processors; times are medians over all steps, ratios are medians over rounds. On one thread
+the clock is the processor's own, of all threads of the process: it equals the wall's where nothing else runs, and
+does not favour short steps, which are interrupted less, where something does. On more threads it is the wall's, and
+what was measured beside other work is worth nothing: `load` tells.
 
 The input lies in the peer's own kind of array before the clock starts; ours is numpy's, and is checked and copied
 in every step. Batch norm uses given statistics and its scale and bias learn, as on a device at batch 1.
@@ -258,7 +261,6 @@ class Worker:
             raise
         self.startup_s = time.perf_counter() - start
         self.losses, self.facts = [first["first_loss"]], first["facts"]
-        self.processor: list[float] = []  # seconds of all its threads, by step
 
     def _message(self, line: str) -> dict[str, Any]:
         try:
@@ -283,12 +285,11 @@ class Worker:
         except BrokenPipeError:
             raise Failed(f"its process ended, see {self.log}") from None
 
-    def steps(self, count: int) -> list[float]:
-        """Times of `count` steps in seconds; the losses are kept."""
+    def steps(self, count: int) -> dict[str, list[float]]:
+        """Seconds of `count` steps by clock, "wall" and "processor"; the losses are kept."""
         answer = self.ask(steps=count)
-        self.losses += answer["losses"]
-        self.processor += answer["processor"][1:]
-        return answer["times"]
+        self.losses += answer.pop("losses")
+        return answer
 
     def kill(self) -> None:
         self.process.kill()
@@ -365,18 +366,21 @@ def compare(
         if moved < 4 * TOLERANCE:
             raise Failed(f"the loss moved by {moved:.1%} only: whether peers agree could not be seen")
         peak, how = peak_gflops(threads)
-        times, medians = measure(workers, rows, args.repeats, lambda text: advance(text, 0))
+        times = measure(workers, args.repeats, lambda text: advance(text, 0))
+        clock = "processor" if threads == 1 else "wall"
         peak = max(peak, peak_gflops(threads)[0])
         macs = workers[OURS].facts["macs_per_step"]
         for name, worker in workers.items():
             row = rows[name]
-            step_s = statistics.median(times[name])
-            ratios = sorted(b / a for a, b in zip(medians[OURS], medians[name], strict=True))
+            step_s = _median(times[name], clock)
+            pairs = zip(times[OURS], times[name], strict=True)
+            ratios = [statistics.median(b[clock]) / statistics.median(a[clock]) for a, b in pairs]
             row |= {
                 "step_ms": 1e3 * step_s,
-                "fastest_ms": 1e3 * min(times[name]),
-                "processor_ms": 1e3 * statistics.median(worker.processor),
-                "steps_timed": len(times[name]),
+                "clock": clock,
+                "wall_ms": 1e3 * _median(times[name], "wall"),
+                "processor_ms": 1e3 * _median(times[name], "processor"),
+                "steps_timed": sum(len(turn[clock]) for turn in times[name]),
                 "over_acclimate": statistics.median(ratios),
                 "over_acclimate_quartiles": [float(q) for q in np.quantile(ratios, (0.25, 0.75))],
                 "gflops": 2 * macs / step_s / 1e9,
@@ -394,24 +398,23 @@ def compare(
     return list(rows.values())
 
 
-def measure(
-    workers: dict[str, Worker], rows: dict[str, dict[str, Any]], rounds: int, say: Any
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """(times of all counted steps, the median of each round), by peer. A worker that fails here is dropped."""
-    turn = {}
+def measure(workers: dict[str, Worker], rounds: int, say: Any) -> dict[str, list[dict[str, list[float]]]]:
+    """For each peer a turn a round: the seconds of its counted steps by clock."""
+    count = {}
     for name, worker in workers.items():
-        typical = statistics.median(worker.steps(3))
-        turn[name] = 1 + int(np.clip(TURN_S / typical, *TURN_STEPS))
-    times: dict[str, list[float]] = {name: [] for name in workers}
-    medians: dict[str, list[float]] = {name: [] for name in workers}
+        typical = statistics.median(worker.steps(3)["processor"])
+        count[name] = 1 + int(np.clip(TURN_S / typical, *TURN_STEPS))
+    turns: dict[str, list[dict[str, list[float]]]] = {name: [] for name in workers}
     order = list(workers)
     for r in range(rounds):
         say(f"round {r + 1} of {rounds}")
         for name in order[r % len(order) :] + order[: r % len(order)]:
-            counted = workers[name].steps(turn[name])[1:]
-            times[name] += counted
-            medians[name].append(statistics.median(counted))
-    return times, medians
+            turns[name].append({clock: t[1:] for clock, t in workers[name].steps(count[name]).items()})
+    return turns
+
+
+def _median(turns: list[dict[str, list[float]]], clock: str) -> float:
+    return statistics.median(t for turn in turns for t in turn[clock])
 
 
 # -- results ---------------------------------------------------------------------------------------------------------
@@ -479,6 +482,8 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
     for group in sorted({(r["threads"], r["scheme"], r["optimizer"]) for r in rows}):
         mine = [r for r in rows if (r["threads"], r["scheme"], r["optimizer"]) == group]
         out += [*_times(mine, *group), ""]
+        if group[1:] == ("full", "sgd"):
+            out += [f"![Share of the peak, by net and batch](peers-{group[0]}.svg)", ""]
     out += [
         "Start-up to the first finished step, s, and peak resident memory, MiB, at batch 1 on one thread:",
         "",
@@ -520,7 +525,7 @@ def _times(rows: list[dict[str, Any]], threads: int, scheme: str, optimizer: str
     for net, batch in dict.fromkeys((r["net"], r["batch"]) for r in rows):
         at = {r["peer"]: r for r in rows if (r["net"], r["batch"]) == (net, batch)}
         if OURS in at:
-            ours = f"{at[OURS]['step_ms']:.3g} | {at[OURS]['share_of_peak']:.0%}"
+            ours = f"{at[OURS]['step_ms']:.3g} | {_share(at[OURS])}"
             out.append(
                 f"| {net} | {batch} | {ours} | " + " | ".join(_cell(at.get(p)) for p in present) + " |"
             )
@@ -532,7 +537,11 @@ def _cell(row: dict[str, Any] | None) -> str:
         return ""
     if "error" in row:
         return "fails"
-    return f"{row['over_acclimate']:.2f} ({row['share_of_peak']:.0%})" if row["agrees"] else "other losses"
+    return f"{row['over_acclimate']:.2f} ({_share(row)})" if row["agrees"] else "other losses"
+
+
+def _share(row: dict[str, Any]) -> str:
+    return f"{row['share_of_peak']:.{0 if row['share_of_peak'] >= 0.1 else 1}%}"
 
 
 def _circumstances(rows: list[dict[str, Any]]) -> list[str]:
@@ -549,7 +558,8 @@ def _circumstances(rows: list[dict[str, Any]]) -> list[str]:
     return [
         f"Measured {listed(sorted(r['date'] for r in rows))} on {listed(r['processor'] for r in rows)}. "
         f"Peak: {', '.join(f'{v:.0f} GFLOP/s on {t} thread' + 's' * (t > 1) for t, v in sorted(peaks.items()))}. "
-        f"Processes that others had running before the runs: {min(loads):.1f} to {max(loads):.1f}. "
+        f"Processes that were running before it began: {min(loads):.1f} to {max(loads):.1f} (times on more than one "
+        "thread mean something only where that is near zero). "
         f"Versions: {listed(sorted(PEERS[r['peer']].package + ' ' + r['version'] for r in rows))}."
     ]
 
@@ -611,6 +621,10 @@ def main() -> int:
         "processor": processor(),
         "load": os.getloadavg()[0],
     }
+    if about["load"] > 0.5 and max(threads) > 1:
+        tell.print(
+            f"other work is running (load {about['load']:.1f}): times on several threads will mean little"
+        )
     versions = {n: version_of(n) for n in names}
     tasks = [(n, b, t) for n in args.net or NETS for b in args.batch or (1, 8, 32) for t in threads]
     rows: list[dict[str, Any]] = []

@@ -56,7 +56,7 @@ def peak_resident_kib() -> int:
 
 
 def main(build: Callable[[Job], Step], prepare: Callable[[Job], None] | None = None) -> None:
-    """Serve requests until the input ends: {"steps": n} gives times in seconds and losses, {"end": 1} the memory."""
+    """Serve requests until the input ends: {"steps": n} gives seconds by clock and losses, {"end": 1} the memory."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -78,13 +78,13 @@ def main(build: Callable[[Job], Step], prepare: Callable[[Job], None] | None = N
             if "end" in request:
                 tell(peak_resident_kib=peak_resident_kib())
                 return
-            times, processor, losses = [], [], []
+            wall, processor, losses = [], [], []
             for _ in range(request["steps"]):
                 worked, start = time.process_time(), time.perf_counter()
                 losses.append(step())
-                times.append(time.perf_counter() - start)
+                wall.append(time.perf_counter() - start)
                 processor.append(time.process_time() - worked)
-            tell(times=times, processor=processor, losses=losses)
+            tell(wall=wall, processor=processor, losses=losses)
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().splitlines()

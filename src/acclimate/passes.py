@@ -135,7 +135,8 @@ def select_early(graph: Graph) -> Graph:
         if any(graph.values[n].kind != "constant" for n in which):
             continue
         later = [u for u in uses[source] if position[id(u)] > loss and not TABLE[u.op].selects]
-        if all(TABLE[u.op].compact and u.inputs[TABLE[u.op].compact[0]] == source for u in later):
+        spared = [c is not None and u.inputs[c[0]] == source for u in later for c in (TABLE[u.op].compact,)]
+        if all(spared):
             after.setdefault(made[source], []).append(node)
     moved = {id(n) for nodes in after.values() for n in nodes}
     new.nodes = [
