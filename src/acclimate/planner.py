@@ -22,7 +22,7 @@ from .grad import UpdateSet, gradient_graph, predict_graph, step_graphs
 from .ir import Dim, Graph, Node
 from .layout import Layout, arrange, persistent_layout
 from .objective import LOSSES, OPTIMIZERS, SGD, Loss, Optimizer, resolve
-from .ops import TABLE, cost, with_batch
+from .ops import TABLE, cost, parse, with_batch
 from .passes import prepare
 from .passes import run as run_passes
 from .program import Program, build, model_hash
@@ -446,10 +446,19 @@ def latency_us(plan: Plan, way: Choice) -> float:
 
 def _mixes_samples(model: Graph) -> str:
     """The op, if any, that makes one thing of a whole batch or counts batches: micro-batches would change it."""
+
+    def axes(name: str) -> list[int]:
+        return [i for i, size in enumerate(model.shape(name)) if isinstance(size, Dim)] if name else []
+
+    used = {n for node in model.nodes for n in node.inputs} | set(model.outputs.values())
     for node in model.nodes:
-        scales = any(isinstance(s, Dim) for n in node.inputs if n for s in model.shape(n))
-        kept = all(any(isinstance(s, Dim) for s in model.shape(n)) for n in node.outputs if n)
-        if TABLE[node.op].effects is not None or (scales and not kept):
+        given = [axes(n) for n in node.inputs]
+        made = [axes(n) for n in node.outputs if n in used]
+        lost = any(given) and not all(made)
+        paired = any(len(a) > 1 for a in made)  # a value for each two samples
+        row = parse(TABLE[node.op].signature)[0][0].dims
+        last = row == "~D" and len(model.shape(node.inputs[0])) - 1 in given[0]  # as softmax over the batch
+        if TABLE[node.op].effects is not None or lost or paired or last:
             return node.op
     return ""
 

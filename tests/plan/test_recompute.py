@@ -312,9 +312,28 @@ class Centred(torch.nn.Module):
         return self.head(x - x.mean(0, keepdim=True))
 
 
+class Across(torch.nn.Module):
+    """Samples that see each other, though every value has one row a sample."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.head, self.how = torch.nn.Linear(5, 3), how
+
+    def forward(self, x):
+        y = self.head(x)
+        if self.how == "softmax":
+            return y * torch.softmax(y, 0)
+        if self.how == "log_softmax":
+            return torch.log_softmax(y.t(), -1).t()
+        return (y @ y.t()) @ y
+
+
 @pytest.mark.parametrize(
     "net, shape, more, why",
     [
+        (Across("softmax"), (2, 5), {}, "softmax"),
+        (Across("matmul"), (2, 5), {}, "matmul"),
+        (Across("log_softmax"), (2, 5), {}, "log_softmax"),
         (
             torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)).train(),
             (2, 5), {}, "batch_norm_train",
@@ -333,6 +352,37 @@ def test_micro_batches_are_refused_where_they_would_change_the_step(net, shape, 
     assert why in caught.value.where
     plan = acclimate.plan(model, scheme="full", batch_size=4, **more)
     assert plan.parts == 1 and why in plan.cannot_split
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self, kind, **more):
+        super().__init__()
+        self.layer, self.first = (
+            getattr(torch.nn, kind)(4, 6, bidirectional=True, **more),
+            "batch_first" in more,
+        )
+        self.head = torch.nn.Linear(12, 3)
+
+    def forward(self, x):
+        y = self.layer(x if self.first else x.transpose(0, 1))[0]
+        return self.head(y[:, -1] if self.first else y[-1])
+
+
+@pytest.mark.parametrize("more", [{"batch_first": True}, {}], ids=["batch_first", "time_first"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_recurrent_batch_can_be_split(kind, more):
+    """Scratch of a layer does not grow with the batch, and mixes nothing."""
+    torch.manual_seed(0)
+    model = acclimate.from_torch(Recurrent(kind, **more), torch.zeros(2, 5, 4))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 5, 4)).astype(np.float32), rng.integers(0, 3, 6)
+    whole, parts = (
+        acclimate.Learner(acclimate.plan(model, scheme="full", batch_size=6, micro_batches=k)) for k in (1, 3)
+    )
+    assert parts.plan.arena_bytes < whole.plan.arena_bytes
+    want, got = (learner.partial_fit(x, y).parameters() for learner in (whole, parts))
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_parts_must_divide_the_batch():
