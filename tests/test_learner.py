@@ -10,7 +10,7 @@ from runtime.nets import cnn, mlp, samples
 
 from acclimate.errors import AcclimateError, BadInput, WrongUse
 from acclimate.learner import Learner
-from acclimate.objective import MSE, SGD, Adam, BinaryCrossEntropy
+from acclimate.objective import MSE, SGD, Adam, BinaryCrossEntropy, CrossEntropy
 from acclimate.planner import compile_plan
 from acclimate.runtime import Session
 
@@ -488,3 +488,32 @@ def test_a_refused_label_leaves_no_trace_in_the_session():
         assert session.state.tobytes() == before
     session.run("step", x=x, y=y, lr=0.1)
     assert session.state.tobytes() != before
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Adam(eps=float("nan")),
+        lambda: Adam(eps=-1.0),
+        lambda: Adam(betas=(0.9,)),
+        lambda: Adam(betas="ab"),
+        lambda: CrossEntropy(class_weights="abcd"),
+        lambda: CrossEntropy(class_weights=np.array([1.0, -1.0])),
+    ],
+)
+def test_numbers_that_break_learning_are_refused(make):
+    with pytest.raises(WrongUse):
+        make()
+
+
+def test_arrays_of_class_weights():
+    assert CrossEntropy(class_weights=np.ones(3)) == CrossEntropy(class_weights=(1.0, 1.0, 1.0))
+    assert Adam(betas=[0.8, 0.9]) == Adam(betas=(0.8, 0.9))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"memory_bytes": float("nan")}, {"memory_bytes": "96KB"}, {"threads": True}, {"threads": 65}]
+)
+def test_limits_are_whole_numbers(wrong):
+    with pytest.raises(WrongUse, match="whole number"):
+        compile_plan(mlp(), **wrong)

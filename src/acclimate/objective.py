@@ -177,12 +177,17 @@ class CrossEntropy(_Classes):
     class_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        weights = self.class_weights or ()
+        try:
+            weights = () if self.class_weights is None else tuple(float(w) for w in self.class_weights)
+        except (TypeError, ValueError):
+            weights = (-1.0,)
         if not 0 <= self.smoothing <= 1 or not all(np.isfinite(w) and w > 0 for w in weights):
             raise WrongUse(
                 "smoothing lies in 0..1 and class weights are finite numbers above zero",
                 number=f"smoothing {self.smoothing}, weights {self.class_weights}",
             )
+        if self.class_weights is not None:  # an array or a list: as a tuple it can be compared and hashed
+            object.__setattr__(self, "class_weights", weights)
 
     @property
     def mean_of_parts(self) -> bool:
@@ -193,7 +198,7 @@ class CrossEntropy(_Classes):
         if self.class_weights is not None:
             if len(self.class_weights) != tape.graph.shape(output)[1]:
                 raise WrongUse(
-                    "class_weights needs one weight >= 0 a class",
+                    "class_weights needs one weight a class",
                     number=f"{len(self.class_weights)} given, {tape.graph.shape(output)[1]} classes",
                 )
             extra = (tape.graph.constant("class_weights", np.array(self.class_weights)),)
@@ -734,8 +739,12 @@ class Adam:
 
     def __post_init__(self) -> None:
         _check_optimizer(self)
-        if not all(0 <= b < 1 for b in self.betas):
-            raise WrongUse("betas lie in 0..1", number=str(self.betas))
+        betas = tuple(self.betas) if isinstance(self.betas, (tuple, list)) else ()
+        if len(betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
+            raise WrongUse("betas are two numbers in 0..1", number=repr(self.betas), action="betas=(0.9, 0.999)")
+        if not (isinstance(self.eps, (int, float)) and 0 < self.eps < 1):
+            raise WrongUse("eps is a small positive number", number=repr(self.eps), action="eps=1e-8")
+        object.__setattr__(self, "betas", betas)
 
     def build(self, tape: Any, name: str, grad: str, lr: str, index: str, axis: int) -> None:
         shape = tape.graph.shape(grad)

@@ -531,10 +531,12 @@ def compile_plan(
     whole = isinstance(batch_size, (int, np.integer)) and not isinstance(batch_size, bool)
     if not whole or not 1 <= batch_size <= MAX_BATCH:
         raise WrongUse("batch_size must be a whole number", number=f"{batch_size}, from 1 to {MAX_BATCH}")
-    if memory_bytes is not None and memory_bytes <= 0:
-        raise WrongUse("memory_bytes must be positive", number=str(memory_bytes))
-    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
-        raise WrongUse("threads must be a whole number", number=f"{threads}, from 1 to {MAX_THREADS}")
+    for name, value, most in (("memory_bytes", memory_bytes, 1 << 62), ("threads", threads, MAX_THREADS)):
+        number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if value is not None and not (number and 1 <= value <= most):
+            raise WrongUse(
+                f"{name} must be a whole number", number=f"{value!r}, from 1 to {most}", action=f"{name}=None"
+            )
     chosen = schemes.resolve(scheme)
     update_set = chosen if isinstance(chosen, UpdateSet) else chosen.choose(model)
     target = devices.get(device) if isinstance(device, str) else device
@@ -545,8 +547,8 @@ def compile_plan(
         resolve(optimizer, OPTIMIZERS, "optimizer"),
         target,
         int(batch_size),
-        memory_bytes,
-        threads or 1,
+        None if memory_bytes is None else int(memory_bytes),
+        int(threads or 1),
         _recompute(recompute),
         micro_batches,
     )
@@ -651,6 +653,8 @@ def fixes(plan: Plan, limit: int = 3) -> list[dict[str, Any]]:
     if getattr(plan.optimizer, "momentum", 0) or hasattr(plan.optimizer, "betas"):
         options.append(("--optimizer sgd", {"optimizer": SGD(lr=plan.optimizer.lr)}))
     for scheme in schemes.candidates(plan.model):
+        if scheme.choose(plan.model).tensors == plan.update_set.tensors:
+            continue
         options.append((f"--scheme {scheme.label}", {"update_set": scheme.choose(plan.model)}))
         if plan.batch_size > 1:
             options.append(

@@ -758,7 +758,7 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "CastLike": lambda b, n: n.x,
 }
 
-_QUANTISED = "bring the float model; acclimate.quantize makes an int8 graph of it"
+_QUANTISED = "bring the float model"
 
 #: operators that look into a comparison rather than take it as numbers
 COMPARED = {"Where", "Not"}

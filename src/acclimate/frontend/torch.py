@@ -135,7 +135,7 @@ def _copied(torch: Any, module: Any, mode: str | None) -> Any:
                 "the model is quantised or complex already",
                 where=name,
                 number=str(value.dtype),
-                action="bring the float model; acclimate.quantize makes an int8 graph of it",
+                action="bring the float model",
             )
     try:
         module = copy.deepcopy(module)
