@@ -6,11 +6,14 @@ The cross compiler is zig's (`make targets` installs it), the emulator is QEMU's
 import importlib.util
 import os
 import platform
+import re
 import shutil
+import struct
 import sys
 from pathlib import Path
 
 import pytest
+from runtime.fast_cases import cases, program_of
 from runtime.native import ROOT, STRICT, call, compiler, sources
 
 import acclimate.runtime
@@ -107,3 +110,41 @@ def test_the_comparison_can_fail(corpus, expected, tmp_path):
         pytest.skip("needs an x86-64 processor with FMA")
     program = build([compiler()], tmp_path, "-O2", "-mfma", "-ffp-contract=fast")
     assert len(differences(call(program, corpus, STEPS).stdout.splitlines(), expected)) > 20
+
+
+@pytest.mark.slow
+def test_fast_kernels_on_neon(tmp_path):
+    """Compiled for AArch64 and emulated, within rounding of the plain kernels."""
+    if importlib.util.find_spec("ziglang") is None:
+        pytest.skip("there is no cross compiler: pip install ziglang (make targets)")
+    if shutil.which("qemu-aarch64") is None:
+        pytest.skip("there is no qemu-aarch64: apt-get install qemu-user")
+    corpus, objects = tmp_path / "corpus.bin", []
+    programs = [
+        program_of(op, arrays, {k: v for k, v in attrs.items() if k not in ("low", "high")}).bytes
+        for op, arrays, attrs in cases(5, 40)
+        if op.startswith("conv") or op == "matmul"
+    ]  # the others are plain kernels on parts
+    corpus.write_bytes(b"".join(struct.pack("<I", len(p)) + p + bytes(-len(p) % 4) for p in programs))
+    zig = [
+        sys.executable,
+        "-m",
+        "ziglang",
+        "cc",
+        "-target",
+        "aarch64-linux-musl",
+        "-O3",
+        "-fno-sanitize=all",
+        "-DAC_HAVE_FAST=1",
+        f"-I{acclimate.runtime.SOURCE}",
+    ]
+    table = acclimate.runtime.SOURCE / "ac_table.c"
+    fast = [*sorted(acclimate.runtime.SOURCE.glob("host/ac_fast_*.c")), table]
+    for files, flags in ((sources(), ["-ffp-contract=off"]), (fast, ["-ffp-contract=fast", "-DAC_FAST=1"])):
+        for file in files:
+            objects.append(tmp_path / f"{len(objects)}.o")
+            call(*zig, *flags, "-c", file, "-o", objects[-1])
+    call(*zig, "-static", DRIVER.with_name("fast.c"), *objects, "-lm", "-o", tmp_path / "fast")
+    text = call("qemu-aarch64", tmp_path / "fast", corpus).stdout
+    count, differ, wrong = (int(n) for n in re.findall(r"\d+", text.splitlines()[-1]))
+    assert count == len(programs) and differ > count // 3 and wrong == 0, text
