@@ -8,6 +8,7 @@
  * accepted one leads to must come back from ac_delta_save, and twice the same file. */
 #define _POSIX_C_SOURCE 200809L
 #include "acclimate.h"
+#include "draw.h"
 
 #include <inttypes.h>
 #include <signal.h>
@@ -57,17 +58,6 @@ static void on_signal(int number) {
     report_death();
     _exit(1);
 }
-
-static uint64_t random_state;
-
-static uint32_t any(void) {
-    random_state ^= random_state >> 12;
-    random_state ^= random_state << 25;
-    random_state ^= random_state >> 27;
-    return (uint32_t)(random_state * 0x2545F4914F6CDD1Dull >> 32);
-}
-
-static uint32_t below(uint32_t n) { return (uint32_t)((uint64_t)any() * n >> 32); }
 
 static uint32_t get(const uint8_t *p) {
     uint32_t v;

@@ -12,6 +12,7 @@
  */
 #define _POSIX_C_SOURCE 200809L
 #include "ac_ops.h"
+#include "draw.h"
 
 #include <inttypes.h>
 #include <signal.h>
@@ -78,17 +79,6 @@ static void on_signal(int number) {
 }
 
 /* ---- random numbers -------------------------------------------------------------------------------------------- */
-
-static uint64_t random_state;
-
-static uint32_t any(void) {
-    random_state ^= random_state >> 12;
-    random_state ^= random_state << 25;
-    random_state ^= random_state >> 27;
-    return (uint32_t)(random_state * 0x2545F4914F6CDD1Dull >> 32);
-}
-
-static uint32_t below(uint32_t n) { return (uint32_t)((uint64_t)any() * n >> 32); }
 
 static void restart(uint64_t seed, uint64_t index) {
     random_state = (seed + 1) * 0x9E3779B97F4A7C15ull ^ (index + 1) * 0xD1B54A32D192ED03ull;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from acclimate.ir import Graph, Type
-from acclimate.layout import arrange
+from acclimate.layout import Layout, arrange
 from acclimate.ops import TABLE, emit, infer, parse
 from acclimate.ops.row import Example, Row
 from acclimate.program import build
@@ -131,3 +131,19 @@ def types_of(inputs) -> list[Type | None]:
 
 def outputs_by_infer(row: Row, example: Example, inputs) -> list[Type]:
     return infer(row, row.fill(example.attrs), types_of(inputs))
+
+
+def run_poisoned(session: Session, layout: Layout, **feeds) -> None:
+    """One step, in which every byte that the plan says is dead is filled with garbage after every op."""
+    session.arena[:] = 0xFF  # NaN in every float
+    session.feed("step", feeds)
+    op = 0
+    for i, node in enumerate(layout.nodes):
+        if not TABLE[node.op].view:
+            session.run_range("step", op, op + 1)
+            op += 1
+        alive = np.zeros(len(session.arena), bool)
+        for b in layout.buffers:
+            if b.start <= i < b.end:
+                alive[b.offset : b.offset + b.size_bytes] = True
+        session.arena[~alive] = 0xFF

@@ -5,6 +5,7 @@ import pytest
 
 from acclimate import errors, ops
 from acclimate.frontend import common as c
+from acclimate.frontend import layers
 from acclimate.frontend import lowering as f
 
 
@@ -65,7 +66,7 @@ def test_attention_with_tokens_first(baked):
         x = f.linear(b, c.transpose(b, x, [1, 0, 2]), w)
         heads_first = c.transpose(b, c.reshape(b, x, [length, baked * heads, dim // heads]), [1, 0, 2])
         q = c.reshape(b, heads_first, [baked, heads, length, dim // heads])
-        y = f.attention(b, q, q, q, None, False, 0.0, None)
+        y = layers.attention(b, q, q, q, None, False, 0.0, None)
         y = c.reshape(b, c.transpose(b, y, [2, 0, 1, 3]), [length * baked, dim])
         y = c.reshape(b, f.linear(b, y, w), [length, baked, dim])
         return c.transpose(b, y, [1, 0, 2])

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed (the test extra)")
+from cases import run_poisoned
 from models import MODELS, batch, exported
 from overlaps import assert_no_overlap, value_lifetimes
 
 import acclimate
 from acclimate.layout import Buffer, place
-from acclimate.ops import TABLE
 from acclimate.runtime import Session
 
 SCHEMES = ["full", "last", "bias"]
@@ -48,19 +48,7 @@ def test_poisoned_memory(name, train):
     x, y = batch(name, 4)
     clean, dirty = Session(plan.program), Session(plan.program)
     want = clean.run("step", x=x, y=y, lr=0.05)["loss"]
-    layout = plan.layouts["step"]
-    dirty.arena[:] = 0xFF  # NaN in every float
-    dirty.feed("step", {"x": x, "y": y, "lr": 0.05})
-    op = 0
-    for i, node in enumerate(layout.nodes):
-        if not TABLE[node.op].view:
-            dirty.run_range("step", op, op + 1)
-            op += 1
-        alive = np.zeros(len(dirty.arena), bool)
-        for b in layout.buffers:
-            if b.start <= i < b.end:
-                alive[b.offset : b.offset + b.size_bytes] = True
-        dirty.arena[~alive] = 0xFF
+    run_poisoned(dirty, plan.layouts["step"], x=x, y=y, lr=0.05)
     assert dirty.view("step", "loss")[0] == want[0]
     assert np.array_equal(clean.state, dirty.state)
 

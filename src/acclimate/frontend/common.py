@@ -2,7 +2,8 @@
 
 A front end walks a foreign graph and calls functions of this module and of `lowering` on *things*: a `Ref` (name of
 a value in the Graph), a numpy array (a constant, not yet in the Graph), or a Python number. Constants are folded on
-the way. Here are the functions that move elements (reshape, transpose, slice, join); `lowering` has those that compute.
+the way. Here are the functions that move elements (reshape, transpose, slice, join); `lowering` and `layers` have those
+that compute.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..ir import Dim
 from . import common as c
+from . import layers
 from . import lowering as f
 from .common import LOST, Builder, Ref, Untaken
 from .onnx_model import WHOLE, Node, bounded, evaluated
@@ -91,6 +92,12 @@ def _filled(b: Builder, n: Node) -> Any:
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 
+def _sides(total: list[int], auto: str) -> tuple[list[int], list[int]]:
+    """Padding before and after of a total one; where it is odd, auto_pad says which side has one more."""
+    small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+    return (small, large) if auto == "SAME_UPPER" else (large, small)
+
+
 def _geometry(
     b: Builder, n: Node, kernel: Sequence[int]
 ) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -103,8 +110,7 @@ def _geometry(
             max((-(-s // t) - 1) * t + d * (k - 1) + 1 - s, 0)
             for s, t, d, k in zip(b.shape(n.x)[2:], stride, dilation, kernel, strict=True)
         ]
-        small, large = [t // 2 for t in total], [t - t // 2 for t in total]
-        return stride, *((small, large) if auto == "SAME_UPPER" else (large, small)), dilation
+        return stride, *_sides(total, auto), dilation
     if min(pads) < 0:
         raise Untaken(f"negative padding {pads}")
     return stride, pads[:rank], pads[rank:], dilation
@@ -112,7 +118,7 @@ def _geometry(
 
 def _conv(b: Builder, n: Node) -> Any:
     stride, before, after, dilation = _geometry(b, n, b.shape(n.get(1))[2:])
-    return f.convolution(
+    return layers.convolution(
         b,
         n.x,
         n.get(1),
@@ -140,9 +146,8 @@ def _conv_transpose(b: Builder, n: Node) -> Any:
             (s - 1) * t + e + d * (k - 1) + 1 - g
             for s, t, e, d, k, g in zip(sizes, stride, extra, dilation, kernel, goal[-rank:], strict=True)
         ]
-        small, large = [t // 2 for t in total], [t - t // 2 for t in total]
-        before, after = (small, large) if auto == "SAME_UPPER" else (large, small)
-    return f.convolution_transposed(
+        before, after = _sides(total, auto)
+    return layers.convolution_transposed(
         b,
         n.x,
         n.get(1),
@@ -167,7 +172,7 @@ def _gemm(b: Builder, n: Node) -> Any:
 
 def _batch_norm(b: Builder, n: Node) -> Any:
     training = bool(n.attr("training_mode", 0))
-    y = f.batch_norm(
+    y = layers.batch_norm(
         b,
         n.x,
         n.get(1),
@@ -184,7 +189,7 @@ def _batch_norm(b: Builder, n: Node) -> Any:
 def _layer_norm(b: Builder, n: Node) -> Any:
     shape, eps = b.shape(n.x), n.attr("epsilon", 1e-5)
     first = n.attr("axis", -1) % len(shape)
-    y = f.normalize(b, n.x, shape[first:], n.get(1), n.get(2), eps)
+    y = layers.normalize(b, n.x, shape[first:], n.get(1), n.get(2), eps)
     if len(n.outputs) == 1:
         return y
     axes = range(first, len(shape))
@@ -207,7 +212,7 @@ def _group_norm(b: Builder, n: Node) -> Any:
             c.view(b, c.expand(b, c.view(b, v, [groups, 1]), [groups, channels // groups]), [channels])
             for v in (gamma, beta)
         )
-    return f.group_norm(b, n.x, groups, gamma, beta, n.attr("epsilon", 1e-5))
+    return layers.group_norm(b, n.x, groups, gamma, beta, n.attr("epsilon", 1e-5))
 
 
 def _pool(op: str) -> Callable[..., Any]:
@@ -221,7 +226,10 @@ def _pool(op: str) -> Callable[..., Any]:
         )
         if op == "avg_pool" and set(dilation) != {1}:
             raise Untaken("dilated average pooling")
-        return [f.pool(b, op, n.x, kernel, stride, before, after, bool(n.attr("ceil_mode", 0)), **more), LOST]
+        return [
+            layers.pool(b, op, n.x, kernel, stride, before, after, bool(n.attr("ceil_mode", 0)), **more),
+            LOST,
+        ]
 
     return rule
 
@@ -237,7 +245,7 @@ def _global(largest: bool) -> Callable[..., Any]:
 def _dropout(b: Builder, n: Node) -> Any:
     training = f.number(n.get(2)) if n.get(2) is not None else 0
     ratio = (_number(n, 1, "ratio") if n.get(1) is not None else n.attr("ratio", 0.5)) or 0.0
-    return [f.dropout(b, n.x, ratio) if training else n.x, LOST]
+    return [layers.dropout(b, n.x, ratio) if training else n.x, LOST]
 
 
 def _number(n: Node, i: int, name: str) -> float | None:
@@ -250,8 +258,8 @@ def _number(n: Node, i: int, name: str) -> float | None:
 def _clip(b: Builder, n: Node) -> Any:
     bounds = n.get(1), n.get(2)
     if any(isinstance(v, Ref) or np.size(v) > 1 for v in bounds if v is not None):
-        x = n.x if bounds[0] is None else f.larger(b, n.x, bounds[0])
-        return x if bounds[1] is None else f.larger(b, x, bounds[1], -1.0)
+        x = n.x if bounds[0] is None else layers.larger(b, n.x, bounds[0])
+        return x if bounds[1] is None else layers.larger(b, x, bounds[1], -1.0)
     return f.clamp(b, n.x, _number(n, 1, "min"), _number(n, 2, "max"))
 
 
@@ -324,7 +332,7 @@ def _local_response_norm(b: Builder, n: Node) -> Any:
     size, shape = n.attr("size"), b.shape(n.x)
     square = c.view(b, f.unary(b, "square", n.x), [shape[0], 1, shape[1], math.prod(shape[2:])])
     before, after = [0, 0, (size - 1) // 2, 0], [0, 0, size - 1 - (size - 1) // 2, 0]
-    mean = f.pool(b, "avg_pool", c.pad(b, square, before, after), [size, 1], [1, 1], [0, 0])
+    mean = layers.pool(b, "avg_pool", c.pad(b, square, before, after), [size, 1], [1, 1], [0, 0])
     scale = f.affine(b, c.view(b, mean, shape), n.attr("alpha", 1e-4), n.attr("bias", 1.0))
     return f.binary(b, "mul", n.x, f.power(b, scale, -n.attr("beta", 0.75)))
 
@@ -407,7 +415,7 @@ def _gather(b: Builder, n: Node) -> Any:
     axis, index = n.attr("axis", 0), n.get(1)
     if isinstance(index, Ref):
         if axis == 0 and len(b.shape(n.x)) == 2:
-            return f.embedding(b, n.x, index)
+            return layers.embedding(b, n.x, index)
         raise Untaken("an index that depends on the data, but for the rows of a table")
     if np.ndim(index) == 0:
         return c.select(b, n.x, axis, int(index))
@@ -484,13 +492,13 @@ def _resize(b: Builder, n: Node) -> Any:
             {"x": np.eye(size, dtype=np.float32), "scales": np.array([1, factor], np.float32)},
         )[0].T
         matrices.append(matrix)
-    return f.resample(b, x, matrices)
+    return layers.resample(b, x, matrices)
 
 
 def _depth_to_space(b: Builder, n: Node) -> Any:
     r = n.attr("blocksize")
     if n.attr("mode", "DCR") == "CRD":
-        return f.pixel_shuffle(b, n.x, r)
+        return layers.pixel_shuffle(b, n.x, r)
     batch, channels, h, w = b.shape(n.x)
     y = c.transpose(b, c.view(b, n.x, [batch, r, r, channels // (r * r), h, w]), [0, 3, 4, 1, 5, 2])
     return c.view(b, y, [batch, channels // (r * r), h * r, w * r])
@@ -508,7 +516,7 @@ def _space_to_depth(b: Builder, n: Node) -> Any:
     """Blocks first among the new channels, or with mode CRD channels first."""
     r = n.attr("blocksize")
     if n.attr("mode", "DCR") == "CRD":
-        return f.unshuffle(b, n.x, r)
+        return layers.unshuffle(b, n.x, r)
     batch, channels, h, w = b.shape(n.x)
     y = c.transpose(b, c.view(b, n.x, [batch, channels, h // r, r, w // r, r]), [0, 3, 5, 1, 2, 4])
     return c.view(b, y, [batch, channels * r * r, h // r, w // r])
@@ -568,7 +576,7 @@ def _recurrent(b: Builder, n: Node) -> Any:
         starts = [n.get(5)] if cell != "lstm" else [n.get(5), n.get(6)]
         starts = [None if s is None else c.select(b, s, 1 if first else 0, i) for s in starts]
         backwards = i == 1 or n.attr("direction", "forward") == "reverse"
-        outs.append(f.recurrent(b, cell, x, weights, starts, backwards, **attrs))
+        outs.append(layers.recurrent(b, cell, x, weights, starts, backwards, **attrs))
     axis = 2 if first else 1  # (N, T, H) -> (N, T, D, H) or (T, D, N, H)
     ys = [c.unsqueeze(b, y if first else c.swap(b, y, 0, 1), [axis]) for y, _ in outs]
     last = [
@@ -585,7 +593,7 @@ def _attention(b: Builder, n: Node) -> Any:
     more = [k for k, v in n.attrs.items() if k not in ("is_causal", "scale", "softmax_precision") and v]
     if more:
         raise Untaken(f"attention with {', '.join(sorted(more))}")
-    return f.attention(b, q, k, v, n.get(3), bool(n.attr("is_causal", 0)), 0.0, n.attr("scale"))
+    return layers.attention(b, q, k, v, n.get(3), bool(n.attr("is_causal", 0)), 0.0, n.attr("scale"))
 
 
 def _cast(b: Builder, n: Node) -> Any:
@@ -642,7 +650,7 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "BatchNormalization": _batch_norm,
     "LayerNormalization": _layer_norm,
     "GroupNormalization": _group_norm,
-    "InstanceNormalization": lambda b, n: f.group_norm(
+    "InstanceNormalization": lambda b, n: layers.group_norm(
         b, n.x, b.length(n.x, 1), n.get(1), n.get(2), n.attr("epsilon", 1e-5)
     ),
     "RMSNormalization": _rms_norm,
@@ -691,9 +699,9 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "Selu": lambda b, n: f.affine(
         b, f.unary(b, "elu", n.x, alpha=n.attr("alpha", 1.67326319)), n.attr("gamma", 1.05070102)
     ),
-    "Softplus": lambda b, n: f.softplus(b, n.x),
+    "Softplus": lambda b, n: layers.softplus(b, n.x),
     "Softsign": lambda b, n: f.binary(b, "div", n.x, f.affine(b, f.unary(b, "abs", n.x), 1.0, 1.0)),
-    "Mish": lambda b, n: f.binary(b, "mul", n.x, f.unary(b, "tanh", f.softplus(b, n.x))),
+    "Mish": lambda b, n: f.binary(b, "mul", n.x, f.unary(b, "tanh", layers.softplus(b, n.x))),
     "Softmax": _softmax(False),
     "LogSoftmax": _softmax(True),
     # arithmetic
@@ -717,8 +725,8 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "Mean": lambda b, n: f.affine(
         b, _variadic(lambda b, x, y: f.binary(b, "add", x, y))(b, n), 1 / len(n.things)
     ),
-    "Max": _variadic(f.larger),
-    "Min": _variadic(lambda b, x, y: f.larger(b, x, y, -1.0)),
+    "Max": _variadic(layers.larger),
+    "Min": _variadic(lambda b, x, y: layers.larger(b, x, y, -1.0)),
     "ReduceMean": _reduce(lambda b, x, axes, keep: f.reduce(b, "mean", x, axes, keep)),
     "ReduceSum": _reduce(lambda b, x, axes, keep: f.reduce(b, "sum", x, axes, keep)),
     "ReduceMax": _reduce(f.largest),

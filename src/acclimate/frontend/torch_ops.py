@@ -15,6 +15,7 @@ import numpy as np
 
 from ..ir import Dim
 from . import common as c
+from . import layers
 from . import lowering as f
 from .common import LOST, Builder, Ref, Untaken
 
@@ -29,12 +30,12 @@ def _conv(b: Builder, a: Any) -> Any:
     kernel = b.shape(a.weight)[2:]
     if getattr(a, "transposed", False):
         return _conv_transpose(b, a)
-    dilation, padding = f.spread(a.dilation, len(kernel)), a.padding
+    dilation, padding = layers.spread(a.dilation, len(kernel)), a.padding
     if isinstance(padding, str):
         before, after = _same(kernel, dilation) if padding == "same" else ([0], [0])
     else:
         before = after = padding
-    return f.convolution(
+    return layers.convolution(
         b,
         a.x,
         a.weight,
@@ -48,7 +49,7 @@ def _conv(b: Builder, a: Any) -> Any:
 
 
 def _conv_transpose(b: Builder, a: Any) -> Any:
-    return f.convolution_transposed(
+    return layers.convolution_transposed(
         b,
         a.x,
         a.weight,
@@ -95,9 +96,9 @@ def _pow(b: Builder, a: Any) -> Any:
 def _batch_norm(b: Builder, a: Any) -> Any:
     mean, var = getattr(a, "running_mean", None), getattr(a, "running_var", None)
     if mean is None:
-        return (f.batch_only_norm(b, a.x, a.weight, a.bias, a.eps), None, None)
+        return (layers.batch_only_norm(b, a.x, a.weight, a.bias, a.eps), None, None)
     training = getattr(a, "training", False)
-    y = f.batch_norm(b, a.x, a.weight, a.bias, mean, var, training, a.momentum, a.eps)
+    y = layers.batch_norm(b, a.x, a.weight, a.bias, mean, var, training, a.momentum, a.eps)
     return (y, None, None, None, None)
 
 
@@ -105,8 +106,8 @@ def _instance_norm(b: Builder, a: Any) -> Any:
     if a.use_input_stats:
         if a.running_mean is not None:
             raise Untaken("instance norm that tracks statistics while it trains")
-        return f.group_norm(b, a.x, b.length(a.x, 1), a.weight, a.bias, a.eps)
-    return f.batch_norm(b, a.x, a.weight, a.bias, a.running_mean, a.running_var, False, 0.0, a.eps)
+        return layers.group_norm(b, a.x, b.length(a.x, 1), a.weight, a.bias, a.eps)
+    return layers.batch_norm(b, a.x, a.weight, a.bias, a.running_mean, a.running_var, False, 0.0, a.eps)
 
 
 def _rms_norm(b: Builder, a: Any) -> Any:
@@ -118,13 +119,13 @@ def _rms_norm(b: Builder, a: Any) -> Any:
 
 
 def _native_dropout(b: Builder, a: Any) -> Any:
-    return (f.dropout(b, a.x, a.p if a.train in (None, True) else 0.0), None)
+    return (layers.dropout(b, a.x, a.p if a.train in (None, True) else 0.0), None)
 
 
 def _bernoulli(b: Builder, a: Any) -> Any:
     """The mask of dropout of whole channels: ones that are dropped, scaled back."""
     ones = _filled(b, 1.0, b.shape(a.x))
-    return f.affine(b, f.dropout(b, b.value(ones), 1 - a.p), a.p)
+    return f.affine(b, layers.dropout(b, b.value(ones), 1 - a.p), a.p)
 
 
 def _filled(b: Builder, value: float, shape: Any) -> Any:
@@ -146,11 +147,11 @@ def _creation(value: float | None, argument: str = "size") -> Callable[..., Any]
 
 def _max_pool(rank: int, tuple_: bool = False) -> Callable[..., Any]:
     def rule(b: Builder, a: Any) -> Any:
-        y = f.pool(
+        y = layers.pool(
             b,
             "max_pool",
             a.x,
-            f.spread(a.kernel_size, rank),
+            layers.spread(a.kernel_size, rank),
             a.stride,
             a.padding,
             ceil=a.ceil_mode,
@@ -165,8 +166,8 @@ def _avg_pool(b: Builder, a: Any) -> Any:
     divisor = getattr(a, "divisor_override", None)
     if divisor is not None and a.ceil_mode:
         raise Untaken("average pooling with divisor_override and ceil_mode")
-    kernel = f.spread(a.kernel_size, len(b.shape(a.x)) - 2)
-    y = f.pool(
+    kernel = layers.spread(a.kernel_size, len(b.shape(a.x)) - 2)
+    y = layers.pool(
         b,
         "avg_pool",
         a.x,
@@ -181,7 +182,7 @@ def _avg_pool(b: Builder, a: Any) -> Any:
 
 def _avg_pool_3d(b: Builder, a: Any) -> Any:
     """Over the first of three spatial dimensions only, as local response norm does over channels."""
-    sides = [f.spread(v, 3) for v in (a.kernel_size, a.stride or a.kernel_size, a.padding)]
+    sides = [layers.spread(v, 3) for v in (a.kernel_size, a.stride or a.kernel_size, a.padding)]
     if any(tuple(s[1:]) != rest for s, rest in zip(sides, ((1, 1), (1, 1), (0, 0)), strict=True)):
         raise Untaken("average pooling over three spatial dimensions")
     n, channels, depth, h, w = b.shape(a.x)
@@ -216,7 +217,7 @@ def _index(b: Builder, a: Any) -> Any:
     for index in a.indices:
         if isinstance(index, Ref):
             if axis == 0 and len(a.indices) == 1 and len(b.shape(a.x)) == 2 and index not in b.truths:
-                return f.embedding(b, a.x, index)
+                return layers.embedding(b, a.x, index)
             raise Untaken("indexing by data, but for the rows of a table")
         masked = index is not None and np.asarray(index).dtype == np.bool_
         parts = np.nonzero(index) if masked else [index]
@@ -238,7 +239,7 @@ def _index(b: Builder, a: Any) -> Any:
 def _constant_index(b: Builder, a: Any) -> Any:
     if isinstance(a.index, Ref):
         if a.dim == 0 and len(b.shape(a.x)) == 2:
-            return f.embedding(b, a.x, a.index)
+            return layers.embedding(b, a.x, a.index)
         raise Untaken("an index that depends on the data")
     return f.take(b, a.x, a.dim, np.asarray(a.index).reshape(-1))
 
@@ -246,7 +247,7 @@ def _constant_index(b: Builder, a: Any) -> Any:
 def _embedding(b: Builder, a: Any) -> Any:
     if getattr(a, "scale_grad_by_freq", False):
         raise Untaken("an embedding whose gradient is scaled by frequency")
-    return f.embedding(b, a.weight, a.indices, getattr(a, "padding_idx", -1))
+    return layers.embedding(b, a.weight, a.indices, getattr(a, "padding_idx", -1))
 
 
 def _repeat_interleave(b: Builder, a: Any) -> Any:
@@ -291,7 +292,7 @@ def _cosine_similarity(b: Builder, a: Any) -> Any:
     scale = 1.0
     for x in (a.x1, a.x2):
         length = f.unary(b, "sqrt", f.reduce(b, "sum", f.unary(b, "square", x), [a.dim], False))
-        scale = f.binary(b, "mul", scale, f.larger(b, length, a.eps))
+        scale = f.binary(b, "mul", scale, layers.larger(b, length, a.eps))
     return f.binary(b, "div", total(a.x1, a.x2), scale)
 
 
@@ -359,7 +360,7 @@ def _round(mode: int) -> Callable[..., Any]:
 
 def _log_add_exp(b: Builder, a: Any) -> Any:
     """The larger and log(1 + exp(-gap)): y + softplus(x - y)."""
-    return f.binary(b, "add", a.other, f.softplus(b, f.binary(b, "sub", a.x, a.other)))
+    return f.binary(b, "add", a.other, layers.softplus(b, f.binary(b, "sub", a.x, a.other)))
 
 
 def _x_log_y(b: Builder, a: Any) -> Any:
@@ -432,7 +433,7 @@ def _cumsum(b: Builder, a: Any) -> Any:
 
 
 def _attention(b: Builder, a: Any) -> Any:
-    return f.attention(b, a.query, a.key, a.value, a.attn_mask, a.is_causal, a.dropout_p, a.scale)
+    return layers.attention(b, a.query, a.key, a.value, a.attn_mask, a.is_causal, a.dropout_p, a.scale)
 
 
 def _interpolate(mode: str) -> Callable[..., Any]:
@@ -453,7 +454,7 @@ def _interpolate(mode: str) -> Callable[..., Any]:
                 how["align_corners"] = a.align_corners
             matrix = torch.nn.functional.interpolate(eye, **how, mode=mode)
             matrices.append(matrix.reshape(n, -1).T.numpy())
-        return f.resample(b, a.x, matrices)
+        return layers.resample(b, a.x, matrices)
 
     return rule
 
@@ -507,7 +508,7 @@ def _extreme(sign: float) -> Callable[..., Any]:
 
     def rule(b: Builder, a: Any) -> Any:
         if hasattr(a, "other"):
-            return f.larger(b, a.x, a.other, sign)
+            return layers.larger(b, a.x, a.other, sign)
         dim = getattr(a, "dim", None)
         axes = [dim] if isinstance(dim, int) else dim
         y = f.affine(b, f.largest(b, f.affine(b, a.x, sign), axes, bool(getattr(a, "keepdim", False))), sign)
@@ -556,7 +557,7 @@ def _rrelu(b: Builder, a: Any) -> Any:
 
 
 def _softplus(b: Builder, a: Any) -> Any:
-    return f.softplus(b, a.x, float(a.beta))
+    return layers.softplus(b, a.x, float(a.beta))
 
 
 def _threshold(b: Builder, a: Any) -> Any:
@@ -569,8 +570,8 @@ def _clamp(b: Builder, a: Any) -> Any:
     low, high = getattr(a, "min", None), getattr(a, "max", None)
     bounds = [None if v is None else f.number(v) for v in (low, high)]
     if any(v is None and w is not None for v, w in zip(bounds, (low, high), strict=True)):
-        x = a.x if low is None else f.larger(b, a.x, low)
-        return x if high is None else f.larger(b, x, high, -1.0)
+        x = a.x if low is None else layers.larger(b, a.x, low)
+        return x if high is None else layers.larger(b, x, high, -1.0)
     return f.clamp(b, a.x, *bounds)
 
 
@@ -642,7 +643,7 @@ def _unfold(b: Builder, a: Any) -> Any:
     n, channels = b.shape(a.x)[:2]
     area = math.prod(a.kernel_size)
     eye = np.tile(np.eye(area, dtype=np.float32).reshape(area, 1, *a.kernel_size), (int(channels), 1, 1, 1))
-    y = f.convolution(
+    y = layers.convolution(
         b,
         a.x,
         eye,
@@ -657,7 +658,7 @@ def _unfold(b: Builder, a: Any) -> Any:
 
 
 def _detach(b: Builder, a: Any) -> Any:
-    return f.detach(b, a.x)
+    return layers.detach(b, a.x)
 
 
 def _simple(op: str) -> Callable[..., Any]:
@@ -683,7 +684,9 @@ def _recurrent(cell: str, **attrs: int) -> Callable[..., Any]:
         x = a.x if a.batch_first else c.swap(b, a.x, 0, 1)
         p = a.dropout if a.train else 0.0
         states = a.hx if isinstance(a.hx, (list, tuple)) else [a.hx]
-        y, *last = f.stacked_recurrent(b, cell, x, weights, states, a.num_layers, a.bidirectional, p, **attrs)
+        y, *last = layers.stacked_recurrent(
+            b, cell, x, weights, states, a.num_layers, a.bidirectional, p, **attrs
+        )
         return (y if a.batch_first else c.swap(b, y, 0, 1), *last)
 
     return rule
@@ -695,7 +698,7 @@ def _recurrent_cell(cell: str, **attrs: int) -> Callable[..., Any]:
     def rule(b: Builder, a: Any) -> Any:
         states = a.hx if isinstance(a.hx, (list, tuple)) else [a.hx]
         weights = [a.w_ih, a.w_hh, a.b_ih, a.b_hh]
-        _, last = f.recurrent(b, cell, c.unsqueeze(b, a.x, [1]), weights, states, False, **attrs)
+        _, last = layers.recurrent(b, cell, c.unsqueeze(b, a.x, [1]), weights, states, False, **attrs)
         return last if cell == "lstm" else last[0]
 
     return rule
@@ -753,14 +756,18 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
         _batch_norm,
     ),
     "batch_norm": lambda b, a: _batch_norm(b, a)[0],
-    "layer_norm": lambda b, a: f.normalize(b, a.x, a.normalized_shape, a.weight, a.bias, a.eps),
+    "layer_norm": lambda b, a: layers.normalize(b, a.x, a.normalized_shape, a.weight, a.bias, a.eps),
     "native_layer_norm": lambda b, a: (
-        f.normalize(b, a.x, a.normalized_shape, a.weight, a.bias, a.eps),
+        layers.normalize(b, a.x, a.normalized_shape, a.weight, a.bias, a.eps),
         None,
         None,
     ),
-    "group_norm": lambda b, a: f.group_norm(b, a.x, a.num_groups, a.weight, a.bias, a.eps),
-    "native_group_norm": lambda b, a: (f.group_norm(b, a.x, a.group, a.weight, a.bias, a.eps), None, None),
+    "group_norm": lambda b, a: layers.group_norm(b, a.x, a.num_groups, a.weight, a.bias, a.eps),
+    "native_group_norm": lambda b, a: (
+        layers.group_norm(b, a.x, a.group, a.weight, a.bias, a.eps),
+        None,
+        None,
+    ),
     "instance_norm": _instance_norm,
     "rms_norm": _rms_norm,
     "_weight_norm": _weight_norm,
@@ -776,7 +783,7 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "rnn_relu_cell": _recurrent_cell("rnn", relu=1),
     # dropout
     "native_dropout": _native_dropout,
-    "dropout": lambda b, a: f.dropout(b, a.x, a.p if a.train else 0.0),
+    "dropout": lambda b, a: layers.dropout(b, a.x, a.p if a.train else 0.0),
     "bernoulli.p": _bernoulli,
     # pooling and resizing
     "max_pool1d": _max_pool(1),
@@ -788,11 +795,11 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "avg_pool3d": _avg_pool_3d,
     **dict.fromkeys(
         ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
-        lambda b, a: f.adaptive_pool(b, "avg_pool", a.x, a.output_size),
+        lambda b, a: layers.adaptive_pool(b, "avg_pool", a.x, a.output_size),
     ),
     **dict.fromkeys(
         ("adaptive_max_pool1d", "adaptive_max_pool2d"),
-        lambda b, a: (f.adaptive_pool(b, "max_pool", a.x, a.output_size), LOST),
+        lambda b, a: (layers.adaptive_pool(b, "max_pool", a.x, a.output_size), LOST),
     ),
     **dict.fromkeys(("upsample_nearest1d", "upsample_nearest2d"), _interpolate("nearest")),
     **dict.fromkeys(
@@ -801,9 +808,9 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "upsample_linear1d": _interpolate("linear"),
     "upsample_bilinear2d": _interpolate("bilinear"),
     "upsample_bicubic2d": _interpolate("bicubic"),
-    "pixel_shuffle": lambda b, a: f.pixel_shuffle(b, a.x, a.upscale_factor),
-    "pixel_unshuffle": lambda b, a: f.unshuffle(b, a.x, a.downscale_factor),
-    "channel_shuffle": lambda b, a: f.channel_shuffle(b, a.x, a.groups),
+    "pixel_shuffle": lambda b, a: layers.pixel_shuffle(b, a.x, a.upscale_factor),
+    "pixel_unshuffle": lambda b, a: layers.unshuffle(b, a.x, a.downscale_factor),
+    "channel_shuffle": lambda b, a: layers.channel_shuffle(b, a.x, a.groups),
     "im2col": _unfold,
     # activations
     **{
@@ -837,9 +844,9 @@ TABLE: dict[str, Callable[[Builder, Any], Any]] = {
     "_prelu_kernel": lambda b, a: f.prelu(b, a.x, a.weight),
     "gelu": lambda b, a: f.unary(b, "gelu", a.x, tanh=int(a.approximate == "tanh")),
     "softplus": _softplus,
-    "log_sigmoid": lambda b, a: f.affine(b, f.softplus(b, f.affine(b, a.x, -1.0)), -1.0),
-    "log_sigmoid_forward": lambda b, a: (f.affine(b, f.softplus(b, f.affine(b, a.x, -1.0)), -1.0), None),
-    "mish": lambda b, a: f.binary(b, "mul", a.x, f.unary(b, "tanh", f.softplus(b, a.x))),
+    "log_sigmoid": lambda b, a: f.affine(b, layers.softplus(b, f.affine(b, a.x, -1.0)), -1.0),
+    "log_sigmoid_forward": lambda b, a: (f.affine(b, layers.softplus(b, f.affine(b, a.x, -1.0)), -1.0), None),
+    "mish": lambda b, a: f.binary(b, "mul", a.x, f.unary(b, "tanh", layers.softplus(b, a.x))),
     "softsign": lambda b, a: f.binary(b, "div", a.x, f.affine(b, f.unary(b, "abs", a.x), 1.0, 1.0)),
     "softshrink": _shrink(False),
     "hardshrink": _shrink(True),
