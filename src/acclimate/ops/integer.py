@@ -206,9 +206,14 @@ def lower(graph: Graph) -> Graph:
     int32 under their own names and shapes, with a `quant`; the weight of a product x @ w is stored as (O, K). An input
     that is only read quantised is int8 itself. Outputs are float.
     """
-    if not any(node.op == "quantize" for node in graph.nodes):
-        return graph
-    return _Lowering(graph).run()
+    if any(node.op == "quantize" for node in graph.nodes):
+        return _Lowering(graph).run()
+    if any(v.quant is not None and v.type.dtype == "f32" for v in graph.values.values()):  # weights alone
+        graph = graph.copy()
+        graph.values = {
+            n: replace(v, quant=None) if v.type.dtype == "f32" else v for n, v in graph.values.items()
+        }
+    return graph
 
 
 class _Sink(NamedTuple):
@@ -352,6 +357,8 @@ class _Lowering:
         if sink is None or weight.quant is None:
             return False
         axis = channel_axis(node)
+        if weight.quant.scale.size not in (1, weight.shape[axis]):
+            return False
         w, scale = self._weight(weight, axis)
         bias = None
         if len(node.inputs) > 2 and node.inputs[2]:
