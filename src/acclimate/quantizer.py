@@ -202,7 +202,10 @@ def _layers(graph: Graph, keep_float: Sequence[str]) -> tuple[list[Layer], set[s
         kept |= {id(n): "kept by keep_float" for n in found}
     for name in graph.parameters():
         users = uses[name]
-        if len({(form(graph, n), channel_axis(n), n.inputs[1:2] == (name,), id(n) in kept) for n in users}) > 1:
+        if (
+            len({(form(graph, n), channel_axis(n), n.inputs[1:2] == (name,), id(n) in kept) for n in users})
+            > 1
+        ):
             kept |= {id(n): "its weight is shared by layers that need it otherwise" for n in users}
     inputs_of_graph = {n for n in graph.inputs.values() if _feeds_weights(graph, uses, n, kept)}
     ints = set(inputs_of_graph)

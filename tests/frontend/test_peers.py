@@ -71,7 +71,9 @@ def conv(x, told, arrays, step):
             acc += part * tap[:, 0] if groups > 1 else part @ tap.T
     ratio = np.float64(np.float32(p["x_scale"])) * s.astype(np.float64) / np.float64(np.float32(p["y_scale"]))
     out, cut = (
-        np.stack([np.clip(f(acc[..., o], float(r)) + p["y_zero"], -128, 127) for o, r in enumerate(ratio)], -1)
+        np.stack(
+            [np.clip(f(acc[..., o], float(r)) + p["y_zero"], -128, 127) for o, r in enumerate(ratio)], -1
+        )
         for f in (requantise, truncate)
     )
     step.append((int((out != cut).sum()), out.size))
@@ -151,7 +153,10 @@ def test_parameters_are_the_files_own(name):
             assert np.array_equal(value.data, arrays[key])
             assert np.array_equal(value.quant.scale, arrays[key.replace("/weight", "/w_scales")])
             bias = graph.parameters()[place.replace(".weight", ".bias")]
-            assert np.array_equal(bias.data, arrays[key.replace("/weight", "/bias")]) and bias.type.dtype == "i32"
+            assert (
+                np.array_equal(bias.data, arrays[key.replace("/weight", "/bias")])
+                and bias.type.dtype == "i32"
+            )
 
 
 def test_another_classifier_learns():
@@ -165,9 +170,9 @@ def test_another_classifier_learns():
     rng = np.random.default_rng(0)
     x = rng.integers(-128, 128, (4, 3, 128, 128)).astype(np.int8)
     x = np.clip(x / 4 + np.linspace(-80, 80, 4)[:, None, None, None], -128, 127).astype(np.int8)
-    plan = acclimate.plan(graph, scheme="last", batch_size=4, optimizer=acclimate.SGD(lr=0.2))
-    learner = acclimate.Learner(plan).fit(x, np.arange(4), epochs=10)
-    assert learner.loss_history[-1] < 0.5 * learner.loss_history[0]
+    plan = acclimate.plan(graph, scheme="last", batch_size=4, optimizer=acclimate.SGD(lr=0.05))
+    learner = acclimate.Learner(plan).fit(x, np.arange(4), epochs=6)
+    assert learner.loss_history[-1] < 0.7 * learner.loss_history[0]
 
 
 # -- files that are not what they should be ----------------------------------------------------------------------------
@@ -178,7 +183,8 @@ def changed(tmp_path, change):
     with np.load(peer("mbv2-w0.35")) as file:
         arrays = {k: file[k] for k in file.files}
     told = json.loads(arrays["config.json"].tobytes())
-    told = change(told, arrays) or told
+    result = change(told, arrays)
+    told = told if result is None else result
     arrays["config.json"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
     path = tmp_path / "changed.npz"
     np.savez(path, **arrays)
