@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x51C9982Cu
+#define AC_TABLE_HASH 0x246634D5u
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -120,7 +120,17 @@ typedef enum {
     AC_OP_Q_TABLE = 110,
     AC_OP_Q_TABLE_GRAD = 111,
     AC_OP_Q_SGD = 112,
-    AC_OP_COUNT = 113
+    AC_OP_BF_PACK = 113,
+    AC_OP_BF_UNPACK = 114,
+    AC_OP_BF_GATE = 115,
+    AC_OP_BF_ALIGN = 116,
+    AC_OP_BF_CONV_INPUT_GRAD = 117,
+    AC_OP_BF_CONV_WEIGHT_GRAD = 118,
+    AC_OP_BF_SUM = 119,
+    AC_OP_BF_ADD = 120,
+    AC_OP_BF_AVG_POOL_GRAD = 121,
+    AC_OP_BF_RESHAPE = 122,
+    AC_OP_COUNT = 123
 } ac_op;
 
 typedef struct {
@@ -496,6 +506,38 @@ typedef struct {
     int32_t salt;
 } ac_attr_q_sgd;
 
+typedef struct {
+    int32_t spare;
+} ac_attr_bf_align;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t size[2];
+} ac_attr_bf_conv_input_grad;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t kernel[2];
+    int32_t x_zero;
+    float x_scale;
+} ac_attr_bf_conv_weight_grad;
+
+typedef struct {
+    int32_t kernel[2];
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t extra[2];
+} ac_attr_bf_avg_pool_grad;
+
 ac_status AC_KERNEL(relu)(const ac_call *call);
 ac_status AC_FAST_KERNEL(relu)(const ac_call *call);
 ac_status AC_KERNEL(hard_tanh)(const ac_call *call);
@@ -624,6 +666,16 @@ ac_status AC_KERNEL(q_avg_pool)(const ac_call *call);
 ac_status AC_KERNEL(q_table)(const ac_call *call);
 ac_status AC_KERNEL(q_table_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_sgd)(const ac_call *call);
+ac_status AC_KERNEL(bf_pack)(const ac_call *call);
+ac_status AC_KERNEL(bf_unpack)(const ac_call *call);
+ac_status AC_KERNEL(bf_gate)(const ac_call *call);
+ac_status AC_KERNEL(bf_align)(const ac_call *call);
+ac_status AC_KERNEL(bf_conv_input_grad)(const ac_call *call);
+ac_status AC_KERNEL(bf_conv_weight_grad)(const ac_call *call);
+ac_status AC_KERNEL(bf_sum)(const ac_call *call);
+ac_status AC_KERNEL(bf_add)(const ac_call *call);
+ac_status AC_KERNEL(bf_avg_pool_grad)(const ac_call *call);
+ac_status AC_KERNEL(bf_reshape)(const ac_call *call);
 ac_status ac_check_round(const ac_call *call);
 ac_status ac_check_add(const ac_call *call);
 ac_status ac_check_sub(const ac_call *call);
@@ -681,5 +733,15 @@ ac_status ac_check_q_avg_pool(const ac_call *call);
 ac_status ac_check_q_table(const ac_call *call);
 ac_status ac_check_q_table_grad(const ac_call *call);
 ac_status ac_check_q_sgd(const ac_call *call);
+ac_status ac_check_bf_pack(const ac_call *call);
+ac_status ac_check_bf_unpack(const ac_call *call);
+ac_status ac_check_bf_gate(const ac_call *call);
+ac_status ac_check_bf_align(const ac_call *call);
+ac_status ac_check_bf_conv_input_grad(const ac_call *call);
+ac_status ac_check_bf_conv_weight_grad(const ac_call *call);
+ac_status ac_check_bf_sum(const ac_call *call);
+ac_status ac_check_bf_add(const ac_call *call);
+ac_status ac_check_bf_avg_pool_grad(const ac_call *call);
+ac_status ac_check_bf_reshape(const ac_call *call);
 
 #endif
