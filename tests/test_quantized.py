@@ -253,3 +253,20 @@ def test_integer_gradients_are_close_to_float_ones(gradients, tolerance, update)
     for _ in range(5):
         learner.partial_fit(x, y)
     assert np.isfinite(learner.loss_history).all()
+
+
+@pytest.mark.parametrize("gradients", ["float32", "int16"])
+def test_only_the_channels_with_the_largest_gradients_move(gradients):
+    graph = small_net(2, batch=1)
+    rng = np.random.default_rng(4)
+    x, y = rng.integers(-128, 128, (1, 3, 8, 8)).astype(np.int8), np.array([1])
+    update = UpdateSet({"p.weight": None})
+    full = acclimate.Learner(acclimate.plan(graph, scheme=update))
+    gradient = full.gradients(x, y)["p.weight"]
+    optimizer = acclimate.SGD(lr=1e4 / np.abs(gradient).max(), share=0.25)
+    learner = acclimate.Learner(
+        acclimate.plan(graph, scheme=update, optimizer=optimizer, gradients=gradients)
+    )
+    learner.partial_fit(x, y)
+    moved = (learner.parameters()["p.weight"] != graph.values["p.weight"].data).reshape(8, -1).any(1)
+    assert moved.sum() == 2  # a quarter of eight channels

@@ -233,6 +233,22 @@ def segment_time(model: Graph, steps: int | None = None) -> Graph:
     return verify(new, "cutting sequences into segments")
 
 
+def keep_largest(graph: Graph, share: float) -> Graph:
+    """Let each sample update only a share of the output channels of every layer, those with the largest gradients."""
+    new = graph.copy()
+    new.nodes = []
+    tape = Tape(new)
+    for node in graph.nodes:
+        at = TABLE[node.op].channel_of
+        if at is not None:
+            inputs = list(node.inputs)
+            inputs[at] = tape.emit("keep_top", inputs[at], share=share)[0]
+            node = replace(node, inputs=tuple(inputs))
+        new.nodes.append(node)
+        tape.adopt(node)
+    return verify(new, "keeping the largest gradients")
+
+
 def narrow(graph: Graph, bits: int) -> Graph:
     """Let the backward part flow as block floating point of 16 or 8 bits wherever the ops have such a form.
 
@@ -272,7 +288,10 @@ def narrow(graph: Graph, bits: int) -> Graph:
             node = replace(node, inputs=tuple(unpacked(n) if n else n for n in node.inputs))
             new.nodes.append(node)
             tape.adopt(node)
-    new.outputs = {role: unpacked(n) if n in kept and n in blocks else floats.get(n, n) for role, n in graph.outputs.items()}
+    new.outputs = {
+        role: unpacked(n) if n in kept and n in blocks else floats.get(n, n)
+        for role, n in graph.outputs.items()
+    }
     return verify(new, "narrowing gradients")
 
 

@@ -23,7 +23,7 @@ from .ir import Dim, Graph, Node
 from .layout import Layout, arrange, persistent_layout
 from .objective import LOSSES, OPTIMIZERS, SGD, Loss, Optimizer, resolve
 from .ops import TABLE, cost, parse, with_batch
-from .passes import narrow, prepare
+from .passes import keep_largest, narrow, prepare
 from .passes import run as run_passes
 from .program import Program, build, model_hash
 
@@ -104,6 +104,10 @@ class Plan:
         """The entry "gradient": loss and gradients as outputs, nothing updated. For inspection on the host."""
         graph = gradient_graph(self._prepared(batch_size), self.update_set, self.loss)
         return self._build(_arranged({"gradient": self._narrowed(graph)}))
+
+    def _partly(self, graph: Graph) -> Graph:
+        share = getattr(self.optimizer, "share", 1.0)
+        return keep_largest(graph, share) if share < 1 else graph
 
     def _narrowed(self, graph: Graph) -> Graph:
         bits = GRADIENTS[self.gradients]
@@ -361,7 +365,7 @@ def _plain(plan: Plan, parts: int) -> Choice:
     optimizer = plan.optimizer if parts == 1 else replace(plan.optimizer, accumulate=parts)
     model = plan._prepared(plan.batch_size // parts)
     steps = step_graphs(model, plan.update_set, plan.loss, optimizer)
-    steps = {name: plan._narrowed(graph) for name, graph in steps.items()}
+    steps = {name: plan._narrowed(plan._partly(graph)) for name, graph in steps.items()}
     return Choice(_arranged({"predict": predict_graph(model), **steps}), parts)
 
 
@@ -546,7 +550,9 @@ def compile_plan(
                 f"{name} must be a whole number", number=f"{value!r}, from 1 to {most}", action=f"{name}=None"
             )
     if gradients not in GRADIENTS:
-        raise WrongUse("gradients cannot flow in this", number=repr(gradients), action=f"one of {', '.join(GRADIENTS)}")
+        raise WrongUse(
+            "gradients cannot flow in this", number=repr(gradients), action=f"one of {', '.join(GRADIENTS)}"
+        )
     chosen = schemes.resolve(scheme)
     update_set = chosen if isinstance(chosen, UpdateSet) else chosen.choose(model)
     target = devices.get(device) if isinstance(device, str) else device

@@ -15,11 +15,20 @@ import numpy as np
 
 from ..errors import BadInput
 from ..ir import Type
-from .convolution import _CASES, _GEOMETRY, _conv_input_grad, _conv_weight_grad, _input_grad_shape, _macs, _out
-from .convolution import _weight_grad_shape
+from .convolution import (
+    _CASES,
+    _GEOMETRY,
+    _conv_input_grad,
+    _conv_weight_grad,
+    _input_grad_shape,
+    _macs,
+    _out,
+    _weight_grad_shape,
+)
 from .pooling import _AVERAGE, _AVG, _avg_grad_shape, _avg_pool_matrix, _avg_shape, _window_cost
 from .quantized import half_away
 from .row import Attr, Cost, Example, Row
+from .update import kept_channels
 
 EMPTY = -512  # exponent of a block of zeros
 SMALLEST = 2.0**-100  # gradients below this count as zero
@@ -59,7 +68,10 @@ def _normal(x: Any, e: Any, bits: int) -> list[Any]:
     by = np.maximum(_length(flat) - (bits - 1), 0)
     top = 2 ** (bits - 1) - 1
     m = np.clip(shifted(x, _spread(by, x)), -top, top)
-    return [m.astype(np.int16 if bits == 16 else np.int8), np.where(flat > 0, _e(_e(e) + by), EMPTY).astype(np.int32)]
+    return [
+        m.astype(np.int16 if bits == 16 else np.int8),
+        np.where(flat > 0, _e(_e(e) + by), EMPTY).astype(np.int32),
+    ]
 
 
 def _pack(a: Any, x: Any) -> list[Any]:
@@ -96,7 +108,9 @@ def _bf_input_grad(a: Any, g: Any, t: Any, w: Any) -> list[Any]:
 def _bf_weight_grad(a: Any, x: Any, m: Any, e: Any) -> list[Any]:
     total: Any = 0
     for n in range(len(x)):
-        part = _conv_weight_grad(a, x[n : n + 1].astype(np.int64) - a["x_zero"], m[n : n + 1].astype(np.int64))[0]
+        part = _conv_weight_grad(
+            a, x[n : n + 1].astype(np.int64) - a["x_zero"], m[n : n + 1].astype(np.int64)
+        )[0]
         total = total + np.ldexp(part.astype(np.float64), _e(e[n]).reshape(-1, *(1,) * (part.ndim - 1)))
     return [total * float(np.float32(a["x_scale"]))]
 
@@ -117,7 +131,10 @@ def _bf_avg_grad(a: Any, m: Any, e: Any) -> list[Any]:
     bits = 16 if m.dtype == np.int16 else 8
     total = m.astype(np.int64)
     sizes, outs = tuple(a["size"]), m.shape[2:]
-    mats = [_avg_pool_matrix({**a, "include_pad": 0}, s, i, o, False) for i, (s, o) in enumerate(zip(sizes, outs, strict=True))]
+    mats = [
+        _avg_pool_matrix({**a, "include_pad": 0}, s, i, o, False)
+        for i, (s, o) in enumerate(zip(sizes, outs, strict=True))
+    ]
     count = np.maximum(mats[0][1].astype(np.int64), 1)
     if len(mats) == 2:
         count = count[:, None] * np.maximum(mats[1][1].astype(np.int64), 1)
@@ -135,6 +152,12 @@ def _bf_reshape(a: Any, m: Any, e: Any) -> list[Any]:
     top = used.max(-1)
     moved = shifted(flat, top[..., None] - used).reshape(shape)
     return [moved.astype(m.dtype), top.astype(np.int32)]
+
+
+def _bf_keep_top(a: Any, m: Any, e: Any) -> list[Any]:
+    sums = np.abs(m.astype(np.int64)).reshape(*m.shape[:2], -1).sum(-1)
+    size = np.ldexp(sums.astype(np.float32), _e(e)).astype(np.float32)
+    return [np.where(_spread(kept_channels(size, a["share"]), m), m, 0).astype(m.dtype), size]
 
 
 def ratios(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -172,7 +195,9 @@ def _narrow_input_grad(tape: Any, node: Any, block: Any, bits: int) -> Any:
 def _narrow_average(tape: Any, node: Any, block: Any, bits: int) -> Any:
     if node.attrs["include_pad"] and any((*node.attrs["before"], *node.attrs["after"])):
         return None
-    return tape.emit("bf_avg_pool_grad", *block, **{k: v for k, v in node.attrs.items() if k != "include_pad"})
+    return tape.emit(
+        "bf_avg_pool_grad", *block, **{k: v for k, v in node.attrs.items() if k != "include_pad"}
+    )
 
 
 def _narrow_reshape(tape: Any, node: Any, block: Any, bits: int) -> Any:
@@ -201,6 +226,10 @@ def _narrow_add(tape: Any, node: Any, a: Any, b: Any, bits: int) -> Any:
     return tape.emit("bf_add", *a, *b)
 
 
+def _narrow_top(tape: Any, node: Any, block: Any, bits: int) -> Any:
+    return tape.emit("bf_keep_top", *block, **node.attrs)[0], block[1]
+
+
 #: row -> (which inputs are gradients, may floats become blocks here, how it is done on blocks)
 NARROW: dict[str, tuple[tuple[int, ...], bool, Callable[..., Any]]] = {
     "gate_bits": ((0,), True, _narrow_gate),
@@ -210,6 +239,7 @@ NARROW: dict[str, tuple[tuple[int, ...], bool, Callable[..., Any]]] = {
     "reshape": ((0,), False, _narrow_reshape),
     "sum": ((0,), False, _narrow_sum),
     "add": ((0, 1), False, _narrow_add),
+    "keep_top": ((0,), True, _narrow_top),
 }
 
 _BITS = Attr("-", 16)
@@ -344,6 +374,20 @@ ROWS = (
         check=True,
         no_grad=_NO_SECOND,
         cost=lambda a, i, o: Cost(elementwise=2 * o[0].size),
+    ),
+    Row(
+        "bf_keep_top",
+        "NC~:i16/i8, NC:i32 -> NC~:i16/i8, NC",
+        "Of each sample the channels with the largest sums of |m * 2^e|, a share of them; the others become zero.",
+        _bf_keep_top,
+        tuple(
+            Example((s, s[:2]), {"share": 0.4}, {0: k, 1: "exponent"}) for s in _SHAPES for k in ("i16", "i8")
+        ),
+        attrs={"share": Attr("f")},
+        shape=lambda a, m, e: [m, Type(m.shape[:2])],
+        check=True,
+        no_grad=_NO_SECOND,
+        cost=lambda a, i, o: Cost(elementwise=2 * i[0].size),
     ),
     Row(
         "bf_avg_pool_grad",

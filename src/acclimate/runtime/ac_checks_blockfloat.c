@@ -19,6 +19,8 @@ ac_status ac_check_bf_pack(const ac_call *call) { return fits(same_shape(AC_IN_T
 ac_status ac_check_bf_unpack(const ac_call *call) { return fits(same_shape(AC_IN_T(call, 0), AC_OUT_T(call, 0))); }
 ac_status ac_check_bf_sum(const ac_call *call) { return fits(AC_IN_T(call, 0)->rank >= 2); }
 
+ac_status ac_check_bf_keep_top(const ac_call *call) { return check_alike(call); }
+
 ac_status ac_check_bf_gate(const ac_call *call) {
     const ac_status status = check_alike(call);
     return status != AC_OK ? status : fits(same_shape(AC_IN_T(call, 0), AC_IN_T(call, 1)));

@@ -212,6 +212,14 @@ ac_status AC_KERNEL(bf_conv_input_grad)(const ac_call *call) {
     return AC_OK;
 }
 
+/* Whether channel o of every sample is zero. */
+static int is_still(const void *m, int narrow, const shape *s, int o) {
+    for (int n = 0; n < s->n; n++)
+        for (size_t i = 0, at = ((size_t)n * (size_t)s->c + (size_t)o) * s->plane; i < s->plane; i++)
+            if (mantissa(m, narrow, at + i)) return 0;
+    return 1;
+}
+
 /* x (N, C, H, W), m (N, O, P, Q), e (N, O) -> dw (O, C / groups, kH, kW) */
 ac_status AC_KERNEL(bf_conv_weight_grad)(const ac_call *call) {
     const ac_attr_bf_conv_weight_grad *a = call->attr;
@@ -220,7 +228,12 @@ ac_status AC_KERNEL(bf_conv_weight_grad)(const ac_call *call) {
     const int32_t *e = AC_IN(call, 2);
     float *dw = AC_OUT(call, 0);
     const int narrow = is_narrow(AC_IN_T(call, 1)), per_group = out.c / a->groups;
-    for (int o = 0; o < out.c; o++)
+    const size_t each = (size_t)kernel.c * kernel.plane;
+    for (int o = 0; o < out.c; o++) {
+        if (is_still(AC_IN(call, 1), narrow, &out, o)) { /* of most channels, where only the largest gradients are kept */
+            for (size_t i = 0; i < each; i++) *dw++ = 0.0f;
+            continue;
+        }
         for (int c = 0; c < kernel.c; c++)
             for (int i = 0; i < kernel.h; i++)
                 for (int j = 0; j < kernel.w; j++) {
@@ -241,6 +254,7 @@ ac_status AC_KERNEL(bf_conv_weight_grad)(const ac_call *call) {
                     }
                     *dw++ = total * a->x_scale;
                 }
+    }
     return AC_OK;
 }
 
@@ -258,6 +272,28 @@ ac_status AC_KERNEL(bf_sum)(const ac_call *call) {
             for (size_t i = 0; i < each; i++) sum += mantissa(AC_IN(call, 0), narrow, (n * channels + c) * each + i);
             y[c] += scaled_by((float)sum, bounded(e[n * channels + c]));
         }
+    }
+    return AC_OK;
+}
+
+/* m, e -> y = m or 0, size (N, C) = sum of |m| * 2^e */
+ac_status AC_KERNEL(bf_keep_top)(const ac_call *call) {
+    const shape in = shape_of(AC_IN_T(call, 0));
+    const size_t channels = (size_t)in.c, each = AC_IN_T(call, 0)->size / ((size_t)in.n * channels),
+                 k = AC_KERNEL(count_kept)(((const ac_attr_bf_keep_top *)call->attr)->share, channels);
+    const int32_t *e = AC_IN(call, 1);
+    float *size = AC_OUT(call, 1);
+    const int narrow = is_narrow(AC_IN_T(call, 0));
+    for (size_t n = 0; n < (size_t)in.n; n++, size += channels) {
+        for (size_t c = 0; c < channels; c++) {
+            int64_t sum = 0;
+            for (size_t i = 0; i < each; i++) sum += size_of(mantissa(AC_IN(call, 0), narrow, (n * channels + c) * each + i));
+            size[c] = scaled_by((float)sum, bounded(e[n * channels + c]));
+        }
+        const float least = AC_KERNEL(kth_largest)(size, channels, k);
+        for (size_t c = 0; c < channels; c++)
+            for (size_t i = 0, at = (n * channels + c) * each; i < each; i++, at++)
+                put_mantissa(AC_OUT(call, 0), narrow, at, size[c] >= least ? mantissa(AC_IN(call, 0), narrow, at) : 0);
     }
     return AC_OK;
 }

@@ -99,6 +99,7 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"mse_grad", "*, *, 1 -> *", 3, 1, 0, 0, AC_KERNEL(mse_grad), NULL},
     {"sgd", "~, ~, 1, ~?, P:i32? ->", 5, 0, 4, 9, AC_KERNEL(sgd), ac_check_sgd},
     {"adam", "~, ~, 1, ~, ~, 1:i32, P:i32? ->", 7, 0, 6, 25, AC_KERNEL(adam), ac_check_adam},
+    {"keep_top", "NC~ -> NC~, NC", 1, 2, 1, 0, AC_KERNEL(keep_top), ac_check_keep_top},
     {"ema", "*, * ->", 2, 0, 2, 1, AC_KERNEL(ema), NULL},
     {"accumulate", "*, * ->", 2, 0, 0, 1, AC_KERNEL(accumulate), NULL},
     {"clear", "* ->", 1, 0, 0, 1, AC_KERNEL(clear), NULL},
@@ -124,6 +125,7 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"bf_conv_weight_grad", "NC~:i8, NO~:i16/i8, NO:i32 -> Oc~", 3, 1, 13, 0, AC_KERNEL(bf_conv_weight_grad), ac_check_bf_conv_weight_grad},
     {"bf_sum", "NC~:i16/i8, NC:i32 -> C", 2, 1, 0, 0, AC_KERNEL(bf_sum), ac_check_bf_sum},
     {"bf_add", "NC~:i16/i8, NC:i32, NC~:i16/i8, NC:i32 -> NC~:i16/i8, NC:i32", 4, 2, 0, 0, AC_KERNEL(bf_add), ac_check_bf_add},
+    {"bf_keep_top", "NC~:i16/i8, NC:i32 -> NC~:i16/i8, NC", 2, 2, 1, 0, AC_KERNEL(bf_keep_top), ac_check_bf_keep_top},
     {"bf_avg_pool_grad", "NC~:i16/i8, NC:i32 -> NC~:i16/i8, NC:i32", 2, 2, 10, 0, AC_KERNEL(bf_avg_pool_grad), ac_check_bf_avg_pool_grad},
     {"bf_reshape", "~:i16/i8, ~:i32 -> ~:i16/i8, ~:i32", 2, 2, 0, 0, AC_KERNEL(bf_reshape), ac_check_bf_reshape},
 };
