@@ -34,6 +34,7 @@ from .ops.integer import (
     lower,
     norms_as_convolutions,
     sources,
+    without_float_quants,
 )
 from .ops.quantized import half_away
 from .program import build
@@ -143,7 +144,7 @@ def fold(model: Graph) -> Graph:
     for name in before.values:
         order += [name, *(names[b] for w, b in pairs if names.get(w) == name and b in names)]
     graph.values = {n: graph.values[n] for n in dict.fromkeys([*order, *graph.values]) if n in graph.values}
-    return norms_as_convolutions(graph)
+    return without_float_quants(norms_as_convolutions(graph))
 
 
 # -- which nodes, and where their values are quantised ----------------------------------------------------------------

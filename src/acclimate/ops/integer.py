@@ -209,12 +209,17 @@ def lower(graph: Graph) -> Graph:
     """
     if any(node.op == "quantize" for node in graph.nodes):
         return _Lowering(norms_as_convolutions(graph)).run()
-    if any(v.quant is not None and v.type.dtype == "f32" for v in graph.values.values()):  # weights alone
-        graph = graph.copy()
-        graph.values = {
-            n: replace(v, quant=None) if v.type.dtype == "f32" else v for n, v in graph.values.items()
-        }
-    return graph
+    return without_float_quants(graph)
+
+
+def without_float_quants(graph: Graph) -> Graph:
+    """The graph with float weights that are no longer said to be rounded."""
+    new = graph
+    for name, value in graph.values.items():
+        if value.quant is not None and value.type.dtype == "f32":
+            new = graph.copy() if new is graph else new
+            new.values[name] = replace(value, quant=None)
+    return new
 
 
 def norms_as_convolutions(graph: Graph) -> Graph:
