@@ -251,9 +251,7 @@ class Learner:
         """Take over what `save` wrote, or what a board kept: the raw bytes of its flash, whose newest slot of this
         model counts (acclimate.store). On any error everything stays as it was.
         """
-        raw = delta.read(path)
-        if not delta.is_delta(raw) and store.MAGIC in raw:
-            raw = store.newest(raw, self.plan.model_hash, str(path))
+        raw = store.delta_in(delta.read(path), self.plan.model_hash, str(path))
         model, records = delta.decode(raw, str(path))
         if model != self.plan.model_hash:
             raise BadInput(

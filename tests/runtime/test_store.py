@@ -15,6 +15,7 @@ from runtime.test_delta import CLearner
 
 import acclimate.runtime
 from acclimate import delta, store
+from acclimate.adapt import updated_model
 from acclimate.errors import BadInput
 from acclimate.ir import Dim, Graph
 from acclimate.learner import Learner
@@ -197,7 +198,10 @@ def test_python_reads_the_flash(library, states, tmp_path):
     (tmp_path / "flash.bin").write_bytes(dump)
     again = Learner(PLAN).restore(tmp_path / "flash.bin")
     assert again._main.state.tobytes() == states[2]._main.state.tobytes()
-    assert store.newest(dump) == found[0].delta
+    assert store.newest(dump) == found[0].delta == store.delta_in(dump, PLAN.model_hash)
+    updated = updated_model(PLAN.model, tmp_path / "flash.bin")
+    for name, value in again.parameters().items():
+        assert (updated.values[name].data == value).all()
     assert delta.decode(found[1].delta)[0] == PLAN.model_hash
 
 
