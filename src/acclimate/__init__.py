@@ -17,6 +17,7 @@ _PUBLIC = {
     "plan": "auto",
     "Plan": "planner",
     "Learner": "learner",
+    "Replay": "replay",
     "load": "frontend",
     "from_torch": "frontend",
     "devices": "device",
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
         ThresholdedDistillation,
     )
     from .planner import Plan
+    from .replay import Replay
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from . import recompute as recomputing
 from . import schemes
 from .device import Device
 from .errors import CannotFit, WrongUse
-from .grad import UpdateSet, gradient_graph, predict_graph, step_graphs
+from .grad import UpdateSet, gradient_graph, latent_graphs, predict_graph, step_graphs
 from .ir import Dim, Graph, Node
 from .layout import Layout, arrange, persistent_layout
 from .objective import LOSSES, OPTIMIZERS, SGD, Loss, Optimizer, resolve
@@ -51,6 +51,9 @@ class Plan:
     threads: int = 1
     recompute: str | tuple[str, ...] = "auto"  # or "none", "exact", or names of values
     micro_batches: int | None = None  # a batch is learned in so many parts; None: as many as is quickest
+    latent: bool = (
+        False  # also the entries "features" and "step_latent", which replay from the frozen layers' output
+    )
     explanation: str = ""  # why this scheme, where it was chosen automatically
     tried: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)  # rows of what else was tried
 
@@ -62,7 +65,8 @@ class Plan:
 
     @property
     def layouts(self) -> dict[str, Layout]:
-        """Entry name -> order and places: "predict" and "step" (or "accumulate" and "apply")."""
+        """Entry name -> order and places: "predict" and "step" (or "accumulate" and "apply"); with `latent`
+        also "features" and "step_latent" (or "accumulate_latent")."""
         return self._choice.layouts
 
     @property
@@ -355,7 +359,8 @@ def _plain(plan: Plan, parts: int) -> Choice:
     optimizer = plan.optimizer if parts == 1 else replace(plan.optimizer, accumulate=parts)
     model = plan._prepared(plan.batch_size // parts)
     steps = step_graphs(model, plan.update_set, plan.loss, optimizer)
-    return Choice(_arranged({"predict": predict_graph(model), **steps}), parts)
+    more = latent_graphs(model, plan.update_set, plan.loss, optimizer) if plan.latent else {}
+    return Choice(_arranged({"predict": predict_graph(model), **steps, **more}), parts)
 
 
 def _room(plan: Plan, way: Choice) -> int:
@@ -521,11 +526,13 @@ def compile_plan(
     must_fit: bool = True,
     recompute: str | Sequence[str] = "auto",
     micro_batches: int | None = None,
+    latent: bool = False,
 ) -> Plan:
     """Compile one scheme. Raises CannotFit, with `fixes`, where it does not fit and `must_fit` is left on.
 
     model: a Graph. device: a name of acclimate.devices() or a Device. memory_bytes: a limit on peak RAM below the
-    device's own. micro_batches: parts that a batch is learned in; None: as the limit asks. The other arguments are
+    device's own. micro_batches: parts that a batch is learned in; None: as the limit asks. latent: also compile what
+    replays the frozen layers' output (acclimate.Replay). The other arguments are
     those of acclimate.plan.
     """
     whole = isinstance(batch_size, (int, np.integer)) and not isinstance(batch_size, bool)
@@ -551,6 +558,7 @@ def compile_plan(
         int(threads or 1),
         _recompute(recompute),
         micro_batches,
+        latent,
     )
     if micro_batches is not None:
         _check_split(plan, micro_batches)
