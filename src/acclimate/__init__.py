@@ -18,6 +18,8 @@ _PUBLIC = {
     "Plan": "planner",
     "Learner": "learner",
     "Replay": "replay",
+    "Prototypes": "prototypes",
+    "reserve_classes": "classes",
     "load": "frontend",
     "from_torch": "frontend",
     "devices": "device",
@@ -59,6 +61,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from .auto import plan
+    from .classes import reserve_classes
     from .device import Device, devices
     from .errors import AcclimateError, BadInput, CannotFit, Refused, Unsupported, WrongUse
     from .frontend import from_torch, load
@@ -86,6 +89,7 @@ if TYPE_CHECKING:
         ThresholdedDistillation,
     )
     from .planner import Plan
+    from .prototypes import Prototypes
     from .replay import Replay
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import delta, store
+from .classes import IN_USE
 from .errors import BadInput, WrongUse
 from .grad import GRADIENT, LATENT, Channels, Tape
 from .ir import Graph, Type
@@ -130,6 +131,16 @@ class Learner:
                     callback({**event, "epoch": epoch + 1, "epochs": epochs})
 
             self._pass(x[order], y[order], lr, tell, remember=epoch == epochs - 1)
+        return self
+
+    # -- classes that come later -----------------------------------------------------------------------------------
+    def add_class(self, label: int) -> Learner:
+        """Put a spare class (acclimate.reserve_classes) to use: from now on it is learned and predicted."""
+        if IN_USE not in self._main.program.entries[STATE_ENTRY]:
+            raise WrongUse(
+                "the model has no spare classes", action="acclimate.reserve_classes(model, n) before planning"
+            )
+        self._main.run("add_class", label=np.array([label], np.int32))
         return self
 
     # -- rehearsing ----------------------------------------------------------------------------------------------
@@ -489,10 +500,18 @@ class Learner:
                 number=f"dtype {y.dtype}",
                 action="map class names to 0..classes-1",
             )
-        if y.dtype.kind != "f":
-            return self.plan.loss.check(y, self._output)
         with np.errstate(over="ignore"):
-            return self.plan.loss.check(y, self._output)
+            y = self.plan.loss.check(y, self._output)
+        if IN_USE in self._main.program.entries[STATE_ENTRY] and self.plan.loss.kind == "classes":
+            unused = np.flatnonzero(self._main.view(STATE_ENTRY, IN_USE)[y] != 0)
+            if unused.size:
+                raise BadInput(
+                    "a label is of a class that is not in use yet",
+                    where=f"row {unused[0]} and {len(unused) - 1} more",
+                    number=f"class {y[unused[0]]}",
+                    action=f"learner.add_class({y[unused[0]]})",
+                )
+        return y
 
 
 def _array(value: Any, what: str) -> np.ndarray:

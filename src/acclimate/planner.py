@@ -16,6 +16,7 @@ import numpy as np
 from . import device as devices
 from . import recompute as recomputing
 from . import schemes
+from .classes import IN_USE, add_class_graph
 from .device import Device
 from .errors import CannotFit, WrongUse
 from .grad import UpdateSet, gradient_graph, latent_graphs, predict_graph, step_graphs
@@ -66,7 +67,7 @@ class Plan:
     @property
     def layouts(self) -> dict[str, Layout]:
         """Entry name -> order and places: "predict" and "step" (or "accumulate" and "apply"); with `latent`
-        also "features" and "step_latent" (or "accumulate_latent")."""
+        also "features" and "step_latent" (or "accumulate_latent"), with spare classes "add_class"."""
         return self._choice.layouts
 
     @property
@@ -100,12 +101,12 @@ class Plan:
 
     def predict_program(self, batch_size: int) -> Program:
         """Only the entry "predict", for another batch size, on the same block of persistent values."""
-        return self._build(_arranged({"predict": predict_graph(self._prepared(batch_size))}))
+        return self._build(arranged({"predict": predict_graph(self._prepared(batch_size))}))
 
     def gradient_program(self, batch_size: int) -> Program:
         """The entry "gradient": loss and gradients as outputs, nothing updated. For inspection on the host."""
         graph = gradient_graph(self._prepared(batch_size), self.update_set, self.loss)
-        return self._build(_arranged({"gradient": graph}))
+        return self._build(arranged({"gradient": graph}))
 
     def _build(self, layouts: Mapping[str, Layout]) -> Program:
         return build(layouts, self.state_layout, self.model_hash)
@@ -117,7 +118,7 @@ class Plan:
 
     def _prepared(self, batch_size: int) -> Graph:
         """The model at a batch size, with all that never changes folded away."""
-        return prepare(with_batch(self.model, batch_size), set(self.update_set.tensors))
+        return prepare(with_batch(self.model, batch_size), {*self.update_set.tensors, IN_USE})
 
     def with_batch_size(self, batch_size: int) -> Plan:
         """The same plan for another batch size, without its limits: the same micro-batches or smaller ones."""
@@ -360,7 +361,9 @@ def _plain(plan: Plan, parts: int) -> Choice:
     model = plan._prepared(plan.batch_size // parts)
     steps = step_graphs(model, plan.update_set, plan.loss, optimizer)
     more = latent_graphs(model, plan.update_set, plan.loss, optimizer) if plan.latent else {}
-    return Choice(_arranged({"predict": predict_graph(model), **steps, **more}), parts)
+    if IN_USE in model.values:
+        more["add_class"] = add_class_graph(model)
+    return Choice(arranged({"predict": predict_graph(model), **steps, **more}), parts)
 
 
 def _room(plan: Plan, way: Choice) -> int:
@@ -468,7 +471,8 @@ def _mixes_samples(model: Graph) -> str:
     return ""
 
 
-def _arranged(graphs: Mapping[str, Graph]) -> dict[str, Layout]:
+def arranged(graphs: Mapping[str, Graph]) -> dict[str, Layout]:
+    """Each graph through the passes, with an order and places."""
     return {name: arrange(run_passes(graph)) for name, graph in graphs.items()}
 
 

@@ -170,6 +170,19 @@ class Buffer:
         )
         self._check()
 
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        made = (
+            self.shape,
+            self.classes,
+            self.capacity,
+            self.code,
+            self.keep,
+            self.seed,
+            self.scale,
+            self.zero,
+        )
+        return type(self), (*made, self.book, self.dtype, self.block.copy())
+
     def _check(self) -> None:
         held = len(self)
         bad = held > self.capacity or self._counts[SEEN] < held or (self._labels[:held] >= self.classes).any()
