@@ -52,27 +52,37 @@ class Replay:
             raise WrongUse("share is a part of a batch", number=str(self.share), action="share=0.5")
 
     def buffer(self, samples: np.ndarray, classes: int) -> Buffer:
-        """An empty buffer for samples like these (n, ...), float32, from which the range or the codebook is taken."""
-        shape = samples.shape[1:]
+        """An empty buffer for samples like these (n, ...), from which the range or the codebook is taken.
+
+        float32, or int8 as a quantised model has them, which "int8" keeps as they are.
+        """
+        shape, code, dtype = samples.shape[1:], self.code, "f32"
+        if samples.dtype == np.int8 and code == "int8":
+            code, dtype = "raw", "i8"
+        elif samples.dtype == np.int8:
+            raise WrongUse("int8 samples are kept as they are", number=f"code={code!r}", action='code="int8"')
         flat = np.ascontiguousarray(samples, np.float32).reshape(len(samples), -1)
         scale, zero, book = 1.0, 0, None
-        if self.code == "int8":
+        if code == "int8":
             low, high = min(float(flat.min()), 0.0), max(float(flat.max()), 0.0)
             scale = (high - low) / 255 or 1.0
             zero = -128 - round(low / scale)
         if self.code == "pq":
             book = codebook(flat, self.parts, self.codes, self.seed)
-        one = Buffer(shape, classes, 1, self.code, self.keep, self.seed, scale, zero, book)
-        two = Buffer(shape, classes, 3, self.code, self.keep, self.seed, scale, zero, book)
-        each = -(-(two.block.nbytes - one.block.nbytes) // 2)
-        capacity = min((self.memory_bytes - one.block.nbytes) // each + 1, MOST)
+
+        def sized(capacity: int) -> Buffer:
+            return Buffer(shape, classes, capacity, code, self.keep, self.seed, scale, zero, book, dtype)
+
+        one = sized(1)
+        each = -(-(sized(5).block.nbytes - one.block.nbytes) // 4)  # parts are rounded up to whole words
+        capacity = int(min((self.memory_bytes - one.block.nbytes) // each + 1, MOST))
         if capacity < 1:
             raise WrongUse(
                 "the replay buffer has no room for a sample",
                 number=f"{self.memory_bytes} bytes, {one.block.nbytes} needed",
                 action=f"memory_bytes={one.block.nbytes + 64 * each}",
             )
-        return Buffer(shape, classes, int(capacity), self.code, self.keep, self.seed, scale, zero, book)
+        return sized(capacity)
 
 
 def codebook(flat: np.ndarray, parts: int, codes: int, seed: int = 0) -> np.ndarray:

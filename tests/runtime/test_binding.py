@@ -150,7 +150,7 @@ def test_a_program_keeps_its_own_bytes(plan):
 
 
 def test_texts_of_statuses():
-    texts = [_core.status_text(i) for i in range(17)]
+    texts = [_core.status_text(i) for i in range(21)]
     assert len(set(texts)) == 21 and texts[0] == "done"
     for beyond in (21, -1, 255, 2**31 - 1):
         assert _core.status_text(beyond) == "unknown status"

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 from runtime.nets import cnn, mlp
+from test_quantized import small_net
 
 from acclimate.errors import BadInput, WrongUse
 from acclimate.learner import Learner
@@ -232,6 +233,34 @@ def test_a_step_from_latents_is_the_step(model, optimizer):
     work = plan.layouts[plan.train_entry]
     assert len(features.nodes) < len(work.nodes) and "y" not in features.graph.inputs
     assert not any(v.kind == "parameter" for v in features.graph.values.values())
+
+
+@pytest.mark.parametrize("code", ["int8", "pq"])
+def test_latents_of_integers(code):
+    """A quantised model's latents are int8 already: kept as they are, and the step from them is the step."""
+    model = small_net(batch=1)
+    learned = {"head.weight": None, "head.bias": None}
+    plan = compile_plan(model, scheme=learned, optimizer="sgd", batch_size=4, latent=True)
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(-128, 128, (12, 3, 8, 8)).astype(np.int8), rng.integers(0, 5, 12).astype(np.int32)
+    learner, other = (Learner(plan, "plain", Replay(1024, code, parts=2, codes=4)) for _ in range(2))
+    latent = learner._kept_as(x)
+    assert latent.dtype == np.int8
+    if code == "pq":
+        with pytest.raises(WrongUse, match="int8"):
+            learner.remember(x, y)
+        return
+    learner.remember(x, y)
+    assert learner.buffer.dtype == "i8" and (learner.buffer.get(3)[0] == latent[3]).all()
+    for i in range(0, 12, 4):
+        assert learner._step(x[i : i + 4], y[i : i + 4], 0.5) == other._step(
+            latent[i : i + 4], y[i : i + 4], 0.5, "_latent"
+        )
+        assert learner._main.state.tobytes() == other._main.state.tobytes()
+    assert learner._main.state.tobytes() != Learner(plan)._main.state.tobytes()
+    before = learner.parameters()["head.weight"].copy()
+    learner.fit(x, y, epochs=3, lr=0.5)
+    assert (learner.parameters()["head.weight"] != before).any()
 
 
 def test_latents_come_without_batch_statistics():
