@@ -17,6 +17,9 @@ _PUBLIC = {
     "plan": "auto",
     "Plan": "planner",
     "Learner": "learner",
+    "Replay": "replay",
+    "Prototypes": "prototypes",
+    "reserve_classes": "classes",
     "load": "frontend",
     "save": "frontend",
     "quantize": "quantizer",
@@ -61,6 +64,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from .auto import plan
+    from .classes import reserve_classes
     from .device import Device, devices
     from .errors import AcclimateError, BadInput, CannotFit, Refused, Unsupported, WrongUse
     from .frontend import from_torch, load, save
@@ -88,7 +92,9 @@ if TYPE_CHECKING:
         ThresholdedDistillation,
     )
     from .planner import Plan
+    from .prototypes import Prototypes
     from .quantizer import quantization_report, quantize
+    from .replay import Replay
 
 
 def __getattr__(name: str) -> Any:
