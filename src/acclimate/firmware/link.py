@@ -10,11 +10,13 @@ import os
 import select
 import socket
 import struct
+import subprocess
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,29 +113,43 @@ class Tcp:
         self._socket.close()
 
 
-class Pipe:
-    """A board that is a process, by the file descriptors that it reads from and writes to."""
+class Process:
+    """A board that is a process of ours: the linux target on its standard input and output."""
 
-    def __init__(self, to_board: int, from_board: int, name: str = "process") -> None:
-        self.name, self._out, self._in = name, to_board, from_board
+    def __init__(self, command: Sequence[str | Path]) -> None:
+        self.name = str(command[0])
+        try:
+            self._process = subprocess.Popen(
+                [str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            )
+        except OSError as error:
+            raise AcclimateError(
+                "the firmware could not be started",
+                where=self.name,
+                number=str(error),
+                action="run make first",
+            ) from error
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout
 
     def write(self, data: bytes) -> None:
         try:
-            while data:
-                data = data[os.write(self._out, data) :]
+            self._in.write(data)
         except OSError as error:
             raise _broken(self.name, error) from error
 
     def read(self, timeout_s: float) -> bytes:
-        if not select.select([self._in], [], [], max(timeout_s, 0))[0]:
+        if not select.select([self._out], [], [], max(timeout_s, 0))[0]:
             return b""
-        data = os.read(self._in, 1 << 16)
+        data = self._out.read(1 << 16)
         if not data:
-            raise _broken(self.name, "the process ended")
+            raise _broken(self.name, f"it ended with status {self._process.wait()}")
         return data
 
     def close(self) -> None:
-        os.close(self._out)
+        self._in.close()
+        self._process.wait()
+        self._out.close()
 
 
 class Serial:
