@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib
 import json
 import struct
 import sys
@@ -27,7 +26,7 @@ from ..device import get as get_device
 from ..errors import AcclimateError, BadInput, CannotFit, WrongUse, missing_extra
 from ..ir import DTYPES
 from ..program import ARENA, STATE_ENTRY, Binding, Program, decode, operations
-from ..runtime import PAINT, SOURCE, LABEL_ERROR
+from ..runtime import LABEL_ERROR, PAINT, SOURCE
 from . import toolchain
 from .toolchain import BOARDS, FLAGS, Cpu, cpu_of
 
@@ -522,5 +521,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    importlib.import_module("acclimate.firmware.emulator")
     sys.exit(main())
