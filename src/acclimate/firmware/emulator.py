@@ -11,7 +11,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
+import select
+import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +32,9 @@ from ..ir import DTYPES
 from ..program import ARENA, STATE_ENTRY, Binding, Program, decode, operations
 from ..runtime import LABEL_ERROR, PAINT, SOURCE
 from . import toolchain
-from .toolchain import BOARDS, FLAGS, Cpu, cpu_of
+from .toolchain import BOARDS, FLAGS, SECTIONS, STACK_BYTES, Cpu, Machine, cpu_of
 
 FLASH, RAM = 0x08000000, 0x20000000
-STACK_BYTES = 8 << 10  # what acclimate.h promises that ac_run stays below
 ROOMY_RAM_BYTES = ROOMY_FLASH_BYTES = 64 << 20  # where no device is given
 PAGE = 4096
 RECORDS_BYTES = 256  # ac_program, ac_memory and ac_entry of the harness
@@ -65,85 +68,107 @@ class Run:
 class Image:
     """A linked ELF file, as it lies in memory."""
 
-    flash: bytes
-    ram: bytes  # initialised data; what follows it is zero
-    ram_bytes: int
+    flash: bytes  # what initialised data starts from included
+    ram_bytes: int  # of stack and all data
     symbols: dict[str, tuple[int, int]]  # name -> address, bytes
+    entry: int
 
 
 class _Watch(ctypes.Structure):
-    """ac_watch of boards/ac_watch.c."""
+    """ac_watch of boards/host/ac_emulate.c."""
 
     _fields_ = [
-        ("total", ctypes.c_uint64),
-        ("code", ctypes.c_void_p),
-        ("base", ctypes.c_uint64),
-        ("bytes", ctypes.c_uint64),
-        ("known", ctypes.c_void_p),
-        ("marks", ctypes.c_void_p),
-        ("by_place", ctypes.c_void_p),
-        ("by_op", ctypes.c_void_p),
-        ("ops", ctypes.c_uint64),
-        ("op", ctypes.c_uint64),
-        ("left", ctypes.c_uint64),
-        ("is_thumb", ctypes.c_uint64),
+        *((name, ctypes.c_uint64) for name in ("total", "limit")),
+        *((name, ctypes.c_void_p) for name in ("code",)),
+        *((name, ctypes.c_uint64) for name in ("base", "bytes")),
+        *((name, ctypes.c_void_p) for name in ("known", "marks", "by_place", "by_op")),
+        *((name, ctypes.c_uint64) for name in ("ops", "op", "left", "is_thumb", "why")),
+        *((name, ctypes.c_void_p) for name in ("stop", "input")),
+        *((name, ctypes.c_uint64) for name in ("in_at", "in_end")),
+        *((name, ctypes.c_void_p) for name in ("output",)),
+        *((name, ctypes.c_uint64) for name in ("out_end", "out_room", "polls")),
     ]
 
 
+def _pointer(array: np.ndarray | Any) -> int:
+    return array.ctypes.data if isinstance(array, np.ndarray) else ctypes.cast(array, ctypes.c_void_p).value
+
+
 class Watch:
-    """Counts instructions of blocks in flash, by a hook in C (a hook in Python would take most of the time)."""
+    """Counts instructions of blocks in flash and is the board's devices, by hooks in C: hooks in Python would take most
+    of the time."""
 
     MAX_OPS = 65536
 
-    def __init__(self, engine: Any, flash: bytes, cpu: Cpu) -> None:
+    def __init__(self, engine: Any, flash: bytes, base: int, cpu: Cpu) -> None:
         from unicorn import UC_HOOK_BLOCK
         from unicorn.unicorn_py3.unicorn import uclib
 
-        self.flash = flash + bytes(-len(flash) % 4 + 4)  # kept: the hook reads it
+        self._uclib, self._engine, self.base = uclib, engine, base
+        self.flash = np.frombuffer(flash + bytes(-len(flash) % 4 + 4), np.uint8)  # kept: the hook reads it
         places = len(self.flash) // 2
         self.known = np.zeros(places, np.uint32)
         self.marks = np.zeros(places, np.uint8)
         self.by_place = np.zeros(places, np.uint64)
         self.by_op = np.zeros(self.MAX_OPS, np.uint64)
-        self._buffer = ctypes.create_string_buffer(self.flash, len(self.flash))
+        self.output = np.zeros(1 << 20, np.uint8)
+        self.input = np.zeros(0, np.uint8)
+        self._library = ctypes.CDLL(str(toolchain.host_library(BOARDS / "host" / "ac_emulate.c")))
         self.record = _Watch(
-            0,
-            ctypes.addressof(self._buffer),
-            FLASH,
-            len(flash),
-            self.known.ctypes.data,
-            self.marks.ctypes.data,
-            self.by_place.ctypes.data,
-            self.by_op.ctypes.data,
-            self.MAX_OPS,
-            0,
-            0,
-            int(cpu.is_arm),
+            limit=1 << 63,
+            code=_pointer(self.flash),
+            base=base,
+            bytes=len(flash),
+            known=_pointer(self.known),
+            marks=_pointer(self.marks),
+            by_place=_pointer(self.by_place),
+            by_op=_pointer(self.by_op),
+            ops=self.MAX_OPS,
+            is_thumb=int(cpu.is_arm),
+            stop=_pointer(uclib.uc_emu_stop),
+            output=_pointer(self.output),
+            out_room=self.output.size,
         )
-        self._library = ctypes.CDLL(str(toolchain.host_library(BOARDS / "ac_watch.c")))
-        hook = ctypes.c_size_t()
-        status = uclib.uc_hook_add(
-            engine._uch,
-            ctypes.byref(hook),
-            UC_HOOK_BLOCK,
-            ctypes.cast(self._library.ac_watch_block, ctypes.c_void_p),
-            ctypes.cast(ctypes.pointer(self.record), ctypes.c_void_p),
-            ctypes.c_uint64(1),
-            ctypes.c_uint64(0),
+        self._user = ctypes.c_void_p(ctypes.addressof(self.record))
+        hook, always = ctypes.c_size_t(), (ctypes.c_uint64(1), ctypes.c_uint64(0))
+        self._check(
+            uclib.uc_hook_add(
+                engine._uch,
+                ctypes.byref(hook),
+                UC_HOOK_BLOCK,
+                self._callback("ac_watch_block"),
+                self._user,
+                *always,
+            )
         )
+
+    def _callback(self, name: str) -> ctypes.c_void_p:
+        return ctypes.cast(getattr(self._library, name), ctypes.c_void_p)
+
+    def _check(self, status: int) -> None:
         if status:
             raise AcclimateError("the emulator took no hook", number=f"unicorn's status {status}")
+
+    def device(self, at: int, reader: str, writer: str) -> None:
+        """Map a page of registers that two functions of boards/host/ac_emulate.c are."""
+        callbacks = [self._callback(f"ac_{name}") for name in (f"{reader}_read", f"{writer}_write")]
+        self._check(
+            self._uclib.uc_mmio_map(
+                self._engine._uch, at, PAGE, callbacks[0], self._user, callbacks[1], self._user
+            )
+        )
 
     def mark(self, symbols: Mapping[str, tuple[int, int]], kernels: Sequence[int]) -> None:
         """Tell the interpreter's code and the first instruction of each kernel."""
         for name in ("ac_run_range", "read_op", "ac_address"):
             if name in symbols:
                 at, size = symbols[name]
-                self.marks[((at & ~1) - FLASH) // 2 : ((at & ~1) - FLASH + size) // 2] = 1
+                self.marks[((at & ~1) - self.base) // 2 : ((at & ~1) - self.base + size) // 2] = 1
         for at in kernels:
-            self.marks[((at & ~1) - FLASH) // 2] = 2
+            self.marks[((at & ~1) - self.base) // 2] = 2
 
     def restart(self) -> None:
+        """Count from zero."""
         self.record.total = self.record.op = self.record.left = 0
         self.by_op[:] = 0
         self.by_place[:] = 0
@@ -155,10 +180,13 @@ class Watch:
     def functions(self, symbols: Mapping[str, tuple[int, int]]) -> dict[str, int]:
         """Instructions by the function that they stand in, the most first."""
         found: dict[str, int] = {}
-        starts = sorted((at & ~1, name) for name, (at, size) in symbols.items() if FLASH <= at and size)
+        end = self.base + len(self.flash)
+        starts = sorted(
+            (at & ~1, name) for name, (at, size) in symbols.items() if self.base <= at < end and size
+        )
         at = np.array([start for start, _ in starts])
         places = np.flatnonzero(self.by_place)
-        owners = np.searchsorted(at, places * 2 + FLASH, side="right") - 1
+        owners = np.searchsorted(at, places * 2 + self.base, side="right") - 1
         for place, owner in zip(places, owners, strict=True):
             name = starts[owner][1] if owner >= 0 else "?"
             found[name] = found.get(name, 0) + int(self.by_place[place])
@@ -170,29 +198,29 @@ def board_files() -> list[Path]:
     return sorted(SOURCE.glob("ac_*.c"))
 
 
-def read_elf(path: Path) -> Image:
-    """The loadable bytes and the symbols of an ELF file whose code lies in FLASH and whose data lies in RAM."""
+def read_elf(path: Path, flash_at: int = FLASH, ram_at: int = RAM) -> Image:
+    """The loadable bytes and the symbols of an ELF file whose code lies from flash_at on and whose data from ram_at."""
     try:
         from elftools.elf.elffile import ELFFile
     except ImportError:
         raise missing_extra("pyelftools", "emulate") from None
-    flash, ram, ram_bytes = bytearray(), bytearray(), 0
+    flash, ram_bytes = bytearray(), 0
     with path.open("rb") as file:
         elf = ELFFile(file)
         for segment in elf.iter_segments("PT_LOAD"):
-            data, at, load = segment.data(), segment["p_vaddr"], segment["p_paddr"]
-            if at >= RAM:
-                ram.extend(bytes(at - RAM - len(ram)) + data)
-                ram_bytes = max(ram_bytes, at - RAM + segment["p_memsz"])
-            if FLASH <= load < RAM:
-                flash.extend(bytes(load - FLASH - len(flash)) + data)
+            data, at, load = segment.data(), segment["p_vaddr"], segment["p_paddr"] - flash_at
+            if at >= ram_at:
+                ram_bytes = max(ram_bytes, at - ram_at + segment["p_memsz"])
+            if data:
+                flash.extend(bytes(max(0, load - len(flash))))
+                flash[load : load + len(data)] = data
         table = elf.get_section_by_name(".symtab")
         symbols = {
             s.name: (int(s["st_value"]), int(s["st_size"]))
             for s in table.iter_symbols()
             if s["st_info"]["type"] in ("STT_FUNC", "STT_OBJECT", "STT_NOTYPE") and not s.name.startswith("$")
         }
-    return Image(bytes(flash), bytes(ram), ram_bytes, symbols)
+        return Image(bytes(flash), ram_bytes, symbols, int(elf["e_entry"]))
 
 
 HARNESS_SCRIPT = f"""MEMORY {{
@@ -211,9 +239,11 @@ SECTIONS {{
 @cache
 def _image(cpu: str, flags: tuple[str, ...]) -> Image:
     target = cpu_of(cpu)
-    flags = (*target.zig, *FLAGS, "-ffunction-sections", "-fdata-sections", "-fno-sanitize=undefined", *flags)
-    made = toolchain.objects(board_files(), flags, [SOURCE, BOARDS / "include"], toolchain.zig())
-    return read_elf(toolchain.link(made, HARNESS_SCRIPT, target, "ac_run"))
+    own = (*target.zig, *SECTIONS, "-fno-sanitize=undefined")
+    made = toolchain.objects(
+        board_files(), (*own, *FLAGS, *flags), [SOURCE, BOARDS / "include"], toolchain.zig()
+    )
+    return read_elf(toolchain.link(made, HARNESS_SCRIPT, own, "ac_run", toolchain.zig()))
 
 
 def open_engine(cpu: Cpu) -> Any:
@@ -300,7 +330,7 @@ class Harness:
         self.engine.mem_write(FLASH, self.image.flash)
         self.engine.mem_write(self.program_at, raw)
         self.stack_bytes = stack_bytes
-        self.watch = Watch(self.engine, self.image.flash, self.cpu)
+        self.watch = Watch(self.engine, self.image.flash, FLASH, self.cpu)
         self.watch.mark(self.image.symbols, self._kernels())
         self._check(self._call("ac_load", self.data_at, self.program_at, len(raw)), "ac_load")
         self.load_instructions = self.watch.total
@@ -437,6 +467,205 @@ class Harness:
     def parameters(self) -> dict[str, np.ndarray]:
         """Copies of all persistent values by name."""
         return {name: self.read(STATE_ENTRY, name) for name in self.program.entries[STATE_ENTRY]}
+
+
+class UnicornMachine:
+    """An emulated board in this process: exactly its RAM and flash are mapped, anything else faults. A link.Transport.
+
+    `elf`: a firmware that toolchain.build_firmware made. limit: instructions that it may run without asking for bytes.
+    """
+
+    name, per_tick = "emulator", 1.0  # its counter counts instructions / per_tick
+    GOES_ON, WAITS, RESET, TOO_LONG, FULL = range(5)
+
+    def __init__(self, elf: Path, machine: Machine, device: Device, limit: int = 1 << 40) -> None:
+        self.cpu, self.machine, self.device, self.limit = cpu_of(machine.cpu), machine, device, limit
+        self.image = read_elf(elf, machine.flash, machine.ram)
+        check_memory(self.image, device)
+        self.engine = open_engine(self.cpu)
+        self.engine.mem_map(machine.flash, _pages(device.flash_bytes), 5)
+        self.engine.mem_map(machine.ram, _pages(device.ram_bytes), 3)
+        self.engine.mem_write(machine.flash, self.image.flash)
+        self.watch = Watch(self.engine, self.image.flash, machine.flash, self.cpu)
+        if self.cpu.is_arm:
+            self.watch.device(machine.uart, "uart", "uart")
+            self.watch.device(machine.timer, "timer", "nothing")
+            self.watch.device(0xE000E000, "nothing", "control")
+        else:
+            self.watch.device(machine.uart, "16550", "16550")
+            self.watch.device(machine.timer, "clint", "nothing")
+            self.watch.device(0x00100000, "nothing", "finisher")
+        self._pending, self._said = bytearray(), bytearray()
+        self._reset()
+
+    def _reset(self) -> None:
+        from unicorn import arm_const
+
+        self._pc = self.image.entry
+        if self.cpu.is_arm:
+            stack, self._pc = struct.unpack_from("<2I", self.image.flash)
+            self.engine.reg_write(arm_const.UC_ARM_REG_SP, stack)
+
+    def _go(self) -> None:
+        """Run until the board waits for bytes."""
+        from unicorn import UcError, arm_const, riscv_const
+
+        pc = arm_const.UC_ARM_REG_PC if self.cpu.is_arm else riscv_const.UC_RISCV_REG_PC
+        record = self.watch.record
+        self.watch.input = np.frombuffer(bytes(self._pending), np.uint8)  # kept: the port reads it
+        record.input, record.in_at, record.in_end = _pointer(self.watch.input), 0, len(self._pending)
+        record.limit = record.total + self.limit
+        self._pending.clear()
+        while True:
+            record.why = record.polls = 0
+            try:
+                self.engine.emu_start(self._pc, 0xFFFFFFFE)
+            except UcError as error:
+                at = self.engine.reg_read(pc)
+                raise AcclimateError(
+                    f"the firmware stopped: {error}",
+                    where=self.function_at(at),
+                    number=f"at {at:#x}, stack {self.stack_left()}",
+                ) from None
+            self._pc = self.engine.reg_read(pc) | int(self.cpu.is_arm)
+            self._said += self.watch.output[: record.out_end].tobytes()
+            record.out_end = 0
+            if record.why == self.RESET:
+                self._reset()
+            elif record.why == self.WAITS:
+                return
+            elif record.why != self.FULL:
+                at = self._pc & ~1
+                raise AcclimateError(
+                    "the firmware runs without end",
+                    where=self.function_at(at),
+                    number=f"at {at:#x}, {self.limit} instructions without looking at the serial line",
+                )
+
+    def function_at(self, address: int) -> str:
+        """Name of the function that an address lies in."""
+        for name, (at, size) in self.image.symbols.items():
+            if at & ~1 <= address < (at & ~1) + size:
+                return name
+        return "no function of it"
+
+    def stack_left(self) -> str:
+        """Where the stack pointer stands, in words."""
+        from unicorn import arm_const, riscv_const
+
+        sp = self.engine.reg_read(arm_const.UC_ARM_REG_SP if self.cpu.is_arm else riscv_const.UC_RISCV_REG_SP)
+        left = sp - self.image.symbols["ac_stack_bottom"][0]
+        return f"{left} bytes from its end" if left >= 0 else f"{-left} bytes past its end"
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the board, which takes them when it runs next."""
+        self._pending += data
+
+    def read(self, timeout_s: float = 0.0) -> bytes:
+        """Let the board run until it waits for bytes, and give what it has sent; the time does not count."""
+        self._go()
+        said = bytes(self._said)
+        self._said.clear()
+        return said
+
+    def close(self) -> None:
+        """Nothing is left behind."""
+
+    @property
+    def instructions(self) -> int:
+        """Instructions since power on."""
+        return self.watch.total
+
+
+class QemuMachine:
+    """An emulated board in a process of QEMU, for all processors there are. A link.Transport.
+
+    RAM and flash are the linker script's: QEMU's own board has more, and a stray access to that does not fault.
+    """
+
+    def __init__(self, elf: Path, machine: Machine, device: Device) -> None:
+        program = shutil.which(machine.qemu)
+        if program is None:
+            raise WrongUse(
+                "QEMU is not installed",
+                where=machine.qemu,
+                action="apt-get install qemu-system-arm qemu-system-misc, or --engine unicorn",
+            )
+        check_memory(read_elf(elf, machine.flash, machine.ram), device)
+        self.name, self.machine, self.per_tick = machine.machine, machine, machine.per_tick
+        bios = [] if machine.cpu.startswith("cortex") else ["-bios", "none"]
+        self._process = subprocess.Popen(
+            [
+                *(program, "-M", machine.machine, *bios, "-display", "none", "-monitor", "none"),
+                *("-chardev", "stdio,id=line,signal=off", "-serial", "chardev:line"),
+                *(
+                    "-semihosting-config",
+                    "enable=on,target=native",
+                    "-icount",
+                    "shift=3",
+                    "-kernel",
+                    str(elf),
+                ),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the board."""
+        assert self._process.stdin
+        try:
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._ended()
+
+    def read(self, timeout_s: float = 0.0) -> bytes:
+        """What the board has sent, as soon as there is something; nothing once the time is over."""
+        assert self._process.stdout
+        if not select.select([self._process.stdout], [], [], max(timeout_s, 0.0))[0]:
+            return b""
+        said = os.read(self._process.stdout.fileno(), 1 << 16)
+        if not said:
+            self._ended()
+        return said
+
+    def _ended(self) -> None:
+        assert self._process.stderr
+        status = self._process.wait(10)
+        raise AcclimateError(
+            "the firmware stopped: a fault, or QEMU ended",
+            where=self.machine.machine,
+            number=f"status {status} {self._process.stderr.read().decode(errors='replace')[-500:]}".strip(),
+        )
+
+    def close(self) -> None:
+        """End the emulation."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(10)
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert pipe
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                pass
+
+
+def check_memory(image: Image, device: Device) -> None:
+    """Raises CannotFit where a firmware is larger than the board; the linker script holds it too."""
+    for kind, needed, there in (
+        ("flash", len(image.flash), device.flash_bytes),
+        ("RAM", image.ram_bytes, device.ram_bytes),
+    ):
+        if needed > there:
+            raise CannotFit(
+                f"the firmware does not fit the board's {kind}",
+                where=device.name,
+                number=f"{needed} bytes, it has {there}",
+                action="a larger device, or a smaller scheme or batch",
+            )
 
 
 def measure(

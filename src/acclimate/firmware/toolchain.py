@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..errors import AcclimateError, WrongUse, missing_extra
+from ..device import Device
+from ..errors import AcclimateError, CannotFit, WrongUse, missing_extra
 
 BOARDS = Path(__file__).parent / "boards"
+STACK_BYTES = 8 << 10  # what acclimate.h promises that ac_run stays below
 
 #: What the runtime is compiled with on every processor: the same bits everywhere.
 FLAGS = (
@@ -152,13 +155,167 @@ def host_library(source: Path) -> Path:
     return _keep(cache_folder() / "host" / f"{source.stem}-{key}{suffix}", [*zig(), *flags, source])
 
 
-def link(objects: Sequence[Path], script: str, cpu: Cpu, entry: str, more: Sequence[str] = ()) -> Path:
+def link(
+    objects: Sequence[Path], script: str, flags: Sequence[str], entry: str, compiler: tuple[str, ...]
+) -> Path:
     """An ELF file of these objects, laid out by the linker script."""
-    flags = [*cpu.zig, "-nostartfiles", f"-Wl,-e,{entry}", "-Wl,--gc-sections", *more]
-    key = _digest([script.encode(), " ".join(flags).encode(), *(o.name.encode() for o in objects)])
+    flags = [*flags, "-nostartfiles", f"-Wl,-e,{entry}", "-Wl,--gc-sections"]
+    told = [script.encode(), " ".join(flags).encode(), _version(compiler).encode()]
+    key = _digest([*told, *(o.name.encode() for o in objects)])
     path = cache_folder() / "linked" / f"{key}.ld"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(script)
     return _keep(
-        cache_folder() / "linked" / f"{entry}-{key}.elf", [*zig(), *flags, *objects, f"-Wl,-T,{path}"]
+        cache_folder() / "linked" / f"{entry}-{key}.elf", [*compiler, *flags, *objects, f"-Wl,-T,{path}"]
     )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A board that QEMU emulates, and where its memory lies; the emulated board has as much of it as the real one.
+
+    flash, ram: first addresses. vectors: of the vector table, where that must lie elsewhere. per_tick: instructions
+    in a tick of its counter under QEMU (`-icount shift=3`: 8 ns each).
+    """
+
+    cpu: str
+    qemu: str
+    machine: str
+    flash: int
+    ram: int
+    source: str
+    per_tick: float
+    uart: int
+    timer: int
+    vectors: int | None = None
+    defines: tuple[str, ...] = ()
+
+
+def _mps(cpu: str, machine: str, flash: int, ram: int, uart: int, timer: int, **more: int) -> Machine:
+    defines = (f"-DAC_UART={uart:#x}u", f"-DAC_TIMER={timer:#x}u")
+    return Machine(
+        cpu,
+        "qemu-system-arm",
+        machine,
+        flash,
+        ram,
+        "ac_board_mps2.c",
+        5.0,
+        uart,
+        timer,
+        defines=defines,
+        **more,
+    )
+
+
+#: The M0+ has no board of its own here: its code runs on an M3, which has all of its instructions.
+MACHINES = {
+    machine.cpu: machine
+    for machine in (
+        _mps("cortex-m0plus", "mps2-an385", 0, 0x20000000, 0x40004000, 0x40000000),
+        _mps("cortex-m4", "mps2-an386", 0, 0x20000000, 0x40004000, 0x40000000),
+        _mps("cortex-m7", "mps2-an500", 0, 0x20000000, 0x40004000, 0x40000000),
+        _mps("cortex-m33", "mps2-an505", 0x10000000, 0x38000000, 0x50200000, 0x50000000),
+        Machine(
+            "riscv32",
+            "qemu-system-riscv32",
+            "virt",
+            0x80000000,
+            0x81000000,
+            "ac_board_virt.c",
+            12.5,
+            0x10000000,
+            0x0200B000,
+        ),
+    )
+}
+
+
+def linker_script(machine: Machine, flash_bytes: int, ram_bytes: int, stack_bytes: int) -> str:
+    """Where things lie on the emulated board: exactly its flash and RAM, the stack at RAM's start."""
+    return f"""/* {machine.machine} with {flash_bytes} bytes of flash and {ram_bytes} of RAM. */
+ENTRY({"Reset_Handler" if machine.cpu.startswith("cortex") else "_start"})
+MEMORY {{
+  FLASH (rx) : ORIGIN = {machine.flash:#x}, LENGTH = {flash_bytes}
+  RAM (rwx)  : ORIGIN = {machine.ram:#x}, LENGTH = {ram_bytes}
+}}
+SECTIONS {{
+  .text : {{
+    KEEP(*(.vectors)) *(.text .text.*) *(.rodata .rodata.* .srodata .srodata.*)
+    . = ALIGN(8);
+  }} > FLASH
+  .stack (NOLOAD) : {{ ac_stack_bottom = .; . += {stack_bytes}; ac_stack_top = .; }} > RAM
+  .data : ALIGN(8) {{
+    ac_data_start = .;
+    *(.data .data.* .sdata .sdata.*)
+    . = ALIGN(8);
+    ac_data_end = .;
+  }} > RAM AT> FLASH
+  ac_data_from = LOADADDR(.data);
+  .bss (NOLOAD) : ALIGN(8) {{
+    ac_bss_start = .;
+    *(.bss .bss.* .sbss .sbss.* COMMON)
+    . = ALIGN(8);
+    ac_bss_end = .;
+  }} > RAM
+  /DISCARD/ : {{ *(.ARM.exidx*) *(.ARM.extab*) *(.comment) *(.eh_frame*) *(.note*) }}
+}}
+"""
+
+
+#: What the compilers are asked for in firmware, beside FLAGS and the processor's.
+SECTIONS = ("-ffunction-sections", "-fdata-sections")
+
+
+def build_firmware(
+    sources: Sequence[Path],
+    include: Sequence[Path],
+    device: Device,
+    cpu: str = "",
+    compiler: str = "zig",
+    flags: Sequence[str] = ("-O3",),
+) -> tuple[Path, Machine]:
+    """Compile and link a firmware for the emulated board of a device: its ELF file, and where it runs.
+
+    sources: its C files, without the machine layer, which is the emulated board's. cpu: "" is the device's. compiler:
+    "zig" or "gcc" (arm-none-eabi-gcc). Raises CannotFit where it is larger than flash or RAM.
+    """
+    target = cpu_of(cpu or device.cpu)
+    if target.name not in MACHINES:
+        raise WrongUse(
+            "no emulated board has this processor", number=target.name, action=f"{', '.join(MACHINES)}"
+        )
+    machine = MACHINES[target.name]
+    if compiler == "gcc":
+        command, own, headers = gcc(target), (*target.gcc, *SECTIONS), [*include]
+    else:
+        command, headers = zig(), [*include, BOARDS / "include"]
+        own = (*target.zig, *SECTIONS, "-fno-sanitize=undefined")
+    made = objects(
+        [*sources, BOARDS / machine.source], (*own, *FLAGS, *machine.defines, *flags), headers, command
+    )
+    script = linker_script(machine, device.flash_bytes, device.ram_bytes, device.reserve_bytes or STACK_BYTES)
+    entry = "Reset_Handler" if target.is_arm else "_start"
+    try:
+        return link(made, script, own, entry, command), machine
+    except AcclimateError as error:
+        if "overflow" in error.number or "will not fit" in error.number:
+            raise CannotFit(
+                "the firmware does not fit the board",
+                where=device.name,
+                number=f"flash {device.flash_bytes} bytes, RAM {device.ram_bytes} bytes; {error.number[-600:]}",
+                action="a larger device, or a smaller scheme or batch",
+            ) from None
+        raise
+
+
+def gcc(cpu: Cpu) -> tuple[str, ...]:
+    """The cross compiler of GNU for a processor. Raises WrongUse where it is not installed."""
+    name = "arm-none-eabi-gcc" if cpu.is_arm else "riscv64-unknown-elf-gcc"
+    found = shutil.which(name)
+    if found is None:
+        raise WrongUse(
+            f"{name} is not installed",
+            action="apt-get install gcc-arm-none-eabi libnewlib-arm-none-eabi, or zig",
+        )
+    return (found,)
