@@ -1,1 +1,1 @@
-"""From a plan to a board: exporting a C project, building it, and running it on an emulated board."""
+"""A Plan on a board: a C project (export), the protocol that it speaks (link), and boards that are emulated."""

@@ -71,6 +71,7 @@ static uint32_t is_waiting(ac_watch *w) {
 }
 
 static void give(ac_watch *w, uint64_t byte) {
+    w->polls = 0; /* the state was read for this */
     if (w->out_end < w->out_room) w->out[w->out_end++] = (uint8_t)byte;
     if (w->out_end + 64 > w->out_room && !w->why) w->why = SAID_MUCH; /* a block has fewer stores left than that */
 }

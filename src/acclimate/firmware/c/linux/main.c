@@ -24,7 +24,7 @@
 #include <unistd.h>
 
 static ac_app app;
-static uint32_t state[AC_PROJECT_STATE_BYTES / 4 + 1], arena[AC_PROJECT_ARENA_BYTES / 4 + 1];
+static uint32_t state[AC_PROJECT_STATE_BYTES / 4], arena[AC_PROJECT_ARENA_BYTES / 4];
 #if AC_PROJECT_SLOT_BYTES
 static uint32_t slot[AC_PROJECT_SLOT_BYTES / 4];
 #endif
