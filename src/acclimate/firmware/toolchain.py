@@ -1,0 +1,321 @@
+"""Compiling the runtime for a board: processors and their flags, cached objects, and where things lie in memory.
+
+The compiler is zig's C compiler, which comes from pip with every target (extra `emulate`); a project that was exported
+builds with it too, or with arm-none-eabi-gcc. Objects are kept in a folder of the user's, by the content that they
+were made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ..device import Device
+from ..errors import AcclimateError, CannotFit, WrongUse, missing_extra
+
+BOARDS = Path(__file__).parent / "boards"
+STACK_BYTES = 8 << 10  # what acclimate.h promises that ac_run stays below
+
+#: What the runtime is compiled with on every processor: the same bits everywhere.
+FLAGS = (
+    "-std=c99",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """A processor: what the compilers call it."""
+
+    name: str
+    zig: tuple[str, ...]
+    gcc: tuple[str, ...]
+
+    @property
+    def is_arm(self) -> bool:
+        return self.name.startswith("cortex")
+
+
+def _arm(name: str, zig: str, float_abi: str, fpu: str) -> Cpu:
+    hard = "hf" if float_abi == "hard" else ""
+    gcc = (f"-mcpu={name}", "-mthumb", f"-mfloat-abi={float_abi}", *((f"-mfpu={fpu}",) if fpu else ()))
+    return Cpu(name, ("-target", f"thumb-freestanding-eabi{hard}", f"-mcpu={zig}"), gcc)
+
+
+#: The M7 as most have it, with single precision only; zig's plain cortex_m4 and cortex_m7 would mean soft float.
+CPUS = {
+    cpu.name: cpu
+    for cpu in (
+        _arm("cortex-m0plus", "cortex_m0plus", "soft", ""),
+        _arm("cortex-m4", "cortex_m4+vfp4d16sp", "hard", "fpv4-sp-d16"),
+        _arm("cortex-m7", "cortex_m7+fp_armv8d16sp", "hard", "fpv5-sp-d16"),
+        _arm("cortex-m33", "cortex_m33+fp_armv8d16sp", "hard", "fpv5-sp-d16"),
+        _arm("cortex-m55", "cortex_m55+mve_fp", "hard", "auto"),
+        Cpu(
+            "riscv32",
+            ("-target", "riscv32-freestanding-none", "-mcpu=generic_rv32+m+a+c"),
+            ("-march=rv32imac", "-mabi=ilp32"),
+        ),
+    )
+}
+
+
+def cpu_of(name: str) -> Cpu:
+    """The processor of that name. Raises WrongUse with the list of all."""
+    if name not in CPUS:
+        raise WrongUse(f"there is no emulated processor {name!r}", action=f"one of {', '.join(CPUS)}")
+    return CPUS[name]
+
+
+def cache_folder() -> Path:
+    """Where compiled objects are kept: ACCLIMATE_CACHE, or acclimate in the user's folder of caches."""
+    if given := os.environ.get("ACCLIMATE_CACHE"):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(base) if base else Path.home() / ".cache") / "acclimate"
+
+
+@cache
+def zig() -> tuple[str, ...]:
+    """The command that starts zig's C compiler. Raises WrongUse with the install hint where it is not installed."""
+    if importlib.util.find_spec("ziglang") is None:
+        raise WrongUse(missing_extra("ziglang", "emulate"))
+    return (sys.executable, "-m", "ziglang", "cc")
+
+
+@cache
+def _version(command: tuple[str, ...]) -> str:
+    if command[1:2] == ("-m",):
+        from importlib.metadata import version
+
+        return version("ziglang")
+    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise AcclimateError(
+            "a file could not be compiled", where=str(command[-1]), number=done.stderr.strip()[-3000:]
+        )
+
+
+def _keep(made: Path, command: Sequence[str | Path]) -> Path:
+    """Run a command that writes -o `made`, unless it is there; renamed into place, so that two may do it at once."""
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        part = made.with_name(f"{made.stem}.{os.getpid()}{made.suffix}")
+        _run([*command, "-o", part])
+        part.replace(made)
+    return made
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little") + part)
+    return whole.hexdigest()[:32]
+
+
+def objects(
+    sources: Sequence[Path], flags: Sequence[str], include: Sequence[Path], compiler: tuple[str, ...]
+) -> list[Path]:
+    """Compiled files, from the cache where nothing that they depend on has changed."""
+    headers = [h.read_bytes() for folder in include for h in sorted(folder.glob("*.h"))]
+    told = [" ".join(flags).encode(), _version(compiler).encode(), *headers]
+    command = [*compiler, *flags, *(f"-I{folder}" for folder in include)]
+
+    def one(source: Path) -> Path:
+        key = _digest([*told, source.name.encode(), source.read_bytes()])
+        return _keep(cache_folder() / "objects" / f"{source.stem}-{key}.o", [*command, "-c", source])
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(one, sources))
+
+
+def host_library(source: Path) -> Path:
+    """A C file of ours without dependencies as a library that this process can load."""
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    flags = ["-O2", "-std=c99", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    key = _digest([source.read_bytes(), _version(zig()).encode(), " ".join(flags).encode()])
+    return _keep(cache_folder() / "host" / f"{source.stem}-{key}{suffix}", [*zig(), *flags, source])
+
+
+def link(
+    objects: Sequence[Path], script: str, flags: Sequence[str], entry: str, compiler: tuple[str, ...]
+) -> Path:
+    """An ELF file of these objects, laid out by the linker script."""
+    flags = [*flags, "-nostartfiles", f"-Wl,-e,{entry}", "-Wl,--gc-sections"]
+    told = [script.encode(), " ".join(flags).encode(), _version(compiler).encode()]
+    key = _digest([*told, *(o.name.encode() for o in objects)])
+    path = cache_folder() / "linked" / f"{key}.ld"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    return _keep(
+        cache_folder() / "linked" / f"{entry}-{key}.elf", [*compiler, *flags, *objects, f"-Wl,-T,{path}"]
+    )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A board that QEMU emulates, and where its memory lies; the emulated board has as much of it as the real one.
+
+    flash, ram: first addresses. vectors: of the vector table, where that must lie elsewhere. per_tick: instructions
+    in a tick of its counter under QEMU (`-icount shift=3`: 8 ns each).
+    """
+
+    cpu: str
+    qemu: str
+    machine: str
+    flash: int
+    ram: int
+    source: str
+    per_tick: float
+    uart: int
+    timer: int
+    vectors: int | None = None
+    defines: tuple[str, ...] = ()
+
+
+def _mps(cpu: str, machine: str, flash: int, ram: int, uart: int, timer: int, **more: int) -> Machine:
+    defines = (f"-DAC_UART={uart:#x}u", f"-DAC_TIMER={timer:#x}u")
+    return Machine(
+        cpu,
+        "qemu-system-arm",
+        machine,
+        flash,
+        ram,
+        "ac_board_mps2.c",
+        5.0,
+        uart,
+        timer,
+        defines=defines,
+        **more,
+    )
+
+
+#: The M0+ has no board of its own here: its code runs on an M3, which has all of its instructions.
+MACHINES = {
+    machine.cpu: machine
+    for machine in (
+        _mps("cortex-m0plus", "mps2-an385", 0, 0x20000000, 0x40004000, 0x40000000),
+        _mps("cortex-m4", "mps2-an386", 0, 0x20000000, 0x40004000, 0x40000000),
+        _mps("cortex-m7", "mps2-an500", 0, 0x20000000, 0x40004000, 0x40000000),
+        _mps("cortex-m33", "mps2-an505", 0x10000000, 0x38000000, 0x50200000, 0x50000000),
+        Machine(
+            "riscv32",
+            "qemu-system-riscv32",
+            "virt",
+            0x80000000,
+            0x81000000,
+            "ac_board_virt.c",
+            12.5,
+            0x10000000,
+            0x0200B000,
+        ),
+    )
+}
+
+
+def linker_script(machine: Machine, flash_bytes: int, ram_bytes: int, stack_bytes: int) -> str:
+    """Where things lie on the emulated board: exactly its flash and RAM, the stack at RAM's start."""
+    return f"""/* {machine.machine} with {flash_bytes} bytes of flash and {ram_bytes} of RAM. */
+ENTRY({"Reset_Handler" if machine.cpu.startswith("cortex") else "_start"})
+MEMORY {{
+  FLASH (rx) : ORIGIN = {machine.flash:#x}, LENGTH = {flash_bytes}
+  RAM (rwx)  : ORIGIN = {machine.ram:#x}, LENGTH = {ram_bytes}
+}}
+SECTIONS {{
+  .text : {{
+    KEEP(*(.vectors)) *(.text .text.*) *(.rodata .rodata.* .srodata .srodata.*)
+    . = ALIGN(8);
+  }} > FLASH
+  .stack (NOLOAD) : {{ ac_stack_bottom = .; . += {stack_bytes}; ac_stack_top = .; }} > RAM
+  .data : ALIGN(8) {{
+    ac_data_start = .;
+    *(.data .data.* .sdata .sdata.*)
+    . = ALIGN(8);
+    ac_data_end = .;
+  }} > RAM AT> FLASH
+  ac_data_from = LOADADDR(.data);
+  .bss (NOLOAD) : ALIGN(8) {{
+    ac_bss_start = .;
+    *(.bss .bss.* .sbss .sbss.* COMMON)
+    . = ALIGN(8);
+    ac_bss_end = .;
+  }} > RAM
+  /DISCARD/ : {{ *(.ARM.exidx*) *(.ARM.extab*) *(.comment) *(.eh_frame*) *(.note*) }}
+}}
+"""
+
+
+#: What the compilers are asked for in firmware, beside FLAGS and the processor's.
+SECTIONS = ("-ffunction-sections", "-fdata-sections")
+
+
+def build_firmware(
+    sources: Sequence[Path],
+    include: Sequence[Path],
+    device: Device,
+    cpu: str = "",
+    compiler: str = "zig",
+    flags: Sequence[str] = ("-O3",),
+) -> tuple[Path, Machine]:
+    """Compile and link a firmware for the emulated board of a device: its ELF file, and where it runs.
+
+    sources: its C files, without the machine layer, which is the emulated board's. cpu: "" is the device's. compiler:
+    "zig" or "gcc" (arm-none-eabi-gcc). Raises CannotFit where it is larger than flash or RAM.
+    """
+    target = cpu_of(cpu or device.cpu)
+    if target.name not in MACHINES:
+        raise WrongUse(
+            "no emulated board has this processor", number=target.name, action=f"{', '.join(MACHINES)}"
+        )
+    machine = MACHINES[target.name]
+    if compiler == "gcc":
+        command, own, headers = gcc(target), (*target.gcc, *SECTIONS), [*include]
+    else:
+        command, headers = zig(), [*include, BOARDS / "include"]
+        own = (*target.zig, *SECTIONS, "-fno-sanitize=undefined")
+    made = objects(
+        [*sources, BOARDS / machine.source], (*own, *FLAGS, *machine.defines, *flags), headers, command
+    )
+    script = linker_script(machine, device.flash_bytes, device.ram_bytes, device.reserve_bytes or STACK_BYTES)
+    entry = "Reset_Handler" if target.is_arm else "_start"
+    try:
+        return link(made, script, own, entry, command), machine
+    except AcclimateError as error:
+        if "overflow" in error.number or "will not fit" in error.number:
+            raise CannotFit(
+                "the firmware does not fit the board",
+                where=device.name,
+                number=f"flash {device.flash_bytes} bytes, RAM {device.ram_bytes} bytes; {error.number[-600:]}",
+                action="a larger device, or a smaller scheme or batch",
+            ) from None
+        raise
+
+
+def gcc(cpu: Cpu) -> tuple[str, ...]:
+    """The cross compiler of GNU for a processor. Raises WrongUse where it is not installed."""
+    name = "arm-none-eabi-gcc" if cpu.is_arm else "riscv64-unknown-elf-gcc"
+    found = shutil.which(name)
+    if found is None:
+        raise WrongUse(
+            f"{name} is not installed",
+            action="apt-get install gcc-arm-none-eabi libnewlib-arm-none-eabi, or zig",
+        )
+    return (found,)
