@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import delta
+from . import delta, store
 from .errors import BadInput, WrongUse
 from .grad import GRADIENT, Channels, Tape
 from .ir import Graph, Type
@@ -250,8 +250,13 @@ class Learner:
         return len(raw)
 
     def restore(self, path: str | Path) -> Learner:
-        """Take over what `save` wrote. On any error everything stays as it was."""
-        model, records = delta.decode(delta.read(path), str(path))
+        """Take over what `save` wrote, or what a board kept: the raw bytes of its flash, whose newest slot of this
+        model counts (acclimate.store). On any error everything stays as it was.
+        """
+        raw = delta.read(path)
+        if not delta.is_delta(raw) and store.MAGIC in raw:
+            raw = store.newest(raw, self.plan.model_hash, str(path))
+        model, records = delta.decode(raw, str(path))
         if model != self.plan.model_hash:
             raise BadInput(
                 "the delta was learned from another model",
