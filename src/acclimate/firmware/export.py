@@ -5,19 +5,23 @@ Every file but ac_project.[ch] (and ac_unrolled.c) is a copy of one in the packa
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from .. import __version__, delta
 from ..errors import BadInput, WrongUse
+from ..learner import PENDING
 from ..ops import TABLE
-from ..planner import Plan, kib
-from ..program import HEADER_WORDS, Program
+from ..planner import Plan
+from ..program import HEADER_WORDS, STATE, STATE_ENTRY, Program
 from ..runtime import SOURCE
+from .toolchain import BOARDS, CPUS, MACHINES, Machine, linker_script
 
-HERE = Path(__file__).parent
+C = Path(__file__).parent / "c"
 MODES = ("interpreter", "unrolled")
 MARK = "ac_project.h"  # a folder with this in src/ was made by export, and may be written again
 
@@ -64,54 +68,192 @@ def export(
             number=f"room for {len(room_for)} more",
             action="mode='interpreter'",
         )
-    folder = Path(folder)
-    _clear(folder)
+    kind = TARGETS[target]
+    machine = _machine(plan, target) if kind.is_bare else None
     programs = [plan.program, *(other.program for other in room_for)]
-    slot = max((len(p.bytes) for p in programs[1:]), default=0)
     sizes = {
         "PROGRAM": len(plan.program.bytes),
         "STATE": max(4, *(p.state_bytes for p in programs)),
         "ARENA": max(4, *(p.arena_bytes for p in programs)),
-        "SLOT": slot,
+        "SLOT": max((len(p.bytes) for p in programs[1:]), default=0),
+        "DELTA": max(largest_delta(p) for p in programs),
     }
-    layout = TARGETS[target]
-    files = {
-        f"src/{p.name}": p.read_bytes() for p in [SOURCE / "acclimate.h", *sorted(SOURCE.glob("ac_*.[ch]"))]
+    copies = {
+        f"src/{p.name}": p
+        for p in [SOURCE / "acclimate.h", *SOURCE.glob("ac_*.[ch]"), *C.glob("ac_app.[ch]")]
     }
-    files |= {f"src/{p.name}": p.read_bytes() for p in sorted((HERE / "c").glob("ac_app.[ch]"))}
-    files |= {f"src/{to}": (HERE / "c" / at).read_bytes() for to, at in layout.main.items()}
-    generated = {"src/ac_project.h": header(sizes, mode), "src/ac_project.c": program_words(plan.program)}
+    copies |= {to: C / of for to, of in kind.copies.items()}
+    texts = {"src/ac_project.h": header(sizes), "src/ac_project.c": program_words(plan.program)}
     if mode == "unrolled":
-        generated["src/ac_unrolled.c"] = unrolled(plan.program)
+        texts["src/ac_unrolled.c"] = unrolled(plan.program)
+    defines = ("AC_UNROLLED=1",) if mode == "unrolled" else ()
+    if machine is not None:
+        copies[f"src/{machine.source}"] = BOARDS / machine.source
+        texts["board.ld"] = linker_script(
+            machine, plan.device.flash_bytes, plan.device.ram_bytes, plan.device.reserve_bytes
+        )
+        defines += tuple(define.removeprefix("-D") for define in machine.defines)
+    values = _values(plan, target, mode, sizes, defines)
+    texts |= {to: _fill((C / of).read_text(), values) for to, of in kind.texts.items()}
+    folder = Path(folder)
+    _clear(folder)
+    files = {to: of.read_bytes() for to, of in copies.items()} | {
+        to: text.encode() for to, text in texts.items()
+    }
     files["program.acp"] = plan.program.bytes
-    files |= {name: text.encode() for name, text in generated.items()}
     for name, raw in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(raw)
-    sources = tuple(folder / name for name in sorted(files) if name.endswith(".c"))
     return Project(
         folder,
         target,
         mode,
-        sources,
+        tuple(folder / name for name in sorted(files) if name.startswith("src/") and name.endswith(".c")),
         (folder / "src",),
-        ("AC_UNROLLED=1",) if mode == "unrolled" else (),
+        defines,
         sizes["PROGRAM"],
         sizes["STATE"],
         sizes["ARENA"],
-        slot,
+        sizes["SLOT"],
     )
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a target's project is laid out. main: file in src -> file of firmware/c."""
+class Target:
+    """How a target's project is laid out. copies, texts: place in the project -> file of firmware/c; texts have @NAME@
+    in them, which are filled in. build: the commands, for the README."""
 
     title: str
-    main: dict[str, str]
+    build: str
+    copies: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    is_bare: bool = False  # without an operating system: a linker script and a machine layer
 
 
-TARGETS = {"linux": Layout("a Linux process", {"main.c": "linux/main.c"})}
+_MAKE = {"Makefile": "Makefile.in", "CMakeLists.txt": "CMakeLists.txt.in", "README.md": "README.md.in"}
+
+
+def _bare(name: str) -> Target:
+    return Target(
+        f"{name}, bare metal",
+        "make                # arm-none-eabi-gcc or riscv64-unknown-elf-gcc; make zig: the compiler of ziglang\n"
+        "cmake -B build -DCMAKE_TOOLCHAIN_FILE=toolchain.cmake && cmake --build build    # the same",
+        {
+            "src/ac_main.c": "ac_main.c",
+            "tools/stack.py": "stack.py",
+            "include/string.h": "../boards/include/string.h",
+            "include/math.h": "../boards/include/math.h",
+        },
+        {**_MAKE, "toolchain.cmake": "bare/toolchain.cmake.in"},
+        is_bare=True,
+    )
+
+
+TARGETS = {
+    **{name: _bare(name) for name in CPUS},
+    "esp32": Target(
+        "ESP-IDF",
+        "idf.py set-target esp32s3\nidf.py build flash",
+        {
+            "CMakeLists.txt": "esp32/CMakeLists.txt",
+            "sdkconfig.defaults": "esp32/sdkconfig.defaults",
+            "main/CMakeLists.txt": "esp32/main.cmake",
+            "main/main.c": "esp32/main.c",
+        },
+        {"components/acclimate/CMakeLists.txt": "esp32/component.cmake.in", "README.md": "README.md.in"},
+    ),
+    "arduino": Target(
+        "an Arduino library",
+        "arduino-cli lib install --zip-path this-folder.zip    # or copy the folder to your libraries\n"
+        "arduino-cli compile --fqbn BOARD --build-property compiler.c.extra_flags=-ffp-contract=off examples/firmware",
+        {"examples/firmware/firmware.ino": "arduino/firmware.ino"},
+        {"library.properties": "arduino/library.properties.in", "README.md": "README.md.in"},
+    ),
+    "zephyr": Target(
+        "a Zephyr module and an application that uses it",
+        "west build -b BOARD app && west flash",
+        {
+            "zephyr/module.yml": "zephyr/module.yml",
+            "zephyr/Kconfig": "zephyr/Kconfig",
+            "app/CMakeLists.txt": "zephyr/app.cmake",
+            "app/prj.conf": "zephyr/prj.conf",
+            "app/main.c": "zephyr/main.c",
+        },
+        {"zephyr/CMakeLists.txt": "zephyr/CMakeLists.txt.in", "README.md": "README.md.in"},
+    ),
+    "linux": Target(
+        "a Linux process",
+        "make                # or cmake -B build && cmake --build build\nbuild/firmware --tcp 7000 --flash kept.bin",
+        {"src/main.c": "linux/main.c", "tools/stack.py": "stack.py"},
+        _MAKE,
+    ),
+}
+
+
+def _machine(plan: Plan, target: str) -> Machine:
+    """Where things lie on the target's board."""
+    if target not in MACHINES:
+        raise WrongUse(
+            "there is no machine layer for this processor yet", number=target, action=f"{', '.join(MACHINES)}"
+        )
+    if plan.device.cpu not in CPUS:
+        raise WrongUse(
+            "the plan is for a computer, whose memory is none of a microcontroller's",
+            where=plan.device.name,
+            number=f"target {target}",
+            action='plan it for a board: device="nano33ble", or one of your own',
+        )
+    return MACHINES[target]
+
+
+def _fill(text: str, values: Mapping[str, str]) -> str:
+    return re.sub(r"@([A-Z_]+)@", lambda found: values[found[1]], text)
+
+
+def _values(
+    plan: Plan, target: str, mode: str, sizes: Mapping[str, int], defines: Sequence[str]
+) -> dict[str, str]:
+    """What the texts of a project say for each @NAME@."""
+    kind, cpu = TARGETS[target], CPUS.get(target)
+    is_arm = cpu is not None and cpu.is_arm
+    cross = "arm-none-eabi-" if is_arm else "riscv64-unknown-elf-" if cpu else ""
+    flags = " ".join(cpu.gcc) if cpu else ""
+    entry = "Reset_Handler" if is_arm else "_start"
+    link = (
+        f"-nostartfiles -Wl,-e,{entry} -Wl,-T,board.ld" + (" --specs=nosys.specs" if is_arm else "")
+        if cpu
+        else ""
+    )
+    zig = " ".join(cpu.zig) if cpu else ""
+    rules = (
+        "\n# From pip install ziglang alone.\nzig:\n\t@$(MAKE) --no-print-directory BUILD=$(BUILD)/zig "
+        f'CC="$(PYTHON) -m ziglang cc" CPU="{zig} -fno-sanitize=undefined" INCLUDES="-Isrc -Iinclude" '
+        f'LDFLAGS="-Wl,--gc-sections -nostartfiles -Wl,-e,{entry} -Wl,-T,board.ld"'
+        if cpu
+        else "\n# Every access watched: what comes over the line cannot make this firmware go astray.\nsanitized:\n"
+        "\t@$(MAKE) --no-print-directory BUILD=$(BUILD)/sanitized OPTIMIZE=-O1 "
+        'CPU="-fsanitize=address,undefined -fno-sanitize-recover=all"'
+    )
+    return {
+        "TITLE": f"Firmware for {kind.title}",
+        "BUILD": kind.build,
+        "CC": f"{cross}gcc" if cpu else "cc",
+        "CPU": flags,
+        "DEFINES": " ".join(f"-D{d}" for d in defines),
+        "CMAKE_DEFINES": " ".join(defines),
+        "LINK": link,
+        "CMAKE_LINK": link.replace("board.ld", "${CMAKE_CURRENT_SOURCE_DIR}/board.ld"),
+        "FIRMWARE": "firmware.elf" if cpu else "firmware",
+        "SUFFIX": ".elf" if cpu else "",
+        "SIZE": f"{cross}size",
+        "TOOLCHAIN": " -DCMAKE_TOOLCHAIN_FILE=toolchain.cmake" if cpu else "",
+        "PHONY": " zig" if cpu else " sanitized",
+        "RULES": rules,
+        "VERSION": __version__,
+        "MODE": mode,
+        "TABLE": "\n".join(f"| {name.lower()} | {size} |" for name, size in sizes.items()),
+        "SUMMARY": "    " + str(plan).replace("\n", "\n    "),
+    }
 
 
 def _clear(folder: Path) -> None:
@@ -128,10 +270,17 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def largest_delta(program: Program) -> int:
+    """Bytes of the delta in which every tensor of the state has changed, and micro-batches are pending."""
+    names = {b.name: b.type.size_bytes for b in program.entries[STATE_ENTRY].values() if b.area == STATE}
+    records = [*names.items(), (PENDING, 4)]
+    return delta.HEADER.size + sum(delta.RECORD.size + len(n.encode()) + size for n, size in records)
+
+
 # -- generated C ---------------------------------------------------------------------------------------------------
 
 
-def header(sizes: dict[str, int], mode: str) -> str:
+def header(sizes: Mapping[str, int]) -> str:
     """ac_project.h: the Program, and the bytes of each block."""
     lines = [
         "/* Generated by acclimate export. */",

@@ -31,7 +31,7 @@ MAGIC = int.from_bytes(b"ACLP", "little")
 ANSWER = 0x80
 HELLO, ENTRY, BINDING, READ, WRITE, RUN, COMMIT, SAVE, RESTORE, ROLLBACK, KEPT, MEASURE, RESET = range(1, 14)
 IN_BINDING, IN_TENSOR, IN_PROGRAM, IN_DELTA, IN_STATE, IN_ARENA = range(6)
-COUNTER, STACK, KEEPER, SLOT, EXTENSION = (1 << i for i in range(5))
+COUNTER, STACK, STORE, SLOT, EXTENSION = (1 << i for i in range(5))
 NONE = 0xFFFFFFFF
 MAX_PAYLOAD = 32768
 HEAD = struct.Struct("<BBH")  # type, status, number
@@ -50,7 +50,7 @@ STATUSES = {
         "export it with room for this plan: room_for=[plan]",
     ),
     134: ("a step of several micro-batches has begun", 'run the entry "apply" first, or reset()'),
-    135: ("the board keeps nothing, or its flash failed", "export the firmware for a board with a store"),
+    135: ("this firmware has no flash to keep anything in", "give ac_board.flash in its machine layer"),
 }
 LABEL = 11  # AC_E_LABEL
 
@@ -559,14 +559,18 @@ class Board:
         self.connect()
 
     def rollback(self) -> None:
-        """Return to what was saved before that."""
+        """Give up what was saved last, and return to what was saved before that.
+
+        BadInput where there is nothing before it; the state is then the one that the Program starts from.
+        """
         self._ask(ROLLBACK)
         self.connect()
 
     def kept(self) -> dict[str, int]:
-        """Sequence number and bytes of what was saved last, bytes that one may have, most erasures of a page."""
+        """Sequence number and bytes of what was saved or restored last (0: nothing), bytes of a slot, and how often the
+        most worn page was erased."""
         words = struct.unpack("<4I", self._ask(KEPT))
-        return dict(zip(("sequence", "bytes", "room_bytes", "erasures"), words, strict=True))
+        return dict(zip(("sequence", "bytes", "slot_bytes", "erases"), words, strict=True))
 
     def reset(self) -> None:
         """Return to the state that the Program starts from; what was saved stays."""

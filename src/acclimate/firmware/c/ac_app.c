@@ -8,7 +8,7 @@ enum { HEAD = 4, SEAL = 4, ANSWER = 0x80, NOTHING = -1, ALL = 0xFF, PROGRAM_TABL
 enum { HELLO = 1, ENTRY, BINDING, READ, WRITE, RUN, COMMIT, SAVE, RESTORE, ROLLBACK, KEPT, MEASURE, RESET, MESSAGES };
 enum { EXTENSION = 64, EXTENSION_END = 96 };
 enum { IN_BINDING, IN_TENSOR, IN_PROGRAM, IN_DELTA, IN_STATE, IN_ARENA };
-enum { HAS_COUNTER = 1, HAS_STACK = 2, HAS_KEEPER = 4, HAS_SLOT = 8, HAS_EXTENSION = 16 };
+enum { HAS_COUNTER = 1, HAS_STACK = 2, HAS_STORE = 4, HAS_SLOT = 8, HAS_EXTENSION = 16 };
 
 #define HELLO_MAGIC 0x504C4341u /* "ACLP" */
 #define NONE 0xFFFFFFFFu
@@ -237,7 +237,7 @@ static void hello(ac_app *app) {
     const ac_program *p = &app->program;
     const uint32_t *h = (const uint32_t *)(const void *)p->bytes;
     const uint32_t has = (b->counter ? HAS_COUNTER : 0u) | (b->stack_used ? HAS_STACK : 0u)
-                         | (b->keeper ? HAS_KEEPER : 0u) | (app->slot_room ? HAS_SLOT : 0u)
+                         | (app->store.slots ? HAS_STORE : 0u) | (app->slot_room ? HAS_SLOT : 0u)
                          | (b->extension ? HAS_EXTENSION : 0u);
     const uint32_t words[] = {HELLO_MAGIC, AC_APP_PROTOCOL | (uint32_t)AC_APP_PAYLOAD << 16, b->receive_bytes, has,
                               (uint32_t)app->status | (uint32_t)app->restored << 8, h ? h[PROGRAM_TABLE] : 0,
@@ -341,21 +341,30 @@ static int commit(ac_app *app, const uint32_t *w) {
     return place ? adopt(app, place, size, (int)w[2]) : AC_APP_E_ROOM;
 }
 
-static int keeper(ac_app *app, uint32_t type, uint32_t *size) {
-    const ac_keeper *k = app->board->keeper;
-    uint32_t pending = 0, words[4] = {0, 0, 0, 0};
-    int status = AC_OK;
-    if (k == NULL) return AC_APP_E_STORE;
-    if (type == SAVE) return k->save(k->user, &app->program, &app->memory, app->pending);
-    if (type == KEPT) {
-        k->status(k->user, words);
-        memcpy(app->frame + 1, words, sizeof words);
-        *size = sizeof words;
-        return AC_OK;
-    }
-    status = (type == RESTORE ? k->restore : k->rollback)(k->user, &app->program, &app->memory, &pending);
-    if (status == AC_OK) app->pending = pending;
+static int keep(ac_app *app, uint32_t type) {
+    ac_store *s = &app->store;
+    const ac_program *p = &app->program;
+    ac_status status;
+    if (s->slots == 0) return AC_APP_E_STORE;
+    if (type == SAVE) return ac_store_save(s, p, &app->memory, app->pending);
+    status = (type == RESTORE ? ac_store_load : ac_store_rollback)(s, p, &app->memory, app->memory.arena,
+                                                                   app->arena_room, &app->pending);
     return status;
+}
+
+static int kept(ac_app *app, uint32_t *size) {
+    ac_slot slot;
+    uint32_t words[4] = {0, 0, 0, 0};
+    if (app->store.slots == 0) return AC_APP_E_STORE;
+    if (ac_store_slot(&app->store, app->store.current, &slot) == AC_OK) {
+        words[0] = slot.sequence;
+        words[1] = slot.bytes;
+    }
+    words[2] = app->store.slot_bytes;
+    words[3] = ac_store_wear(&app->store);
+    memcpy(app->frame + 1, words, sizeof words);
+    *size = sizeof words;
+    return AC_OK;
 }
 
 static void measure(ac_app *app, uint32_t paint, uint32_t *size) {
@@ -402,7 +411,7 @@ static int do_once(ac_app *app, uint32_t type, uint32_t content, uint32_t crc, u
         } else if (type == COMMIT) {
             status = commit(app, w);
         } else if (type < EXTENSION) {
-            status = keeper(app, type, &app->done_size);
+            status = keep(app, type);
         } else {
             uint32_t length = content;
             status = app->board->extension(app->board->user, type, (uint8_t *)w, &length);
@@ -454,7 +463,7 @@ static int handle(ac_app *app, uint32_t total) {
     } else if (type == BINDING) {
         status = binding(app, w[0], &size);
     } else if (type == KEPT) {
-        status = keeper(app, type, &size);
+        status = kept(app, &size);
     } else if (type == MEASURE) {
         measure(app, w[0], &size);
     } else if (w[0] > 1) { /* RESET */
@@ -487,10 +496,9 @@ int ac_app_init(ac_app *app, const ac_board *board, const void *program, size_t 
     app->state_room = (uint32_t)(state_size > INT32_MAX ? INT32_MAX : state_size);
     app->arena_room = (uint32_t)(arena_size > INT32_MAX ? INT32_MAX : arena_size);
     app->status = adopt(app, program, size, 0);
-    if (app->status == AC_OK && board->keeper) {
-        const ac_keeper *k = board->keeper;
-        app->restored = k->restore(k->user, &app->program, &app->memory, &app->pending);
-    }
+    if (board->flash == NULL || ac_store_open(&app->store, board->flash, board->slots) != AC_OK) app->store.slots = 0;
+    if (app->status == AC_OK && app->store.slots)
+        app->restored = ac_store_load(&app->store, &app->program, &app->memory, arena, app->arena_room, &app->pending);
     ((uint8_t *)app->frame)[0] = HELLO | ANSWER; /* number 0: nobody asked */
     hello(app);
     return app->status;

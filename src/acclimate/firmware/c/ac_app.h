@@ -14,7 +14,7 @@
 #ifndef AC_APP_H
 #define AC_APP_H
 
-#include "acclimate.h"
+#include "ac_store.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -35,20 +35,8 @@ enum {
     AC_APP_E_ACCESS,        /* this may be read, but not written */
     AC_APP_E_ROOM,          /* it needs more memory than this firmware was built with */
     AC_APP_E_PENDING,       /* a step of several micro-batches has begun: run "apply" first, or reset */
-    AC_APP_E_STORE          /* nothing is kept in this firmware, or the flash failed */
+    AC_APP_E_STORE          /* this firmware has no flash to keep anything in */
 };
-
-/* What keeps state through a loss of power. Each returns an ac_status, or AC_APP_E_STORE. */
-typedef struct ac_keeper {
-    int (*save)(void *user, const ac_program *program, const ac_memory *memory, uint32_t pending);
-    /* The newest that is whole; AC_E_NAME where there is none. */
-    int (*restore)(void *user, const ac_program *program, const ac_memory *memory, uint32_t *pending);
-    /* The one before it, which becomes the newest. */
-    int (*rollback)(void *user, const ac_program *program, const ac_memory *memory, uint32_t *pending);
-    /* Sequence number of the newest, bytes of it, bytes that one may have, most erasures of a page so far. */
-    void (*status)(void *user, uint32_t words[4]);
-    void *user;
-} ac_keeper;
 
 /* Messages from 64 to 95 are not the app's own: they go here. `size` of the content comes in and, of the answer, out,
  * at most AC_APP_PAYLOAD; both are in `content`, 4-byte aligned. Returns a status. A message that is answered with at
@@ -61,7 +49,8 @@ typedef struct ac_board {
     int (*write)(void *user, const uint8_t *bytes, int n); /* may wait; how many went out, 0 or less: the line is broken */
     uint32_t (*counter)(void *user);                       /* cycles, instructions or microseconds; may wrap */
     uint32_t (*stack_used)(void *user);                    /* bytes, at the deepest so far */
-    const ac_keeper *keeper;
+    const ac_flash *flash; /* where what was learned is kept, in `slots` slots */
+    uint32_t slots;
     ac_extension extension;
     uint32_t receive_bytes; /* that wait to be read without loss: how much may be under way */
     void *user;
@@ -71,6 +60,7 @@ typedef struct {
     const ac_board *board;
     ac_program program;
     ac_memory memory;
+    ac_store store; /* of no slots: there is no flash */
     const void *built_in;
     size_t built_in_size;
     uint32_t state_room, arena_room, slot_room, pending, paint;

@@ -1,10 +1,12 @@
 /* The firmware as a process: it speaks the protocol on standard input and output, a serial line or a TCP socket.
  *
- *     firmware [--tcp PORT | --tty DEVICE[:BAUD]]
+ *     firmware [--tcp PORT | --tty DEVICE[:BAUD]] [--flash FILE]
  *
  * --tcp listens on 127.0.0.1, one connection after another; port 0 takes a free one. Which one is said on stderr.
+ * --flash: what is saved goes to this file, which has the bytes of a board's flash.
  */
 #define _DEFAULT_SOURCE
+#define _FILE_OFFSET_BITS 64
 #include "ac_app.h"
 #include "ac_project.h"
 
@@ -70,7 +72,47 @@ static uint32_t microseconds(void *user) {
     return (uint32_t)((uint64_t)at.tv_sec * 1000000u + (uint64_t)at.tv_nsec / 1000u);
 }
 
-static const ac_board board = {
+/* ---- flash, in a file: pages are erased to ones, and programming clears bits ----------------------------------- */
+
+enum { PAGE = 4096, UNIT = 8, SLOTS = 2, SLOT_PAGES = (AC_PROJECT_DELTA_BYTES + 4 * 64 + PAGE - 1) / PAGE };
+
+static int flash_file = -1;
+
+static int flash_read(void *argument, uint32_t address, void *to, uint32_t bytes) {
+    (void)argument;
+    return pread(flash_file, to, bytes, address) != (ssize_t)bytes;
+}
+
+static int flash_erase(void *argument, uint32_t page) {
+    uint8_t ones[PAGE];
+    (void)argument;
+    memset(ones, 0xFF, sizeof ones);
+    return pwrite(flash_file, ones, PAGE, (off_t)page * PAGE) != PAGE || fsync(flash_file);
+}
+
+static int flash_program(void *argument, uint32_t address, const void *from, uint32_t bytes) {
+    uint8_t chunk[UNIT];
+    for (uint32_t at = 0; at < bytes; at += UNIT) {
+        if (flash_read(argument, address + at, chunk, UNIT)) return 1;
+        for (uint32_t i = 0; i < UNIT; i++) chunk[i] &= ((const uint8_t *)from)[at + i];
+        if (pwrite(flash_file, chunk, UNIT, address + at) != UNIT) return 1;
+    }
+    return fsync(flash_file);
+}
+
+static const ac_flash flash = {
+    NULL, flash_read, flash_erase, flash_program, NULL, PAGE, UNIT, SLOTS * SLOT_PAGES};
+
+static int open_flash(const char *path) {
+    const off_t size = (off_t)flash.pages * PAGE;
+    flash_file = open(path, O_RDWR | O_CREAT, 0600);
+    if (flash_file < 0) return 1;
+    for (off_t end = lseek(flash_file, 0, SEEK_END); end < size; end += PAGE)
+        if (end % PAGE || flash_erase(NULL, (uint32_t)(end / PAGE))) return 1;
+    return 0;
+}
+
+static ac_board board = {
     .read = line_read, .write = line_write, .counter = microseconds, .receive_bytes = 1 << 15};
 
 static void start(void) {
@@ -140,13 +182,26 @@ static int serve_tty(char *device) {
 }
 
 int main(int argc, char **argv) {
+    char *port = NULL, *device = NULL, *kept = NULL;
+    int known = argc % 2;
+    for (int i = 1; i + 1 < argc; i += 2) {
+        if (!strcmp(argv[i], "--tcp")) port = argv[i + 1];
+        else if (!strcmp(argv[i], "--tty")) device = argv[i + 1];
+        else if (!strcmp(argv[i], "--flash")) kept = argv[i + 1];
+        else known = 0;
+    }
+    if (!known || (port && device)) {
+        fprintf(stderr, "usage: %s [--tcp PORT | --tty DEVICE[:BAUD]] [--flash FILE]\n", argv[0]);
+        return 2;
+    }
+    if (kept && open_flash(kept)) return complain(kept);
+    board.flash = kept ? &flash : NULL;
+    board.slots = SLOTS;
     signal(SIGPIPE, SIG_IGN);
-    line.closed = 1; /* nobody is there yet who could hear HELLO; a new peer asks for it */
-    if (argc == 1) line.out = STDOUT_FILENO, line.closed = 0;
+    line.closed = 1; /* what the app says before somebody is there waits until then */
     start();
-    if (argc == 1) serve(STDIN_FILENO, STDOUT_FILENO);
-    else if (argc == 3 && !strcmp(argv[1], "--tcp")) return serve_tcp(argv[2]);
-    else if (argc == 3 && !strcmp(argv[1], "--tty")) return serve_tty(argv[2]);
-    else return fprintf(stderr, "usage: %s [--tcp PORT | --tty DEVICE[:BAUD]]\n", argv[0]), 2;
+    if (port) return serve_tcp(port);
+    if (device) return serve_tty(device);
+    serve(STDIN_FILENO, STDOUT_FILENO);
     return 0;
 }
