@@ -233,7 +233,11 @@ MACHINES = {
 
 
 def linker_script(machine: Machine, flash_bytes: int, ram_bytes: int, stack_bytes: int) -> str:
-    """Where things lie on the emulated board: exactly its flash and RAM, the stack at RAM's start."""
+    """Where things lie on the emulated board: exactly its flash and RAM, the stack at RAM's start.
+
+    stack_bytes: 0 for STACK_BYTES, where the device's stack would lie in memory of its own that is not counted.
+    """
+    stack_bytes = stack_bytes or STACK_BYTES
     return f"""/* {machine.machine} with {flash_bytes} bytes of flash and {ram_bytes} of RAM. */
 ENTRY({"Reset_Handler" if machine.cpu.startswith("cortex") else "_start"})
 MEMORY {{
