@@ -114,9 +114,14 @@ def measure() -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    lines = ["| pixels | trained | s | published | error | J | published | error |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| pixels | trained | s | published | error | J | published | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for c in found["cells"]:
-        marks = ["fitted" if c[f"{w}_fitted"] else f"{100 * c[f'{w}_error']:+.1f} %" for w in ("seconds", "joules")]
+        marks = [
+            "fitted" if c[f"{w}_fitted"] else f"{100 * c[f'{w}_error']:+.1f} %" for w in ("seconds", "joules")
+        ]
         lines.append(
             f"| {c['pixels']} | {c['trained']} | {c['seconds']:.3f} | {c['published_seconds']} | {marks[0]} "
             f"| {c['joules']:.3f} | {c['published_joules']} | {marks[1]} |"
@@ -129,7 +134,9 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     found = measure()

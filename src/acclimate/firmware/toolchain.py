@@ -132,16 +132,30 @@ def _digest(parts: Iterable[bytes]) -> str:
     return whole.hexdigest()[:32]
 
 
+def _reached(source: Path, include: Sequence[Path]) -> list[bytes]:
+    """The content of a C file and of all headers of ours that it includes, each once."""
+    found: dict[str, bytes] = {}
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path.name in found:
+            continue
+        found[path.name] = path.read_bytes()
+        for name in re.findall(rb'^\s*#\s*include\s*["<]([^">]+)[">]', found[path.name], re.M):
+            places = (folder / name.decode() for folder in (path.parent, *include))
+            waiting += [place for place in places if place.is_file()][:1]
+    return [part for name in sorted(found) for part in (name.encode(), found[name])]
+
+
 def objects(
     sources: Sequence[Path], flags: Sequence[str], include: Sequence[Path], compiler: tuple[str, ...]
 ) -> list[Path]:
-    """Compiled files, from the cache where nothing that they depend on has changed."""
-    headers = [h.read_bytes() for folder in include for h in sorted(folder.glob("*.h"))]
-    told = [" ".join(flags).encode(), _version(compiler).encode(), *headers]
+    """Compiled files, from the cache where nothing that they depend on has changed, wherever they lie."""
+    told = [" ".join(flags).encode(), _version(compiler).encode()]
     command = [*compiler, *flags, *(f"-I{folder}" for folder in include)]
 
     def one(source: Path) -> Path:
-        key = _digest([*told, source.name.encode(), source.read_bytes()])
+        key = _digest([*told, *_reached(source, include)])
         return _keep(cache_folder() / "objects" / f"{source.stem}-{key}.o", [*command, "-c", source])
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -333,7 +347,11 @@ def build_firmware(
     else:
         command, headers = zig(), [*include, BOARDS / "include"]
         own = (*target.zig, *SECTIONS, "-fno-sanitize=undefined")
-    made = objects(sources, (*own, *FLAGS, *machine.defines, *flags), headers, command)
+    layer = [source for source in sources if source.name == machine.source]
+    made = objects(
+        [source for source in sources if source not in layer], (*own, *FLAGS, *flags), headers, command
+    )
+    made += objects(layer, (*own, *FLAGS, *machine.defines, *flags), headers, command)
     try:
         elf = link(made, script, own, "Reset_Handler" if target.is_arm else "_start", command)
     except AcclimateError as error:

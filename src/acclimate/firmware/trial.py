@@ -1,4 +1,4 @@
-"""Trying a firmware: `emulate` streams a data set through it, `check` holds the places where it runs against each other.
+"""Trying a firmware: `emulate` streams a data set through it, `check` compares the places where it runs.
 
 Emulated figures are instructions. Instructions are not cycles: how long a step takes on the board depends on its
 memory, its pipeline and its clock, and is either measured there or modelled (Device.latency_us).
@@ -20,7 +20,7 @@ from ..ir import DTYPES
 from ..ops import TABLE, evaluate
 from ..planner import Plan
 from ..program import STATE, STATE_ENTRY, Program, operations
-from ..runtime import Session
+from ..runtime import Session, load
 from . import toolchain
 from .emulator import ENGINES, read_elf
 from .export import export
@@ -56,6 +56,19 @@ def firmware_of(
             action=f"--cpu {', '.join(toolchain.MACHINES)}, or a device with one of them",
         )
     return build_project(export(plan, folder, target=target, mode=mode).folder, compiler=compiler)
+
+
+def sample_shape(folder: Path) -> list[int]:
+    """The shape of a sample, by the Program of an exported project. Raises WrongUse where there is none."""
+    path = folder / "program.acp"
+    if not path.is_file():
+        raise WrongUse(
+            "this folder is not an exported project",
+            where=str(folder),
+            number="program.acp is not there",
+            action="acclimate export MODEL --target cortex-m4",
+        )
+    return list(load(path.read_bytes()).entries["predict"]["x"].type.shape[1:])
 
 
 def _share_right(outputs: np.ndarray, y: np.ndarray) -> float | None:
@@ -205,7 +218,7 @@ def check(
 
     places: name -> a Board that runs the plan's Program, just reset. Boards and the host's plain kernels must give
     equal bits, floats included. Against the reference, 8 and 16 bit integers must be equal, and floats within
-    `tolerance` of the largest of their tensor. Names the first tensor that differs, in the order in which the step computes them.
+    `tolerance` of the largest of their tensor. Names the first tensor that differs, in the order of the step.
     """
     entry = plan.train_entry
     if entry != "step":
