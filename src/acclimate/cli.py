@@ -618,7 +618,7 @@ def emulate(
         dataset, board, rate = (
             data_sets.split(found, HELD_OUT, seed),
             get(device) if device else None,
-            lr or 0.01,
+            0.01 if lr is None else lr,
         )
     else:
         what, dataset = _firmware_plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from test_quantized import small_net
 
 import acclimate
-from acclimate import device
+from acclimate import cli, device
 from acclimate.data import digits
 from acclimate.errors import AcclimateError, CannotFit, WrongUse
 from acclimate.firmware import emulator, toolchain, trial
@@ -140,9 +141,10 @@ def test_check_names_the_first_tensor_that_differs(float_plan, tmp_path):
     folder = export(float_plan, tmp_path / "changed", target="cortex-m7").folder
     source = folder / "src" / "ac_kernels_elementwise.c"
     text = source.read_text()
-    assert "ac_status AC_KERNEL(gate_bits)(const ac_call *call) {" in text
-    changed = "ac_status AC_KERNEL(gate_bits)(const ac_call *call) {\n    for (uint32_t i = 0; i < AC_IN_T(call, 0)->size; i++) ((float *)AC_IN(call, 0))[i] = 1.0f;\n"
-    source.write_text(text.replace("ac_status AC_KERNEL(gate_bits)(const ac_call *call) {", changed))
+    head = "ac_status AC_KERNEL(gate_bits)(const ac_call *call) {"
+    spoil = "for (uint32_t i = 0; i < AC_IN_T(call, 0)->size; i++) ((float *)AC_IN(call, 0))[i] = 1.0f;"
+    assert head in text
+    source.write_text(text.replace(head, f"{head}\n    {spoil}\n"))
     with trial.start(toolchain.build_project(folder)) as board:
         found = trial.check(float_plan, x, y, {"changed": board}, steps=2)
     first = found["differences"]["changed"]
@@ -155,9 +157,15 @@ def test_another_folder_is_refused(tmp_path):
         toolchain.build_project(tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cpu", list(toolchain.MACHINES))
-@pytest.mark.parametrize("compiler", toolchain.COMPILERS)
+def _pairs():
+    """Quick: what the other tests have compiled already."""
+    for cpu in toolchain.MACHINES:
+        for compiler in toolchain.COMPILERS:
+            quick = (cpu, compiler) == ("cortex-m7", "zig")
+            yield pytest.param(cpu, compiler, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("cpu", "compiler"), _pairs())
 def test_qemu_agrees(cpu, compiler, int8_plan, tmp_path):
     machine = toolchain.MACHINES[cpu]
     cross = "arm-none-eabi-gcc" if cpu.startswith("cortex") else "riscv64-unknown-elf-gcc"
@@ -172,6 +180,28 @@ def test_qemu_agrees(cpu, compiler, int8_plan, tmp_path):
             assert trial.check(int8_plan, x, y, {engine: board}, steps=2)["equal"]
             counts[engine] = board.ticks * getattr(board.link.line, "per_tick", 1.0)
     assert all(abs(count - counts["qemu"]) < 200 for count in counts.values()), "the same instructions"
+
+
+def test_the_verbs(tmp_path, float_plan, project, monkeypatch, capsys):
+    onnx = pytest.importorskip("onnx")
+    del onnx
+    from frontend.cases import as_onnx
+
+    monkeypatch.chdir(tmp_path)
+    data = digits()
+    as_onnx(mlp(), tmp_path / "mlp.onnx")
+    np.savez("mine.npz", x=data.x[:120], y=data.y[:120], x_val=data.x_val[:24], y_val=data.y_val[:24])
+    common = ["--data", "mine.npz", "--steps", "3", "--json"]
+    for arguments, key in (
+        (["emulate", "mlp.onnx", "--device", "stm32f7", "--scheme", "last"], "instructions_per_step"),
+        (["emulate", str(project)], "instructions_per_step"),
+        (["check", "mlp.onnx", "--device", "stm32f7"], "equal"),
+    ):
+        assert cli.main([*arguments, *common]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["steps"] == 3 and found[key]
+    assert cli.main(["emulate", str(tmp_path), "--data", "mine.npz"]) == 2
+    assert "program.acp is not there" in capsys.readouterr().err
 
 
 def _samples(plan) -> tuple[np.ndarray, np.ndarray]:
