@@ -17,6 +17,7 @@ _PUBLIC = {
     "plan": "auto",
     "Plan": "planner",
     "Learner": "learner",
+    "export": "firmware.export",
     "load": "frontend",
     "from_torch": "frontend",
     "devices": "device",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from .auto import plan
     from .device import Device, devices
     from .errors import AcclimateError, BadInput, CannotFit, Refused, Unsupported, WrongUse
+    from .firmware.export import export
     from .frontend import from_torch, load
     from .grad import Channels, UpdateSet
     from .ir import Graph

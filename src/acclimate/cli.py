@@ -389,6 +389,89 @@ def plan(
     _show(figures, as_json, error)
 
 
+@app.command(
+    epilog="Example:  acclimate export model.onnx --target cortex-m4 --device nano33ble --scheme last"
+)
+def export(
+    model: Model,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            metavar="T",
+            help="cortex-m0plus, -m4, -m7, -m33, -m55, riscv32, esp32, arduino, zephyr or linux.",
+            show_default=False,
+        ),
+    ],
+    device: DeviceName = "host",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            help="Where the project goes; by default MODEL-TARGET.",
+            show_default=False,
+        ),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            "--mode",
+            metavar="M",
+            help="interpreter, which can be sent other Programs, or unrolled: only the kernels that this one needs.",
+        ),
+    ] = "interpreter",
+    room_for: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--room-for",
+            metavar="SCHEME",
+            help="Set memory aside for this scheme's Program too, to be sent later; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    data: MaybeData = None,
+    scheme: Scheme = "auto",
+    memory: Memory = None,
+    batch: Batch = 1,
+    recompute: Recompute = "auto",
+    micro_batches: MicroBatches = None,
+    loss: Loss = None,
+    optimizer: OptimizerName = "sgd",
+    lr: Rate = None,
+    mean: Mean = None,
+    std: Std = None,
+    label: Label = "label",
+    resize: Resize = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write a C project that learns on a board.
+
+    MODEL is an .onnx or .pt2 file. The runtime, the Program in flash, memory blocks of its exact sizes, and an app that
+    learns from samples over a serial line. Where it cannot fit the device: exit code 3.
+    """
+    from .adapt import plan_of
+    from .firmware.export import check, figures
+    from .firmware.export import export as write
+    from .planner import RECOMPUTE
+
+    check(target, mode)
+    limit = None if memory is None else memory_bytes(memory)
+    graph = _model(model)
+    dataset = None if data is None else _dataset(data, graph, seed, label, mean, std, resize)
+    ways = recompute if recompute in RECOMPUTE else [name.strip() for name in recompute.split(",")]
+    with _progress() as tell:
+        plans = [
+            plan_of(
+                graph, device, s, dataset, limit, loss, optimizer, lr, batch, seed, tell, ways, micro_batches
+            )
+            for s in (scheme, *(room_for or ()))
+        ]
+        project = write(plans[0], out or Path(f"{model.stem}-{target}"), target, mode, plans[1:])
+    _show(figures(project, plans[0], model.stem), as_json)
+
+
 @app.command(epilog="Example:  acclimate adapt model.onnx --data mine.npz --device nano33ble --memory 96KB")
 def adapt(
     model: Model,

@@ -252,6 +252,7 @@ def report_of(data: Mapping[str, Any]) -> Report:
         "devices": _devices,
         "emulate": _emulate,
         "check": _check,
+        "export": _export,
     }
     kind = data.get("kind") if isinstance(data, Mapping) else None
     if not isinstance(kind, str) or kind not in makers:
@@ -631,6 +632,24 @@ def _evaluate(data: Row) -> Report:
         data["model"]["name"],
         f"with {data['update']}" if data["update"] else "as it was loaded",
         (Section("", (facts,)),),
+        data,
+    )
+
+
+def _export(data: Row) -> Report:
+    facts = Facts(
+        (
+            ("Program", text(data["program_bytes"], "bytes"), "in flash, beside the code"),
+            ("arena", text(data["arena_bytes"], "bytes"), "RAM"),
+            ("state", text(data["state_bytes"], "bytes"), "RAM: what learns"),
+            ("slot", text(data["slot_bytes"], "bytes"), "RAM for Programs over the line"),
+        )
+    )
+    note = Note(f"Next: {data['build']}")
+    return Report(
+        data["model"]["name"],
+        f"firmware for {data['target']} ({data['mode']}), scheme {data['scheme']}, in {data['folder']}",
+        (Section("", (facts, note)),),
         data,
     )
 

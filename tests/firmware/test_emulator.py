@@ -185,7 +185,7 @@ def test_qemu_agrees(cpu, compiler, int8_plan, tmp_path):
 def test_the_verbs(tmp_path, float_plan, project, monkeypatch, capsys):
     onnx = pytest.importorskip("onnx")
     del onnx
-    from frontend.cases import as_onnx
+    from test_cli import as_onnx
 
     monkeypatch.chdir(tmp_path)
     data = digits()

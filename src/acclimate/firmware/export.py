@@ -11,8 +11,10 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .. import __version__, delta
+from ..adapt import model_facts
 from ..errors import BadInput, WrongUse
 from ..learner import PENDING
 from ..ops import TABLE
@@ -48,21 +50,22 @@ def export(
     target: str = "linux",
     mode: str = "interpreter",
     room_for: Sequence[Plan] = (),
+    slot_bytes: int | None = None,
 ) -> Project:
     """Write a C project that runs the plan on a board; `make` or CMake builds it. Returns what was written.
 
     target: one of TARGETS. mode: "interpreter", which can also run Programs that are sent to it later, or "unrolled":
     direct calls of the kernels that this Program needs, nothing else linked. room_for: plans of the same model whose
-    Programs may be sent later; memory is set aside for the largest. Raises WrongUse for an unknown target or mode,
-    BadInput where the folder holds something else.
+    Programs may be sent later; memory is set aside for the largest. slot_bytes: RAM for Programs that are sent, else
+    what the largest takes; with room for two, the second is received while the first runs. Raises WrongUse for an
+    unknown target or mode, BadInput where the folder holds something else.
 
     >>> acclimate.export(plan, "firmware", target="cortex-m4")                         # doctest: +SKIP
     """
-    if target not in TARGETS:
-        raise WrongUse("there is no such target", number=repr(target), action=f"one of {', '.join(TARGETS)}")
-    if mode not in MODES:
-        raise WrongUse("there is no such mode", number=repr(mode), action=f"one of {', '.join(MODES)}")
-    if room_for and mode == "unrolled":
+    check(target, mode)
+    if slot_bytes is not None and (slot_bytes < 0 or slot_bytes % 4):
+        raise WrongUse("slot_bytes is a multiple of 4 from zero", number=str(slot_bytes))
+    if (room_for or slot_bytes) and mode == "unrolled":
         raise WrongUse(
             "unrolled firmware runs the one Program that it was made of",
             number=f"room for {len(room_for)} more",
@@ -75,7 +78,7 @@ def export(
         "PROGRAM": len(plan.program.bytes),
         "STATE": max(4, *(p.state_bytes for p in programs)),
         "ARENA": max(4, *(p.arena_bytes for p in programs)),
-        "SLOT": max((len(p.bytes) for p in programs[1:]), default=0),
+        "SLOT": max((len(p.bytes) for p in programs[1:]), default=0) if slot_bytes is None else slot_bytes,
         "DELTA": max(largest_delta(p) for p in programs),
     }
     copies = {
@@ -253,6 +256,32 @@ def _values(
         "MODE": mode,
         "TABLE": "\n".join(f"| {name.lower()} | {size} |" for name, size in sizes.items()),
         "SUMMARY": "    " + str(plan).replace("\n", "\n    "),
+    }
+
+
+def check(target: str, mode: str) -> None:
+    """Raise WrongUse unless there is such a target and such a mode."""
+    if target not in TARGETS:
+        raise WrongUse("there is no such target", number=repr(target), action=f"one of {', '.join(TARGETS)}")
+    if mode not in MODES:
+        raise WrongUse("there is no such mode", number=repr(mode), action=f"one of {', '.join(MODES)}")
+
+
+def figures(project: Project, plan: Plan, name: str) -> dict[str, Any]:
+    """What the command line says of a project."""
+    return {
+        "kind": "export",
+        "model": model_facts(plan.model, name),
+        "scheme": plan.update_set.scheme,
+        "target": project.target,
+        "mode": project.mode,
+        "folder": str(project.folder),
+        "program_bytes": project.program_bytes,
+        "state_bytes": project.state_bytes,
+        "arena_bytes": project.arena_bytes,
+        "slot_bytes": project.slot_bytes,
+        "files": sorted(str(p.relative_to(project.folder)) for p in project.folder.rglob("*") if p.is_file()),
+        "build": TARGETS[project.target].build.partition("\n")[0].partition(" #")[0].strip(),
     }
 
 

@@ -47,7 +47,7 @@ STATUSES = {
     132: ("this may be read, but not written", "write inputs and state by their names"),
     133: (
         "it needs more memory than the firmware was built with",
-        "export it with room for this plan: room_for=[plan]",
+        "export it with room for this plan: room_for=[plan]; or revert_program() first",
     ),
     134: ("a step of several micro-batches has begun", 'run the entry "apply" first, or reset()'),
     135: ("this firmware has no flash to keep anything in", "give ac_board.flash in its machine layer"),
