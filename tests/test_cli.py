@@ -113,7 +113,9 @@ def run(capsys, tmp_path, monkeypatch):
 
 
 def test_the_verbs_are_these():
-    assert set(VERBS) == {"demo", "inspect", "plan", "export", "adapt", "evaluate", "report", "devices"}
+    assert set(VERBS) == {
+        "demo", "inspect", "plan", "export", "adapt", "evaluate", "emulate", "check", "report", "devices"
+    }
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -43,11 +43,13 @@ class Binding:
 
 @dataclass(frozen=True)
 class Operation:
-    """An op of a Program's stream: its row, and the types of its inputs and outputs, None where one is absent."""
+    """An op of a Program's stream: its row, the types of its inputs and outputs (None where one is absent), and the
+    indices of the outputs' tensor records."""
 
     op: str
     inputs: tuple[Type | None, ...]
     outputs: tuple[Type | None, ...]
+    records: tuple[int, ...]
 
     @property
     def shapes(self) -> str:
@@ -69,6 +71,11 @@ class Program:
     def op_counts(self) -> dict[str, int]:
         """Number of ops of each entry."""
         return {name: count for name, (_, count) in _entry_words(self.bytes).items()}
+
+    def place(self, record: int) -> tuple[int, int]:
+        """Area and offset of a tensor record."""
+        _, _, area, _, offset = struct.unpack_from("<4BI", self.bytes, 4 * HEADER_WORDS + 40 * record)
+        return area, offset
 
 
 def pack_bits(array: np.ndarray) -> np.ndarray:
@@ -353,8 +360,9 @@ def operations(program: Program, entry: str) -> list[Operation]:
     for name, at, end, *_ in _read_entries(raw)[0]:
         while name == entry and at < end:
             op, n_in, n_out = struct.unpack_from("<HBB", raw, stream + 4 * at)
-            types = [type_of(i) for i in struct.unpack_from(f"<{n_in + n_out}H", raw, stream + 4 * at + 4)]
+            indices = struct.unpack_from(f"<{n_in + n_out}H", raw, stream + 4 * at + 4)
+            types = [type_of(i) for i in indices]
             row = rows[op]
-            found.append(Operation(row.name, tuple(types[:n_in]), tuple(types[n_in:])))
+            found.append(Operation(row.name, tuple(types[:n_in]), tuple(types[n_in:]), indices[n_in:]))
             at += 1 + (n_in + n_out + 1) // 2 + sum(a.words for a in row.encoded().values())
     return found

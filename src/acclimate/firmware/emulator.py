@@ -17,6 +17,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +33,7 @@ from ..ir import DTYPES
 from ..program import ARENA, STATE_ENTRY, Binding, Program, decode, operations
 from ..runtime import LABEL_ERROR, PAINT, SOURCE
 from . import toolchain
-from .toolchain import BOARDS, FLAGS, SECTIONS, STACK_BYTES, Cpu, Machine, cpu_of
+from .toolchain import BOARDS, FLAGS, SECTIONS, STACK_BYTES, Cpu, Firmware, cpu_of
 
 FLASH, RAM = 0x08000000, 0x20000000
 ROOMY_RAM_BYTES = ROOMY_FLASH_BYTES = 64 << 20  # where no device is given
@@ -276,6 +277,17 @@ def _pages(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
+def whole_pages(size: int, what: str) -> int:
+    """The size, which must be mapped exactly. Raises WrongUse where it is not whole pages."""
+    if size % PAGE:
+        raise WrongUse(
+            f"{what} of an emulated board is whole pages",
+            number=f"{size} bytes",
+            action=f"a multiple of {PAGE}",
+        )
+    return size
+
+
 class Harness:
     """A Program on an emulated processor: like runtime.Session, and every run is counted.
 
@@ -320,11 +332,7 @@ class Harness:
                     number=f"{needed} bytes, it has {there}",
                     action="a larger device, or a smaller scheme or batch",
                 )
-        self.mapped_ram_bytes = limits[1] if board else _pages(self.ram_bytes)
-        if self.mapped_ram_bytes % PAGE:
-            raise WrongUse(
-                "RAM is mapped in whole pages", where=board.name if board else "", number=str(limits[1])
-            )
+        self.mapped_ram_bytes = whole_pages(limits[1], "RAM") if board else _pages(self.ram_bytes)
         self.engine.mem_map(FLASH, limits[0] // PAGE * PAGE if board else _pages(self.flash_bytes), 5)
         self.engine.mem_map(RAM, self.mapped_ram_bytes, 3)
         self.engine.mem_write(FLASH, self.image.flash)
@@ -472,19 +480,19 @@ class Harness:
 class UnicornMachine:
     """An emulated board in this process: exactly its RAM and flash are mapped, anything else faults. A link.Transport.
 
-    `elf`: a firmware that toolchain.build_firmware made. limit: instructions that it may run without asking for bytes.
+    limit: instructions that the firmware may run without asking for bytes.
     """
 
     name, per_tick = "emulator", 1.0  # its counter counts instructions / per_tick
     GOES_ON, WAITS, RESET, TOO_LONG, FULL = range(5)
 
-    def __init__(self, elf: Path, machine: Machine, device: Device, limit: int = 1 << 40) -> None:
-        self.cpu, self.machine, self.device, self.limit = cpu_of(machine.cpu), machine, device, limit
-        self.image = read_elf(elf, machine.flash, machine.ram)
-        check_memory(self.image, device)
+    def __init__(self, firmware: Firmware, limit: int = 1 << 40) -> None:
+        machine = firmware.machine
+        self.cpu, self.limit = cpu_of(machine.cpu), limit
+        self.image = read_elf(firmware.elf, machine.flash, machine.ram)
         self.engine = open_engine(self.cpu)
-        self.engine.mem_map(machine.flash, _pages(device.flash_bytes), 5)
-        self.engine.mem_map(machine.ram, _pages(device.ram_bytes), 3)
+        self.engine.mem_map(machine.flash, whole_pages(firmware.flash_bytes, "flash"), 5)
+        self.engine.mem_map(machine.ram, whole_pages(firmware.ram_bytes, "RAM"), 3)
         self.engine.mem_write(machine.flash, self.image.flash)
         self.watch = Watch(self.engine, self.image.flash, machine.flash, self.cpu)
         if self.cpu.is_arm:
@@ -583,7 +591,8 @@ class QemuMachine:
     RAM and flash are the linker script's: QEMU's own board has more, and a stray access to that does not fault.
     """
 
-    def __init__(self, elf: Path, machine: Machine, device: Device) -> None:
+    def __init__(self, firmware: Firmware) -> None:
+        machine = firmware.machine
         program = shutil.which(machine.qemu)
         if program is None:
             raise WrongUse(
@@ -591,7 +600,6 @@ class QemuMachine:
                 where=machine.qemu,
                 action="apt-get install qemu-system-arm qemu-system-misc, or --engine unicorn",
             )
-        check_memory(read_elf(elf, machine.flash, machine.ram), device)
         self.name, self.machine, self.per_tick = machine.machine, machine, machine.per_tick
         bios = [] if machine.cpu.startswith("cortex") else ["-bios", "none"]
         self._process = subprocess.Popen(
@@ -604,13 +612,14 @@ class QemuMachine:
                     "-icount",
                     "shift=3",
                     "-kernel",
-                    str(elf),
+                    str(firmware.elf),
                 ),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+        self._end = weakref.finalize(self, _end_process, self._process)  # also where nobody calls close
 
     def write(self, data: bytes) -> None:
         """Send bytes to the board."""
@@ -642,30 +651,16 @@ class QemuMachine:
 
     def close(self) -> None:
         """End the emulation."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait(10)
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            assert pipe
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                pass
+        self._end()
 
 
-def check_memory(image: Image, device: Device) -> None:
-    """Raises CannotFit where a firmware is larger than the board; the linker script holds it too."""
-    for kind, needed, there in (
-        ("flash", len(image.flash), device.flash_bytes),
-        ("RAM", image.ram_bytes, device.ram_bytes),
-    ):
-        if needed > there:
-            raise CannotFit(
-                f"the firmware does not fit the board's {kind}",
-                where=device.name,
-                number=f"{needed} bytes, it has {there}",
-                action="a larger device, or a smaller scheme or batch",
-            )
+def _end_process(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
+
+
+#: Ways of emulating a board: name -> a link.Transport from a toolchain.Firmware.
+ENGINES = {"unicorn": UnicornMachine, "qemu": QemuMachine}
 
 
 def measure(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -131,16 +132,30 @@ def _digest(parts: Iterable[bytes]) -> str:
     return whole.hexdigest()[:32]
 
 
+def _reached(source: Path, include: Sequence[Path]) -> list[bytes]:
+    """The content of a C file and of all headers of ours that it includes, each once."""
+    found: dict[str, bytes] = {}
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path.name in found:
+            continue
+        found[path.name] = path.read_bytes()
+        for name in re.findall(rb'^\s*#\s*include\s*["<]([^">]+)[">]', found[path.name], re.M):
+            places = (folder / name.decode() for folder in (path.parent, *include))
+            waiting += [place for place in places if place.is_file()][:1]
+    return [part for name in sorted(found) for part in (name.encode(), found[name])]
+
+
 def objects(
     sources: Sequence[Path], flags: Sequence[str], include: Sequence[Path], compiler: tuple[str, ...]
 ) -> list[Path]:
-    """Compiled files, from the cache where nothing that they depend on has changed."""
-    headers = [h.read_bytes() for folder in include for h in sorted(folder.glob("*.h"))]
-    told = [" ".join(flags).encode(), _version(compiler).encode(), *headers]
+    """Compiled files, from the cache where nothing that they depend on has changed, wherever they lie."""
+    told = [" ".join(flags).encode(), _version(compiler).encode()]
     command = [*compiler, *flags, *(f"-I{folder}" for folder in include)]
 
     def one(source: Path) -> Path:
-        key = _digest([*told, source.name.encode(), source.read_bytes()])
+        key = _digest([*told, *_reached(source, include)])
         return _keep(cache_folder() / "objects" / f"{source.stem}-{key}.o", [*command, "-c", source])
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -232,7 +247,11 @@ MACHINES = {
 
 
 def linker_script(machine: Machine, flash_bytes: int, ram_bytes: int, stack_bytes: int) -> str:
-    """Where things lie on the emulated board: exactly its flash and RAM, the stack at RAM's start."""
+    """Where things lie on the emulated board: exactly its flash and RAM, the stack at RAM's start.
+
+    stack_bytes: 0 for STACK_BYTES, where the device's stack would lie in memory of its own that is not counted.
+    """
+    stack_bytes = stack_bytes or STACK_BYTES
     return f"""/* {machine.machine} with {flash_bytes} bytes of flash and {ram_bytes} of RAM. */
 ENTRY({"Reset_Handler" if machine.cpu.startswith("cortex") else "_start"})
 MEMORY {{
@@ -267,46 +286,87 @@ SECTIONS {{
 SECTIONS = ("-ffunction-sections", "-fdata-sections")
 
 
+@dataclass(frozen=True)
+class Firmware:
+    """A firmware that was built for an emulated board: its ELF file, and the memory that the linker held it to."""
+
+    elf: Path
+    machine: Machine
+    flash_bytes: int
+    ram_bytes: int
+
+
+def build_project(
+    folder: Path, device: Device | None = None, compiler: str = "zig", flags: Sequence[str] = ("-O3",)
+) -> Firmware:
+    """Compile and link an exported project (a target of MACHINES) as it stands, into the cache.
+
+    device: a board to hold it to, in place of the one that it was exported for. compiler: "zig" or "gcc". Raises
+    WrongUse for a folder that is no such project, CannotFit where it is larger than flash or RAM.
+    """
+    script_file = folder / "board.ld"
+    script = script_file.read_text() if script_file.is_file() else ""
+    named = re.match(r"/\* (\S+) with (\d+) bytes of flash and (\d+) of RAM", script)
+    machine = next((m for m in MACHINES.values() if named and m.machine == named[1]), None)
+    if machine is None or not named:
+        raise WrongUse(
+            "this is not an exported project that an emulated board can run",
+            where=str(folder),
+            number="board.ld is not there" if not script else "board.ld names no known machine",
+            action=f"acclimate export MODEL --target {next(iter(MACHINES))}; targets are {', '.join(MACHINES)}",
+        )
+    flash_bytes, ram_bytes = int(named[2]), int(named[3])
+    if device is not None:
+        flash_bytes, ram_bytes = device.flash_bytes, device.ram_bytes
+        script = linker_script(machine, flash_bytes, ram_bytes, device.reserve_bytes)
+    sources = sorted((folder / "src").glob("*.c"))
+    unrolled = ("-DAC_UNROLLED=1",) if (folder / "src" / "ac_unrolled.c").exists() else ()
+    return build_firmware(
+        sources, [folder / "src"], script, machine, flash_bytes, ram_bytes, compiler, (*unrolled, *flags)
+    )
+
+
 def build_firmware(
     sources: Sequence[Path],
     include: Sequence[Path],
-    device: Device,
-    cpu: str = "",
+    script: str,
+    machine: Machine,
+    flash_bytes: int,
+    ram_bytes: int,
     compiler: str = "zig",
     flags: Sequence[str] = ("-O3",),
-) -> tuple[Path, Machine]:
-    """Compile and link a firmware for the emulated board of a device: its ELF file, and where it runs.
-
-    sources: its C files, without the machine layer, which is the emulated board's. cpu: "" is the device's. compiler:
-    "zig" or "gcc" (arm-none-eabi-gcc). Raises CannotFit where it is larger than flash or RAM.
-    """
-    target = cpu_of(cpu or device.cpu)
-    if target.name not in MACHINES:
+) -> Firmware:
+    """Compile and link C files, the machine layer among them, by a linker script of `linker_script`."""
+    target = cpu_of(machine.cpu)
+    if compiler not in COMPILERS:
         raise WrongUse(
-            "no emulated board has this processor", number=target.name, action=f"{', '.join(MACHINES)}"
+            "there is no such compiler", number=repr(compiler), action=f"one of {', '.join(COMPILERS)}"
         )
-    machine = MACHINES[target.name]
     if compiler == "gcc":
         command, own, headers = gcc(target), (*target.gcc, *SECTIONS), [*include]
     else:
         command, headers = zig(), [*include, BOARDS / "include"]
         own = (*target.zig, *SECTIONS, "-fno-sanitize=undefined")
+    layer = [source for source in sources if source.name == machine.source]
     made = objects(
-        [*sources, BOARDS / machine.source], (*own, *FLAGS, *machine.defines, *flags), headers, command
+        [source for source in sources if source not in layer], (*own, *FLAGS, *flags), headers, command
     )
-    script = linker_script(machine, device.flash_bytes, device.ram_bytes, device.reserve_bytes or STACK_BYTES)
-    entry = "Reset_Handler" if target.is_arm else "_start"
+    made += objects(layer, (*own, *FLAGS, *machine.defines, *flags), headers, command)
     try:
-        return link(made, script, own, entry, command), machine
+        elf = link(made, script, own, "Reset_Handler" if target.is_arm else "_start", command)
     except AcclimateError as error:
-        if "overflow" in error.number or "will not fit" in error.number:
-            raise CannotFit(
-                "the firmware does not fit the board",
-                where=device.name,
-                number=f"flash {device.flash_bytes} bytes, RAM {device.ram_bytes} bytes; {error.number[-600:]}",
-                action="a larger device, or a smaller scheme or batch",
-            ) from None
-        raise
+        if "overflow" not in error.number and "will not fit" not in error.number:
+            raise
+        raise CannotFit(
+            "the firmware does not fit the board",
+            where=machine.machine,
+            number=f"flash {flash_bytes} bytes, RAM {ram_bytes} bytes; {error.number[-600:]}",
+            action="a larger device, or a smaller scheme or batch",
+        ) from None
+    return Firmware(elf, machine, flash_bytes, ram_bytes)
+
+
+COMPILERS = ("zig", "gcc")
 
 
 def gcc(cpu: Cpu) -> tuple[str, ...]:
