@@ -18,6 +18,9 @@ _PUBLIC = {
     "Plan": "planner",
     "Learner": "learner",
     "export": "firmware.export",
+    "Replay": "replay",
+    "Prototypes": "prototypes",
+    "reserve_classes": "classes",
     "load": "frontend",
     "from_torch": "frontend",
     "devices": "device",
@@ -59,6 +62,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from .auto import plan
+    from .classes import reserve_classes
     from .device import Device, devices
     from .errors import AcclimateError, BadInput, CannotFit, Refused, Unsupported, WrongUse
     from .firmware.export import export
@@ -87,6 +91,8 @@ if TYPE_CHECKING:
         ThresholdedDistillation,
     )
     from .planner import Plan
+    from .prototypes import Prototypes
+    from .replay import Replay
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, auto, delta, report, report_html, schemes
+from . import __version__, auto, delta, report, report_html, schemes, store
 from . import device as devices
 from .data import Dataset, split
 from .errors import AcclimateError, BadInput, CannotFit, Refused, WrongUse
@@ -685,7 +685,8 @@ def write_run(figures: dict[str, Any], folder: Path) -> Path:
 
 def updated_model(model: Graph, path: Path) -> Graph:
     """The model with a saved update in it; BadInput where the update is damaged or of another model."""
-    fingerprint, records = delta.decode(delta.read(path), str(path))
+    raw = store.delta_in(delta.read(path), model_hash(model), str(path))
+    fingerprint, records = delta.decode(raw, str(path))
     if fingerprint != model_hash(model):
         raise BadInput(
             "the update was learned from another model",

@@ -543,7 +543,12 @@ def evaluate(
     data: Data,
     update: Annotated[
         Path | None,
-        typer.Option("--update", metavar="FILE", help="What was learned: an .acu file.", show_default=False),
+        typer.Option(
+            "--update",
+            metavar="FILE",
+            help="What was learned: an .acu file, or the raw flash in which a board keeps it.",
+            show_default=False,
+        ),
     ] = None,
     loss: Loss = None,
     mean: Mean = None,

@@ -77,11 +77,6 @@ def encode(records: list[Record], model: int) -> bytes:
     return struct.pack("<4I", MAGIC, FORMAT, 16 + len(rest), zlib.crc32(rest)) + rest
 
 
-def is_delta(raw: bytes) -> bool:
-    """Whether these bytes start as a delta does."""
-    return raw[:4] == MAGIC.to_bytes(4, "little")
-
-
 def decode(raw: bytes, where: str = "") -> tuple[int, list[Record]]:
     """(model hash, records) from bytes of any origin; BadInput says what is wrong with them."""
 

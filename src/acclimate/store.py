@@ -126,3 +126,9 @@ def newest(raw: bytes, model: int | None = None, where: str = "") -> bytes:
         if any(not s.fault for s in slots)
         else "save on the board again",
     )
+
+
+def delta_in(raw: bytes, model: int, where: str = "") -> bytes:
+    """`raw` itself, or where it is a flash image the delta of its newest slot of this model."""
+    image = MAGIC in raw and not raw.startswith(b"ACUP")
+    return newest(raw, model, where) if image else raw

@@ -156,6 +156,8 @@ static void learned(uint32_t n) {
                 memcpy(at + 4 * k, &value, 4);
             else if (b.tensor->dtype == AC_I32)
                 memcpy(at + 4 * k, &n, 4);
+            else if (b.tensor->dtype == AC_I8)
+                at[k] = (uint8_t)(n + k);
         }
     }
 }

@@ -12,9 +12,11 @@ import pytest
 from runtime.native import STRICT, call, compile_all, compiler
 from runtime.nets import mlp, plans, samples
 from runtime.test_delta import CLearner
+from test_quantized import small_net
 
 import acclimate.runtime
 from acclimate import delta, store
+from acclimate.adapt import updated_model
 from acclimate.errors import BadInput
 from acclimate.ir import Dim, Graph
 from acclimate.learner import Learner
@@ -38,6 +40,7 @@ def power(harness, tmp_path_factory):
     plan = compile_plan(mlp(), batch_size=1, scheme={"one.bias": None}, optimizer="sgd")
     (folder / "small.acp").write_bytes(plan.program.bytes)
     (folder / "large.acp").write_bytes(plans()["mlp-adam-channels"].program.bytes)
+    (folder / "int8.acp").write_bytes(INTEGER.program.bytes)
     return folder
 
 
@@ -57,7 +60,7 @@ def cuts(power: Path, program: str, *geometry: int) -> dict:
 )
 def test_a_cut_at_every_byte(power, page, unit, pages, slots, mapped, pairs):
     """Of saves and rollbacks, in four ways each; then (pairs) of a second save after every cut of the first."""
-    for program, twice in (("small.acp", pairs), ("large.acp", 0)):
+    for program, twice in (("small.acp", pairs), ("large.acp", 0), ("int8.acp", 0)):
         room = pages if program == "small.acp" else 12 * pages
         found = cuts(power, program, page, unit, room, slots, mapped, twice)
         assert found["cuts"] > 2000 and found["old"] > 1000 and found["new"] > 100
@@ -175,6 +178,7 @@ def trained(plan, steps: int) -> Learner:
 
 
 PLAN = plans()["mlp-sgd"]
+INTEGER = compile_plan(small_net(batch=1), scheme={"head.weight": None, "head.bias": None}, optimizer="sgd")
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +201,10 @@ def test_python_reads_the_flash(library, states, tmp_path):
     (tmp_path / "flash.bin").write_bytes(dump)
     again = Learner(PLAN).restore(tmp_path / "flash.bin")
     assert again._main.state.tobytes() == states[2]._main.state.tobytes()
-    assert store.newest(dump) == found[0].delta
+    assert store.newest(dump) == found[0].delta == store.delta_in(dump, PLAN.model_hash)
+    updated = updated_model(PLAN.model, tmp_path / "flash.bin")
+    for name, value in again.parameters().items():
+        assert (updated.values[name].data == value).all()
     assert delta.decode(found[1].delta)[0] == PLAN.model_hash
 
 
@@ -223,6 +230,24 @@ def test_another_board_and_another_program(library, states, tmp_path):
     assert third.state.tobytes() == states[1]._main.state.tobytes()
     (kept,) = [s for s in store.read(third.image.tobytes()) if not s.fault]
     assert kept.delta == store.newest(first.image.tobytes())
+
+
+def test_integer_weights(library, tmp_path):
+    """What a quantised model learned, in flash and back: int8 weights and int32 biases."""
+    learner = Learner(INTEGER)
+    rng = np.random.default_rng(0)
+    learner.partial_fit(
+        rng.integers(-128, 128, (20, 3, 8, 8)).astype(np.int8), rng.integers(0, 5, 20), lr=0.5
+    )
+    board = Board(library, INTEGER)
+    start = board.state.tobytes()
+    kept = board.take(learner)
+    assert kept != start and board.call("save") == ""
+    again = Board(library, INTEGER, image=board.image)
+    assert again.call("load") == "" and again.state.tobytes() == kept
+    (tmp_path / "flash.bin").write_bytes(board.image)
+    assert Learner(INTEGER).restore(tmp_path / "flash.bin")._main.state.tobytes() == kept
+    assert {r.dtype for r in delta.decode(store.newest(board.image.tobytes()))[1]} == {"i8", "i32"}
 
 
 def test_rollback(library, states):
