@@ -206,9 +206,16 @@ class Machine:
 
 
 def _mps(
-    cpu: str, machine: str, flash: int, ram: int, uart: int, timer: int, timer_hz: int = 25_000_000
+    cpu: str,
+    machine: str,
+    flash: int,
+    ram: int,
+    uart: int,
+    timer: int,
+    timer_hz: int = 25_000_000,
+    *more: str,
 ) -> Machine:
-    defines = (f"-DAC_UART={uart:#x}u", f"-DAC_TIMER={timer:#x}u")
+    defines = (f"-DAC_UART={uart:#x}u", f"-DAC_TIMER={timer:#x}u", *more)
     per_tick = 125e6 / timer_hz
     return Machine(
         cpu,
@@ -232,6 +239,16 @@ MACHINES = {
         _mps("cortex-m4", "mps2-an386", 0, 0x20000000, 0x40004000, 0x40000000),
         _mps("cortex-m7", "mps2-an500", 0, 0x20000000, 0x40004000, 0x40000000),
         _mps("cortex-m33", "mps2-an505", 0x10000000, 0x38000000, 0x50200000, 0x50000000, 20_000_000),
+        _mps(
+            "cortex-m55",
+            "mps3-an547",
+            0x10000000,
+            0x30000000,
+            0x59303000,
+            0x58100000,
+            32_000_000,
+            "-DAC_SYSTEM_COUNTER",
+        ),
         Machine(
             "riscv32",
             "qemu-system-riscv32",
