@@ -69,5 +69,7 @@ def test_published_time_and_energy_of_a_pi():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for what, fitted in (("seconds", 1), ("joules", 2)):
-        errors = [abs(c[what] / c[f"published_{what}"] - 1) for c in found["cells"] if not c[f"{what}_fitted"]]
+        errors = [
+            abs(c[what] / c[f"published_{what}"] - 1) for c in found["cells"] if not c[f"{what}_fitted"]
+        ]
         assert len(errors) == 10 - fitted and sum(errors) / len(errors) < 0.10
