@@ -17,6 +17,7 @@ _PUBLIC = {
     "plan": "auto",
     "Plan": "planner",
     "Learner": "learner",
+    "export": "firmware.export",
     "Replay": "replay",
     "Prototypes": "prototypes",
     "reserve_classes": "classes",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from .classes import reserve_classes
     from .device import Device, devices
     from .errors import AcclimateError, BadInput, CannotFit, Refused, Unsupported, WrongUse
+    from .firmware.export import export
     from .frontend import from_torch, load, save
     from .grad import Channels, UpdateSet
     from .ir import Graph
