@@ -41,6 +41,8 @@ def arrays(row: Row, example: Example, seed: int = 0, dtype=np.float64) -> list[
             out.append(rng.integers(0, high, shape).astype(kind))
         elif domain.startswith("index:"):
             out.append(rng.permutation(int(domain[6:]))[: shape[0]].astype(np.int32))
+        elif domain.startswith("ascending:"):
+            out.append(np.sort(rng.permutation(int(domain[10:]))[: shape[0]]).astype(np.int32))
         elif domain == "step":
             out.append(rng.integers(0, 9, shape).astype(np.int32))
         elif domain == "bias":

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from .errors import BadInput
-from .grad import Tape, prune
-from .ir import Graph, Node, Value
+from .grad import Tape, UpdateSet, prune
+from .ir import Graph, Node, Type, Value
 from .ops import TABLE, evaluate, parse, verify
 from .ops.row import is_clamped
 
@@ -34,6 +34,37 @@ def freeze(model: Graph, learned: set[str]) -> Graph:
         if value.kind == "parameter" and name not in learned or value.kind == "state" and name not in kept:
             new.values[name] = replace(value, kind="constant")
     return new
+
+
+def split_parts(model: Graph, update_set: UpdateSet) -> Graph:
+    """A tensor of which some channels learn keeps them alone as a parameter; the rest is constant, and stays in flash.
+
+    Done where all that reads the tensor can read it in two parts (`row.parts`); others stay whole.
+    """
+    new, uses = model.copy(), model.consumers()
+    for name, channels in update_set.tensors.items():
+        value = model.values[name]
+        slots = [TABLE[n.op].parts for n in uses[name]]
+        apart = [
+            s is not None and n.inputs.count(name) == 1 and n.inputs[s[0]] == name and len(n.inputs) <= s[1]
+            for n, s in zip(uses[name], slots, strict=True)
+        ]
+        if channels is None or channels.axis != 1 or not apart or not all(apart):
+            continue
+        learned = sorted(channels.index)
+        index = new.constant(f"{name}.channels", np.array(learned), "i32")
+        fixed = new.add(replace(value, name=new.fresh(f"{name}.fixed"), kind="constant"))
+        data = np.ascontiguousarray(np.take(np.asarray(value.data), learned, 1))
+        new.values[name] = replace(
+            value, type=Type(data.shape, value.type.dtype), data=data, part=(fixed, index)
+        )
+        for i, node in enumerate(new.nodes):
+            if name in node.inputs:
+                at, part, which = TABLE[node.op].parts or (0, 0, 0)
+                inputs = [*node.inputs, *("",) * (which + 1 - len(node.inputs))]
+                inputs[at], inputs[part], inputs[which] = fixed, name, index
+                new.nodes[i] = replace(node, inputs=tuple(inputs))
+    return verify(new, "splitting tensors of which a part learns")
 
 
 def fold_constants(graph: Graph) -> Graph:
@@ -244,9 +275,10 @@ PIPELINE: tuple[Callable[[Graph], Graph], ...] = (
 )
 
 
-def prepare(model: Graph, learned: set[str]) -> Graph:
+def prepare(model: Graph, update_set: UpdateSet) -> Graph:
     """A model before it is differentiated: frozen parts folded, so that the backward part meets them folded too."""
-    return _checked(_checked(freeze(model, learned), fold_constants), fold_frozen)
+    frozen = split_parts(freeze(model, set(update_set.tensors)), update_set)
+    return _checked(_checked(frozen, fold_constants), fold_frozen)
 
 
 def run(graph: Graph) -> Graph:

@@ -103,7 +103,26 @@ def _quantize(a: Any, x: Any) -> list[Any]:
     return _bounded({"low": LOW, "high": HIGH}, y)
 
 
-def _q_conv(a: Any, x: Any, w: Any, b: Any, m: Any, shift: Any) -> list[Any]:
+def _joined(w: Any, part: Any, index: Any) -> Any:
+    """w (O, C, ...) with its channels `index` from `part` (O, K, ...)."""
+    if part is None:
+        return w
+    w = w.copy()
+    w[:, index] = part
+    return w
+
+
+def _check_part(w: Type, part: Type | None, index: Type | None) -> None:
+    if (part is None) != (index is None):
+        raise BadInput("channels that learn come with their indices", where=str(w))
+    if part is not None and (w.shape[2:] != part.shape[2:] or part.shape[1] > w.shape[1]):
+        raise BadInput("channels that learn do not have the shape of the weight's", where=f"{w}, part {part}")
+
+
+def _q_conv(
+    a: Any, x: Any, w: Any, b: Any, m: Any, shift: Any, part: Any = None, index: Any = None
+) -> list[Any]:
+    w = _joined(w, part, index)
     acc = _conv(a, x.astype(np.int64) - a["x_zero"], w.astype(np.int64))[0]
     channel = (1, -1) + (1,) * (acc.ndim - 2)
     if b is not None:
@@ -112,6 +131,7 @@ def _q_conv(a: Any, x: Any, w: Any, b: Any, m: Any, shift: Any) -> list[Any]:
 
 
 def _q_conv_shape(attrs: Any, x: Type, w: Type, *rest: Type | None) -> list[Type]:
+    _check_part(w, *rest[3:])
     if math.prod(w.shape[1:]) > MAX_TAPS:
         raise BadInput(
             "a convolution sums too many products for an int32",
@@ -190,30 +210,43 @@ def _passed(tape: Any, node: Any, d: str, output: int = 1) -> str:
 
 
 def _q_conv_grad(tape: Any, node: Any, d: str, *_: str) -> list[str]:
-    x, w, b = node.inputs[:3]
+    x, w, b, _, _, part, index = (*node.inputs, "", "")[:7]
     graph, wants = tape.graph, tape.wants
-    if not any(n and wants(n) for n in (x, w, b)):
-        return ["", "", "", "", ""]
+    if not any(n and wants(n) for n in (x, w, b, part)):
+        return [""] * 7
     d = _passed(tape, node, d)
     geometry = {name: node.attrs[name] for name in _GEOMETRY}
-    zero, scale = node.attrs["x_zero"], node.attrs["x_scale"]
     dx = dw = db = ""
     if wants(x):
-        size = graph.shape(x)[2:]
-        dx = tape.emit("q_conv_input_grad", d, w, _weight_scale(tape, node), size=size, **geometry)
-    if wants(w):
-        kernel = graph.shape(w)[2:]
-        dw = tape.emit("q_conv_weight_grad", x, d, kernel=kernel, x_zero=zero, x_scale=scale, **geometry)
+        size, scale = graph.shape(x)[2:], _weight_scale(tape, node)
+        dx = tape.emit("q_conv_input_grad", d, w, scale, "", part, index, size=size, **geometry)
+    if wants(part or w):
+        of = {"kernel": graph.shape(w)[2:], "x_zero": node.attrs["x_zero"], "x_scale": node.attrs["x_scale"]}
+        some = part and geometry["groups"] == 1  # then only what learns is computed
+        dw = tape.emit(
+            "q_conv_weight_grad", tape.emit("take", x, index, axis=1) if some else x, d, **of, **geometry
+        )
+        dw = tape.emit("take", dw, index, axis=1) if part and not some else dw
     if b and wants(b):
         db = tape.emit("sum", d, axes=mask((0, *range(2, len(graph.shape(d))))))
-    return [dx, dw, db, "", ""]
+    return [dx, "" if part else dw, db, "", "", dw if part else "", ""]
 
 
-def _input_grad(a: Any, d: Any, w: Any, scale: Any, bits: Any = None) -> list[Any]:
+def _input_grad(
+    a: Any, d: Any, w: Any, scale: Any, bits: Any = None, part: Any = None, index: Any = None
+) -> list[Any]:
+    w = _joined(w, part, index)
     if bits is not None:
         d = np.where(bits, d, 0)
     real = w.astype(d.dtype) * scale.astype(d.dtype).reshape(-1, *(1,) * (w.ndim - 1))
     return _conv_input_grad(a, d, real)
+
+
+def _q_input_grad_shape(
+    a: Any, d: Type, w: Type, scale: Type, bits: Type | None, *part: Type | None
+) -> list[Type]:
+    _check_part(w, *part)
+    return _input_grad_shape(a, d, w)
 
 
 def _weight_grad(a: Any, x: Any, d: Any) -> list[Any]:
@@ -306,6 +339,7 @@ _SCALE = {"scale": Attr("f"), "zero": Attr("i", 0)}
 _FIXED = {3: "multiplier", 4: "shift"}
 _ZEROS = ({"x_zero": 3, "y_zero": -7}, {"x_zero": -128, "y_zero": -128, "low": -128, "high": 90}, {})
 _SHAPES = (Example(((3, 4, 5),)), Example(((2, 33),)))
+_PARTS = tuple(c for c in _CASES if c[1][1] > 1)[:4]  # with channels of which some may learn
 _NO_SECOND = "second derivatives are not needed"
 _WHY = "an update is not differentiated"
 
@@ -337,9 +371,10 @@ ROWS = (
     ),
     Row(
         "q_conv",
-        "NC~:i8, Oc~:i8, O:i32?, O:i32, O:i32 -> NO~:i8, NO~:bit?",
+        "NC~:i8, Oc~:i8, O:i32?, O:i32, O:i32, OK~:i8?, K:i32? -> NO~:i8, NO~:bit?",
         "Integer convolution: sums of (x - x_zero) * w with an optional bias, times multiplier * 2^(shift - 31) of the "
-        "output channel, plus y_zero, clamped.",
+        "output channel, plus y_zero, clamped. Of w the channels that the last input lists are those of the one "
+        "before.",
         _q_conv,
         tuple(
             Example(
@@ -348,20 +383,30 @@ ROWS = (
                 {2: "bias", **_FIXED},
             )
             for i, (x, w, g) in enumerate(_CASES)
+        )
+        + tuple(
+            Example(
+                (x, w, (w[0],), (w[0],), (w[0],), (w[0], 2, *w[2:]), (2,)),
+                g,
+                {2: "bias", **_FIXED, 6: f"ascending:{w[1]}"},
+            )
+            for x, w, g in _PARTS
         ),
         attrs=_Q_CONV,
         shape=_q_conv_shape,
         grad=_q_conv_grad,
         check=True,
-        fixed=(3, 4),
+        fixed=(3, 4, 6),
+        parts=(1, 5, 6),
         roles={1: "weight", 2: "bias"},
         cost=lambda a, i, o: _macs(a, o[0].size, i[1].shape),
     ),
     Row(
         "q_conv_input_grad",
-        "NO~, Oc~:i8, O, NO~:bit? -> NC~",
+        "NO~, Oc~:i8, O, NO~:bit?, OK~:i8?, K:i32? -> NC~",
         "Gradient of an integer convolution with respect to its input; scale: of each output channel's weights. Where "
-        "the bits are not set, d counts as zero.",
+        "the bits are not set, d counts as zero. Of w the channels that the last input lists are those of the one "
+        "before.",
         _input_grad,
         tuple(
             Example(
@@ -370,11 +415,21 @@ ROWS = (
                 {2: "positive", 3: "bits"},
             )
             for i, (x, w, g) in enumerate(_CASES)
+        )
+        + tuple(
+            Example(
+                (_out(x, w, g), w, (w[0],), None, (w[0], 2, *w[2:]), (2,)),
+                {**g, "size": x[2:]},
+                {2: "positive", 5: f"ascending:{w[1]}"},
+            )
+            for x, w, g in _PARTS
         ),
         attrs={**_GEOMETRY, "size": Attr("i2", pad=1)},
-        shape=lambda a, d, w, scale, bits: _input_grad_shape(a, d, w),
+        shape=_q_input_grad_shape,
         gated=3,
         check=True,
+        fixed=(5,),
+        parts=(1, 4, 5),
         no_grad=_NO_SECOND,
         cost=lambda a, i, o: _macs(a, i[0].size, i[1].shape),
     ),

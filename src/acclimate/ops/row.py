@@ -90,6 +90,8 @@ class Row:
     )
     check: bool = False  # the C loader calls ac_check_<name> besides the signature
     fixed: tuple[int, ...] = ()  # inputs that must be constants, since the loader checks what they hold
+    parts: tuple[int, int, int] | None = None
+    # (i, j, k): the channels of input i, along its axis 1, that input k lists are read from input j instead
     roles: Mapping[int, str] = field(
         default_factory=dict
     )  # what a parameter is as input i: "weight", "bias", "scale"

@@ -113,27 +113,38 @@ ac_status AC_KERNEL(q_table_grad)(const ac_call *call) {
 
 /* ---- convolution ---- */
 
-/* Sum over the taps inside of x, over the channels of the group, of (x - zero) * w, for output pixel (p, q). */
-static int32_t sum_of(const ac_attr_q_conv *a, const int8_t *x, const shape *in, const int8_t *w, const shape *kernel,
-                      int p, int q) {
+/* Weights whose tensors are input `at` of a call and, where some channels lie apart, the inputs `part` and the next. */
+static ac_weights weights_of(const ac_call *call, int at, int part) {
+    const ac_tensor *t = AC_IN_T(call, at);
+    const int parts = AC_IN(call, part) ? AC_IN_T(call, part)->dim[1] : 0;
+    return (ac_weights){AC_IN(call, at), AC_IN(call, part), AC_IN(call, part + 1), t->dim[1], parts, shape_of(t).plane};
+}
+
+/* Sum over the taps inside of x, over the channels of the group, of (x - zero) * w, for pixel (p, q) of output o. */
+static int32_t sum_of(const ac_attr_q_conv *a, const int8_t *x, const shape *in, const ac_weights *w, int o,
+                      const shape *kernel, int p, int q) {
     const int row = p * a->stride[0] - a->before[0], col = q * a->stride[1] - a->before[1];
     const int top = first_inside(row, a->dilation[0], kernel->h), bottom = end_inside(row, a->dilation[0], in->h, kernel->h);
     const int left = first_inside(col, a->dilation[1], kernel->w), right = end_inside(col, a->dilation[1], in->w, kernel->w);
     int32_t sum = 0;
-    for (int c = 0; c < kernel->c; c++)
+    for (int c = 0, next = 0; c < kernel->c; c++) {
+        const int8_t *weight = ac_weights_of(w, o, c, &next);
         for (int i = top; i < bottom; i++) {
             const int8_t *from = x + (size_t)c * in->plane + (size_t)(row + i * a->dilation[0]) * (size_t)in->w;
-            const int8_t *by = w + (size_t)c * kernel->plane + (size_t)i * (size_t)kernel->w;
+            const int8_t *by = weight + (size_t)i * (size_t)kernel->w;
             for (int j = left; j < right; j++) sum += (from[col + j * a->dilation[1]] - a->x_zero) * by[j];
         }
+    }
     return sum;
 }
 
-/* x (N, C, H, W), w (O, C / groups, kH, kW), b (O)?, multiplier (O), shift (O) -> y (N, O, P, Q), whether it is in range */
+/* x (N, C, H, W), w (O, C / groups, kH, kW), b (O)?, multiplier (O), shift (O), part (O, K, kH, kW)?, index (K)?
+ * -> y (N, O, P, Q), whether it is in range */
 ac_status AC_KERNEL(q_conv)(const ac_call *call) {
     const ac_attr_q_conv *a = call->attr;
     const shape in = shape_of(AC_IN_T(call, 0)), kernel = shape_of(AC_IN_T(call, 1)), out = shape_of(AC_OUT_T(call, 0));
-    const int8_t *x = AC_IN(call, 0), *w = AC_IN(call, 1);
+    const int8_t *x = AC_IN(call, 0);
+    const ac_weights w = weights_of(call, 1, 5);
     const int32_t *b = AC_IN(call, 2), *m = AC_IN(call, 3), *shift = AC_IN(call, 4);
     int8_t *y = AC_OUT(call, 0);
     ac_bit_writer bits = {AC_OUT(call, 1), 0, 0};
@@ -141,10 +152,9 @@ ac_status AC_KERNEL(q_conv)(const ac_call *call) {
     for (int n = 0; n < out.n; n++)
         for (int o = 0; o < out.c; o++) {
             const int8_t *from = x + ((size_t)n * (size_t)in.c + (size_t)(o / per_group * kernel.c)) * in.plane;
-            const int8_t *by = w + (size_t)o * (size_t)kernel.c * kernel.plane;
             for (int p = 0; p < out.h; p++)
                 for (int q = 0; q < out.w; q++) {
-                    const int32_t sum = ac_wrap_add(sum_of(a, from, &in, by, &kernel, p, q), b ? b[o] : 0);
+                    const int32_t sum = ac_wrap_add(sum_of(a, from, &in, &w, o, &kernel, p, q), b ? b[o] : 0);
                     const int32_t v = ac_wrap_add(ac_scaled(sum, m[o], shift[o]), a->y_zero);
                     *y++ = (int8_t)ac_clamped(v, a->low, a->high);
                     ac_put_bit(&bits, v >= a->low && v <= a->high);
@@ -156,22 +166,23 @@ ac_status AC_KERNEL(q_conv)(const ac_call *call) {
 
 static int bit_of(const uint32_t *bits, size_t i) { return !bits || (bits[i >> 5] >> (i & 31u) & 1u); }
 
-/* d (N, O, P, Q), w (O, C / groups, kH, kW), scale (O), bits (N, O, P, Q)? -> dx (N, C, H, W) */
+/* d (N, O, P, Q), w (O, C / groups, kH, kW), scale (O), bits (N, O, P, Q)?, part (O, K, kH, kW)?, index (K)?
+ * -> dx (N, C, H, W) */
 ac_status AC_KERNEL(q_conv_input_grad)(const ac_call *call) {
     const ac_attr_q_conv_input_grad *a = call->attr;
     const shape in = shape_of(AC_OUT_T(call, 0)), kernel = shape_of(AC_IN_T(call, 1)), out = shape_of(AC_IN_T(call, 0));
     const float *d = AC_IN(call, 0), *scale = AC_IN(call, 2);
-    const int8_t *w = AC_IN(call, 1);
+    const ac_weights w = weights_of(call, 1, 4);
     const uint32_t *bits = AC_IN(call, 3);
     float *dx = AC_OUT(call, 0);
     const int per_group = out.c / a->groups;
     memset(dx, 0, AC_OUT_T(call, 0)->size * sizeof(float));
     for (int n = 0; n < out.n; n++)
         for (int o = 0; o < out.c; o++)
-            for (int c = 0; c < kernel.c; c++) {
+            for (int c = 0, next = 0; c < kernel.c; c++) {
                 const size_t image = (size_t)n * (size_t)out.c + (size_t)o;
                 float *to = dx + ((size_t)n * (size_t)in.c + (size_t)(o / per_group * kernel.c + c)) * in.plane;
-                const int8_t *by = w + ((size_t)o * (size_t)kernel.c + (size_t)c) * kernel.plane;
+                const int8_t *by = ac_weights_of(&w, o, c, &next);
                 for (int i = 0; i < kernel.h; i++)
                     for (int j = 0; j < kernel.w; j++) {
                         const float weight = (float)by[i * kernel.w + j] * scale[o];

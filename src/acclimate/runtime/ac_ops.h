@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x51C9982Cu
+#define AC_TABLE_HASH 0x0DE8874Du
 
 typedef enum {
     AC_OP_RELU = 0,

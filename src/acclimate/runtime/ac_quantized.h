@@ -2,6 +2,7 @@
 #ifndef AC_QUANTIZED_H
 #define AC_QUANTIZED_H
 
+#include "ac_kernel.h"
 #include "ac_math.h"
 
 /* x + y as an int32 holds it */
@@ -33,6 +34,21 @@ AC_INLINE int32_t ac_half_away(float x) {
     const int32_t whole = (int32_t)x;
     const float rest = x - (float)whole;
     return rest >= 0.5f ? whole + 1 : rest <= -0.5f ? whole - 1 : whole;
+}
+
+/* Weights (O, C, ...), of which the channels that `index` lists, ascending, are read from `part` (O, parts, ...). */
+typedef struct {
+    const int8_t *whole, *part;
+    const int32_t *index;
+    int channels, parts; /* parts 0: all are in `whole` */
+    size_t plane;        /* elements of one channel */
+} ac_weights;
+
+/* Those of output o and input channel c. *next is 0 for an output's first channel, and channels must ascend. */
+AC_INLINE const int8_t *ac_weights_of(const ac_weights *w, int o, int c, int *next) {
+    while (*next < w->parts && w->index[*next] < c) ++*next;
+    if (*next < w->parts && w->index[*next] == c) return w->part + ((size_t)o * (size_t)w->parts + (size_t)*next) * w->plane;
+    return w->whole + ((size_t)o * (size_t)w->channels + (size_t)c) * w->plane;
 }
 
 /* Bits of a mask, set one after another. */
