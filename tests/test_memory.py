@@ -78,18 +78,24 @@ def test_a_sparse_update_of_any_model():
 PART = {"a.weight": Channels(1, (2,)), "p.weight": Channels(1, (6, 1, 4)), "head.bias": None}
 
 
-def learned(update, steps=6, **options):
+def learned(update, steps=6, gradients="float32", **options):
     graph = small_net(5)
     rng = np.random.default_rng(0)
     x, y = rng.normal(0, 1, (2 * steps, 3, 8, 8)).astype(np.float32), rng.integers(0, 5, 2 * steps)
     plan = acclimate.plan(
-        graph, scheme=UpdateSet(update), batch_size=2, optimizer=acclimate.SGD(lr=0.5, **options)
+        graph,
+        scheme=UpdateSet(update),
+        batch_size=2,
+        optimizer=acclimate.SGD(lr=0.5, **options),
+        gradients=gradients,
     )
     return acclimate.Learner(plan).partial_fit(x, y), x, y
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"momentum": 0.9}, {"rounding": "residual"}, {"accumulate": 2}], ids=str
+    "options",
+    [{}, {"momentum": 0.9}, {"rounding": "residual"}, {"accumulate": 2}, {"gradients": "int16"}],
+    ids=str,
 )
 def test_the_state_holds_what_learns_and_no_more(options):
     some, x, y = learned(PART, **options)

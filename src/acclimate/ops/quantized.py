@@ -103,7 +103,7 @@ def _quantize(a: Any, x: Any) -> list[Any]:
     return _bounded({"low": LOW, "high": HIGH}, y)
 
 
-def _joined(w: Any, part: Any, index: Any) -> Any:
+def joined(w: Any, part: Any, index: Any) -> Any:
     """w (O, C, ...) with its channels `index` from `part` (O, K, ...)."""
     if part is None:
         return w
@@ -112,7 +112,7 @@ def _joined(w: Any, part: Any, index: Any) -> Any:
     return w
 
 
-def _check_part(w: Type, part: Type | None, index: Type | None) -> None:
+def check_part(w: Type, part: Type | None, index: Type | None) -> None:
     if (part is None) != (index is None):
         raise BadInput("channels that learn come with their indices", where=str(w))
     if part is not None and (w.shape[2:] != part.shape[2:] or part.shape[1] > w.shape[1]):
@@ -122,7 +122,7 @@ def _check_part(w: Type, part: Type | None, index: Type | None) -> None:
 def _q_conv(
     a: Any, x: Any, w: Any, b: Any, m: Any, shift: Any, part: Any = None, index: Any = None
 ) -> list[Any]:
-    w = _joined(w, part, index)
+    w = joined(w, part, index)
     acc = _conv(a, x.astype(np.int64) - a["x_zero"], w.astype(np.int64))[0]
     channel = (1, -1) + (1,) * (acc.ndim - 2)
     if b is not None:
@@ -131,7 +131,7 @@ def _q_conv(
 
 
 def _q_conv_shape(attrs: Any, x: Type, w: Type, *rest: Type | None) -> list[Type]:
-    _check_part(w, *rest[3:])
+    check_part(w, *rest[3:])
     if math.prod(w.shape[1:]) > MAX_TAPS:
         raise BadInput(
             "a convolution sums too many products for an int32",
@@ -235,7 +235,7 @@ def _q_conv_grad(tape: Any, node: Any, d: str, *_: str) -> list[str]:
 def _input_grad(
     a: Any, d: Any, w: Any, scale: Any, bits: Any = None, part: Any = None, index: Any = None
 ) -> list[Any]:
-    w = _joined(w, part, index)
+    w = joined(w, part, index)
     if bits is not None:
         d = np.where(bits, d, 0)
     real = w.astype(d.dtype) * scale.astype(d.dtype).reshape(-1, *(1,) * (w.ndim - 1))
@@ -245,7 +245,7 @@ def _input_grad(
 def _q_input_grad_shape(
     a: Any, d: Type, w: Type, scale: Type, bits: Type | None, *part: Type | None
 ) -> list[Type]:
-    _check_part(w, *part)
+    check_part(w, *part)
     return _input_grad_shape(a, d, w)
 
 

@@ -50,9 +50,9 @@ static ac_status check_bits(const ac_tensor *bits, const ac_tensor *like) {
     return AC_OK;
 }
 
-/* Channels of w that lie apart, inputs `part` and the next: each exists, and they ascend. */
-static ac_status check_part(const ac_call *call, int part) {
-    const ac_tensor *w = AC_IN_T(call, 1), *t = AC_IN_T(call, part), *index = AC_IN_T(call, part + 1);
+/* Channels of the weights, input `at`, that lie apart in `part`; the input after that has which: they exist, and ascend. */
+ac_status ac_check_part(const ac_call *call, int at, int part) {
+    const ac_tensor *w = AC_IN_T(call, at), *t = AC_IN_T(call, part), *index = AC_IN_T(call, part + 1);
     const int32_t *channel = AC_IN(call, part + 1);
     if (!t && !index) return AC_OK;
     if (!t || !index || !channel) return AC_E_OP;
@@ -70,7 +70,7 @@ ac_status ac_check_q_conv(const ac_call *call) {
     for (uint32_t o = 0; o < AC_IN_T(call, 3)->size; o++)
         if (!is_scaling(m[o], shift[o])) return AC_E_OP;
     ac_status status = ac_check_window(AC_IN_T(call, 0), AC_IN_T(call, 1), AC_OUT_T(call, 0), a->stride, a->groups);
-    if (status == AC_OK) status = check_part(call, 5);
+    if (status == AC_OK) status = ac_check_part(call, 1, 5);
     if (status != AC_OK) return status;
     return few_taps(AC_IN_T(call, 1)) ? check_bits(AC_OUT_T(call, 1), AC_OUT_T(call, 0)) : AC_E_SHAPE;
 }
@@ -78,7 +78,7 @@ ac_status ac_check_q_conv(const ac_call *call) {
 ac_status ac_check_q_conv_input_grad(const ac_call *call) {
     const ac_attr_q_conv_input_grad *a = call->attr;
     ac_status status = ac_check_window(AC_OUT_T(call, 0), AC_IN_T(call, 1), AC_IN_T(call, 0), a->stride, a->groups);
-    if (status == AC_OK) status = check_part(call, 4);
+    if (status == AC_OK) status = ac_check_part(call, 1, 4);
     if (status != AC_OK) return status;
     return ac_same_sides(a->size, AC_OUT_T(call, 0)) ? check_bits(AC_IN_T(call, 3), AC_IN_T(call, 0)) : AC_E_SHAPE;
 }

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x0E46D702u
+#define AC_TABLE_HASH 0xAB6668AFu
 
 typedef enum {
     AC_OP_RELU = 0,
