@@ -2,14 +2,19 @@
 
 import numpy as np
 import pytest
+from cases import run_c
 from mcunet import mcunet, needs_mcunet
-from test_quantized import small_net
+from test_quantized import conv, small_net
 
 import acclimate
-from acclimate import delta, schemes
+from acclimate import blocks, delta, schemes
 from acclimate.errors import BadInput, WrongUse
 from acclimate.grad import Channels, UpdateSet
-from acclimate.ops import TABLE
+from acclimate.ir import Dim, Graph, Quant
+from acclimate.layout import arrange
+from acclimate.ops import TABLE, emit, evaluate, verify
+from acclimate.ops.quantized import add_attrs
+from acclimate.passes import freeze
 from acclimate.planner import compile_plan
 
 TTE = ("49kb", "74kb", "99kb", "124kb", "148kb")
@@ -143,3 +148,85 @@ def test_deltas_of_parts(tmp_path):
 def test_part_of_axis_0_stays_whole():
     learner, *_ = learned({"p.weight": Channels(0, (1, 3))})
     assert learner.plan.program.entries["state"]["p.weight"].type.shape == (8, 8, 1, 1)
+
+
+# -- blocks of convolutions, a few rows at a time -------------------------------------------------------------------
+
+
+def chain_net(rng):
+    """Random convolutions one after another, some depthwise, some in residual branches."""
+    graph = Graph(2)
+    size = int(rng.integers(7, 14))
+    q = (0.02, int(rng.integers(-9, 9)))
+    x = graph.input("x", (Dim(1, 2), 3, size, size + 1), "i8", Quant(*q))
+    for i in range(int(rng.integers(3, 9))):
+        kind, to = rng.integers(0, 4), (0.03, int(rng.integers(-9, 9)))
+        c = graph.shape(x)[1]
+        if kind == 0:  # a residual branch
+            a = conv(graph, x, q, f"{i}a", 5, 1, to, rng, before=(0, 0), after=(0, 0))
+            d = conv(graph, a, to, f"{i}d", 5, 3, to, rng, groups=5)
+            p = conv(graph, d, to, f"{i}p", c, 1, to, rng, before=(0, 0), after=(0, 0))
+            pair = (x, p) if rng.random() < 0.5 else (p, x)
+            scales = [q if n == x else to for n in pair]
+            x, q = emit(graph, "q_add", *pair, **add_attrs(*scales, (0.05, 1))), (0.05, 1)
+        elif kind == 1:
+            k = int(rng.choice([3, 5, 7]))
+            stride = (int(rng.integers(1, 3)),) * 2
+            x, q = (
+                conv(
+                    graph,
+                    x,
+                    q,
+                    f"{i}",
+                    c,
+                    k,
+                    to,
+                    rng,
+                    groups=c,
+                    stride=stride,
+                    before=(k // 2,) * 2,
+                    after=(k // 2,) * 2,
+                ),
+                to,
+            )
+        else:
+            x, q = conv(graph, x, q, f"{i}", int(rng.integers(2, 9)), 1 + 2 * int(kind == 2), to, rng), to
+        if min(graph.shape(x)[2:]) < 3:
+            break
+    graph.outputs["output"] = x
+    return verify(graph)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("share", [0.0, 0.6, 0.9])
+def test_blocks_give_the_same_integers(seed, share):
+    """C against numpy, which knows no rows; as few rows as can be, and some more."""
+    rng = np.random.default_rng(seed)
+    graph = freeze(chain_net(rng), set())
+    plain = arrange(graph)
+    fused = blocks.fuse(graph, int(plain.arena_bytes * share))
+    layout = arrange(fused)
+    assert layout.arena_bytes <= plain.arena_bytes
+    assert (
+        share
+        or any(n.op == "q_block" for n in fused.nodes)
+        or not any(len(r.nodes) > 1 for r in blocks.runs(graph))
+    )
+    x = rng.integers(-128, 128, graph.shape("x")).astype(np.int8)
+    want = evaluate(graph, {"x": x})[graph.outputs["output"]]
+    assert np.array_equal(run_c(fused, {"x": x}, layout=layout)["output"], want)
+    assert np.array_equal(evaluate(fused, {"x": x})[fused.outputs["output"]], want)
+
+
+@needs_mcunet
+def test_mcunet_in_blocks():
+    graph = freeze(mcunet(), set())
+    fused = blocks.fuse(graph)
+    plain, rows = arrange(graph), arrange(fused)
+    assert plain.arena_bytes == 163840
+    assert rows.arena_bytes <= 79000
+    assert [len(r.nodes) for r in blocks.runs(graph)][:3] == [6, 3, 3]
+    x = np.random.default_rng(0).integers(-128, 128, graph.shape("x")).astype(np.int8)
+    want = run_c(graph, {"x": x}, layout=plain)["output"]
+    assert np.array_equal(run_c(fused, {"x": x}, layout=rows)["output"], want)
+    assert len(np.unique(want)) > 3

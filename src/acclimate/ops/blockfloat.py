@@ -1,8 +1,8 @@
 """Gradients as block floating point: int16 or int8 mantissas with one exponent for each channel of each sample.
 
-An element is m * 2^e. The exponents are found as the numbers are made, so that each channel uses the bits it has, whatever
-the size of its gradients; sums are exact in int32. So a backward part needs two bytes an element, or one, and no floating
-point unit. A row's `narrow` rule says how its float form is done on blocks; `blockfloat.narrow` rewrites a whole graph.
+An element is m * 2^e. The exponents are found as the numbers are made, so that each channel uses the bits it has,
+whatever the size of its gradients; sums are exact in int32. So a backward part needs two bytes an element, or one, and
+no floating point unit. NARROW says how a float gradient's op is done on blocks; passes.narrow rewrites a whole graph.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ FREE_BITS = 9  # of an int32 that sums products of an int16 and an int8: so many
 
 
 def dtype_of(bits: int) -> str:
-    return {16: "i16", 8: "i8"}[bits]
+    if bits not in (16, 8):
+        raise BadInput("mantissas have 16 bits, or 8", number=str(bits))
+    return "i16" if bits == 16 else "i8"
 
 
 def _e(e: Any) -> Any:
@@ -170,7 +172,7 @@ def ratios(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ratio.astype(np.int32), np.where(ratio > 0, power, 0).astype(np.int32)
 
 
-# -- how float gradients become blocks: (tape, node, *blocks, bits) -> blocks of the output, or the name of its floats --
+# -- how a float gradient is done on blocks: (tape, node, *blocks, bits) -> blocks, or the name of floats -----------
 
 
 def _narrow_gate(tape: Any, node: Any, block: Any, bits: int) -> Any:
@@ -254,6 +256,12 @@ def _block_types(attrs: Any, x: Type) -> list[Type]:
     return [Type(x.shape, dtype_of(attrs["bits"])), Type(x.shape[:2], "i32")]
 
 
+def _alike(m: Type, other: Type, dtype: str = "") -> Type:
+    if tuple(m.shape) != tuple(other.shape) or (dtype and dtype != m.dtype):
+        raise BadInput("two tensors of blocks must be alike", where=f"{m}, {other}")
+    return m
+
+
 def _same_blocks(m: Type) -> list[Type]:
     return [m, Type(m.shape[:2], "i32")]
 
@@ -295,7 +303,7 @@ ROWS = (
         "Mantissas where the bit is set, 0 elsewhere.",
         lambda a, m, bits: [np.where(bits, m, 0).astype(m.dtype)],
         tuple(Example((s, s), {}, {0: k, 1: "bits"}) for s in _SHAPES for k in ("i16", "i8")),
-        shape=lambda a, m, bits: [m],
+        shape=lambda a, m, bits: [_alike(m, bits)],
         in_place=(0,),
         check=True,
         no_grad=_NO_SECOND,
@@ -320,8 +328,8 @@ ROWS = (
     Row(
         "bf_conv_input_grad",
         "NO~:i16/i8, N:i32, Oc~:i8, OK~:i8?, K:i32? -> NC~:i16/i8, NC:i32",
-        "Gradient of an integer convolution with respect to its input, from blocks that share an exponent; sums in int32. "
-        "Of w the channels that the last input lists are those of the one before.",
+        "Gradient of an integer convolution with respect to its input, from blocks of one exponent; sums in int32. Of "
+        "w the channels that the last input lists are those of the one before.",
         _bf_input_grad,
         tuple(
             Example((_out(x, w, g), x[:1], w), {**g, "size": x[2:], "bits": b}, {0: k, 1: "exponent"})
@@ -382,7 +390,7 @@ ROWS = (
             for s in _SHAPES
             for k in ("i16", "i8")
         ),
-        shape=lambda a, m, *_: _same_blocks(m),
+        shape=lambda a, m, e, n, f: _same_blocks(_alike(m, n, n.dtype)),
         in_place=(0,),
         check=True,
         no_grad=_NO_SECOND,
@@ -432,15 +440,17 @@ ROWS = (
             Example(((4, 3, 4), (4, 3)), {"shape": (2, 8, 3)}, {0: "i8", 1: "exponent"}),
         ),
         attrs={"shape": Attr("-")},
-        shape=lambda a, m, e: _same_blocks(Type(_checked_shape(a, m), m.dtype)),
+        shape=lambda a, m, e: _same_blocks(Type(_checked_shape(a, m, e), m.dtype)),
         check=True,
         no_grad=_NO_SECOND,
     ),
 )
 
 
-def _checked_shape(attrs: Any, m: Type) -> tuple[int, ...]:
+def _checked_shape(attrs: Any, m: Type, e: Type) -> tuple[int, ...]:
     shape = tuple(attrs["shape"])
+    if tuple(e.shape) != tuple(m.shape[:2]) or len(m.shape) < 2:
+        raise BadInput("there is one exponent a channel and sample", where=f"{m}, {e}")
     if math.prod(shape) != m.size or not 2 <= len(shape) <= 6:
         raise BadInput("a reshape must keep the number of elements", where=str(m), number=f"to {shape}")
     return shape

@@ -10,7 +10,8 @@ the ops that clamp holds one bit an element: the rounded value lay within low..h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from .row import Attr, Cost, Example, Row
 LOW, HIGH = -128, 127
 ADD_SHIFT = 20  # bits that an addition gains before it scales its inputs
 RESIDUAL = 256  # parts of a weight's step that its residual counts
+MAX_STAGES = 6  # convolutions of a block
 MAX_TAPS = 65535  # products that an int32 sums without overflow
 NEAREST, STOCHASTIC = 0, 1
 
@@ -142,6 +144,95 @@ def _q_conv_shape(attrs: Any, x: Type, w: Type, *rest: Type | None) -> list[Type
     return [Type(y, "i8"), Type(y, "bit")]
 
 
+def block_attrs(
+    convolutions: Sequence[Mapping[str, Any]],
+    rows: tuple[int, ...],
+    add: Mapping[str, Any] | None,
+    swapped: bool,
+) -> dict[str, Any]:
+    """Attributes of the q_block that does what some q_conv do, and then q_add. swapped: x is its first input."""
+    other = {"a": "b", "b": "a"} if swapped else {}
+    return {
+        "geometry": tuple(int(v) for c in convolutions for k in ("stride", "before", "after") for v in c[k]),
+        "scaling": tuple(int(c[k]) for c in convolutions for k in ("x_zero", "y_zero", "low", "high")),
+        "rows": rows,
+        "adds": int(add is not None),
+        "add": tuple(int(add[other.get(k[0], k[0]) + k[1:]]) for k in _Q_ADD) if add is not None else (),
+    }
+
+
+def stages(attrs: Any) -> list[dict[str, Any]]:
+    """The attributes of q_conv, and `rows`, of each convolution of a q_block."""
+    out = []
+    for i, rows in enumerate(attrs["rows"]):
+        g, q = attrs["geometry"][6 * i : 6 * i + 6], attrs["scaling"][4 * i : 4 * i + 4]
+        window = {"stride": g[:2], "before": g[2:4], "after": g[4:], "dilation": (1, 1)}
+        out.append({**window, **dict(zip(("x_zero", "y_zero", "low", "high"), q, strict=True)), "rows": rows})
+    return out
+
+
+def _block_types(attrs: Any, x: Type, tables: Any) -> list[Type]:
+    """x, and what each convolution of a block makes; tables: the other inputs."""
+    found = [x]
+    if len(tables) != 2 * len(attrs["rows"]) or not 1 <= len(attrs["rows"]) <= MAX_STAGES:
+        raise BadInput(
+            "a block has weights and a table for each convolution",
+            where=str(x),
+            number=f"{len(tables)} inputs, {len(attrs['rows'])} convolutions, at most {MAX_STAGES}",
+        )
+    for i, stage in enumerate(stages(attrs)):
+        w, table = tables[2 * i : 2 * i + 2]
+        if len(x.shape) != 4 or len(w.shape) != 4 or w.dtype != "i8" or table != Type((3, w.shape[0]), "i32"):
+            raise BadInput(
+                "a block takes (N, C, H, W), int8 weights and tables (3, O)", where=f"{x}, {w}, {table}"
+            )
+        groups = found[-1].shape[1] // max(1, w.shape[1])
+        found.append(
+            _q_conv_shape({**stage, "groups": groups}, found[-1], w, None, None, None, None, None)[0]
+        )
+        if not 1 <= stage["rows"] <= found[-1].shape[2]:
+            raise BadInput("a convolution has no such rows", where=str(found[-1]), number=str(stage["rows"]))
+    if attrs["adds"] and found[-1].shape != x.shape:
+        raise BadInput("a block that adds its input keeps its shape", where=f"{x} -> {found[-1]}")
+    return found
+
+
+def _block_room(attrs: Any, found: list[Type], tables: Any) -> int:
+    """Bytes of the rows that a block holds."""
+    room = 0
+    for i, stage in enumerate(stages(attrs)[1:], 1):
+        _, c, height, width = found[i].shape
+        kernel = tables[2 * i].shape[2]
+        room += c * width * min(height, (stage["rows"] - 1) * stage["stride"][0] + kernel)
+    return max(room, 1)
+
+
+def _q_block(attrs: Any, x: Any, *tables: Any) -> list[Any]:
+    y = x
+    for i, stage in enumerate(stages(attrs)):
+        w, (b, m, shift) = tables[2 * i], tables[2 * i + 1]
+        y = _q_conv({**stage, "groups": y.shape[1] // w.shape[1]}, y, w, b, m, shift)[0]
+    if attrs["adds"]:
+        y = _q_add(dict(zip(_Q_ADD, attrs["add"], strict=True)), y, x)[0]
+    types = [Type(t.shape, "i8" if t.ndim == 4 else "i32") for t in tables]
+    return [y, np.zeros(_block_room(attrs, _block_types(attrs, Type(x.shape, "i8"), types), types), np.int8)]
+
+
+def _q_block_shape(attrs: Any, x: Type, *tables: Type) -> list[Type]:
+    found = _block_types(attrs, x, tables)
+    return [found[-1], Type((_block_room(attrs, found, tables),), "i8")]
+
+
+def _q_block_cost(attrs: Any, ins: Any, outs: Any) -> Cost:
+    total = Cost(elementwise=outs[0].size if attrs["adds"] else 0)
+    for i, made in enumerate(_block_types(attrs, ins[0], ins[1:])[1:]):
+        w = ins[1 + 2 * i].shape
+        groups = ins[0].shape[1] // w[1] if i == 0 else ins[2 * i - 1].shape[0] // w[1]
+        one = _macs({"groups": groups}, made.size, w)
+        total = replace(total, mac=total.mac + one.mac, dw_mac=total.dw_mac + one.dw_mac)
+    return total
+
+
 def _q_add(a: Any, x: Any, z: Any) -> list[Any]:
     def part(q: Any, name: str) -> Any:
         raised = (q.astype(np.int64) - a[f"{name}_zero"]) << ADD_SHIFT
@@ -242,11 +333,19 @@ def _input_grad(
     return _conv_input_grad(a, d, real)
 
 
-def _q_input_grad_shape(
-    a: Any, d: Type, w: Type, scale: Type, bits: Type | None, *part: Type | None
+def _input_grad_types(
+    attrs: Any, d: Type, w: Type, scale: Type, bits: Type | None, *part: Type | None
 ) -> list[Type]:
     check_part(w, *part)
-    return _input_grad_shape(a, d, w)
+    if bits is not None and tuple(bits.shape) != tuple(d.shape):
+        raise BadInput("there is one bit an element", where=f"{d}, {bits}")
+    return _input_grad_shape(attrs, d, w)
+
+
+def _like_first(attrs: Any, x: Type, *rest: Type) -> list[Type]:
+    if rest[-1].shape != (256,):
+        raise BadInput("a table has an entry for each int8", where=str(rest[-1]))
+    return [x]
 
 
 def _weight_grad(a: Any, x: Any, d: Any) -> list[Any]:
@@ -315,7 +414,7 @@ def _q_sgd_check(a: Any, w: Type, g: Type, lr: Type, scale: Type, *rest: Type | 
         raise BadInput("there is one scale, or one an output channel", where=f"{w}, scale {scale}")
     if residual is not None and w.dtype != "i8":
         raise BadInput("only int8 weights have a residual", where=str(w))
-    if a["rounding"] == STOCHASTIC and step is None:
+    if a["rounding"] and step is None:
         raise BadInput("stochastic rounding needs a step counter", where=str(w))
     return []
 
@@ -342,6 +441,55 @@ _SHAPES = (Example(((3, 4, 5),)), Example(((2, 33),)))
 _PARTS = tuple(c for c in _CASES if c[1][1] > 1)[:4]  # with channels of which some may learn
 _NO_SECOND = "second derivatives are not needed"
 _WHY = "an update is not differentiated"
+
+
+def _block(*convolutions: tuple[Any, ...], adds: bool = False) -> dict[str, Any]:
+    """Attributes of a q_block from (stride, padding, rows) of each."""
+    windows = [
+        {
+            "stride": (s, s),
+            "before": (p, p),
+            "after": (p, p),
+            "x_zero": 3 - i,
+            "y_zero": 2 - i,
+            "low": -100,
+            "high": 90,
+        }
+        for i, (s, p, _) in enumerate(convolutions)
+    ]
+    add = add_attrs((0.03, 4), (0.05, -9), (0.06, 2), -100, 100) if adds else None
+    return block_attrs(windows, tuple(rows for *_, rows in convolutions), add, False)
+
+
+def _block_example(x: Any, attrs: Any, *weights: Any) -> Example:
+    domain = {2 + 2 * i: "table" for i in range(len(weights))}
+    return Example((x, *(s for w in weights for s in (w, (3, w[0])))), attrs, domain)
+
+
+_BLOCKS = (
+    _block_example(
+        (2, 3, 9, 8),
+        _block((1, 0, 1), (1, 1, 1), (1, 0, 1), adds=True),
+        (5, 3, 1, 1),
+        (5, 1, 3, 3),
+        (3, 5, 1, 1),
+    ),
+    _block_example((1, 2, 11, 10), _block((1, 1, 2), (2, 3, 2)), (4, 2, 3, 3), (4, 1, 7, 7)),
+    _block_example((1, 4, 6, 6), _block((3, 0, 1)), (2, 4, 2, 2)),
+    _block_example(
+        (1, 3, 13, 12),
+        _block((2, 1, 1), (1, 1, 1), (1, 0, 2), (1, 0, 1), (2, 1, 1), (1, 0, 1)),
+        (4, 3, 3, 3),
+        (4, 1, 3, 3),
+        (3, 4, 1, 1),
+        (6, 3, 1, 1),
+        (6, 1, 3, 3),
+        (5, 6, 1, 1),
+    ),
+    _block_example(
+        (1, 2, 9, 9), _block((1, 0, 3), (3, 0, 1), (1, 2, 4)), (2, 2, 1, 1), (4, 2, 2, 2), (2, 2, 3, 3)
+    ),
+)
 
 
 def _examples(attrs: Mapping[str, Any], inputs: int = 1) -> tuple[Example, ...]:
@@ -425,7 +573,7 @@ ROWS = (
             for x, w, g in _PARTS
         ),
         attrs={**_GEOMETRY, "size": Attr("i2", pad=1)},
-        shape=_q_input_grad_shape,
+        shape=_input_grad_types,
         gated=3,
         check=True,
         fixed=(5,),
@@ -460,6 +608,27 @@ ROWS = (
         in_place=(0, 1),
         check=True,
         grad=lambda tape, node, d, *_: [_passed(tape, node, d)] * 2,
+    ),
+    Row(
+        "q_block",
+        "NCHW:i8, ~:i8/i32+ -> NOPQ:i8, S:i8",
+        "Integer convolutions one after another, a few rows at a time (`rows` of each), and the input added at the end "
+        "where `adds` says so. Inputs: x, and of each convolution w (O, C / groups, kH, kW) and (3, O): bias, "
+        "multiplier and shift. The second output is where rows are held between two of them.",
+        _q_block,
+        _BLOCKS,
+        attrs={
+            "geometry": Attr(f"i{6 * MAX_STAGES}"),
+            "scaling": Attr(f"i{4 * MAX_STAGES}"),
+            "rows": Attr(f"i{MAX_STAGES}"),
+            "adds": Attr("i", 0),
+            "add": Attr(f"i{len(_Q_ADD)}", ()),
+        },
+        shape=_q_block_shape,
+        fixed=tuple(range(2, 2 + 2 * MAX_STAGES, 2)),
+        check=True,
+        no_grad="blocks are made after differentiation, of what does not learn",
+        cost=_q_block_cost,
     ),
     Row(
         "q_rescale",
@@ -508,6 +677,7 @@ ROWS = (
         _table,
         tuple(Example((*e.inputs, (256,))) for e in _SHAPES),
         attrs={"slopes": Attr("-", ())},
+        shape=_like_first,
         in_place=(0,),
         check=True,
         grad=lambda tape, node, d: [
@@ -526,6 +696,7 @@ ROWS = (
         "d * slopes[x + 128].",
         lambda a, d, x, slopes: [d * slopes[x.astype(np.int64) - LOW]],
         tuple(Example((*e.inputs * 2, (256,))) for e in _SHAPES),
+        shape=_like_first,
         in_place=(0,),
         check=True,
         no_grad=_NO_SECOND,

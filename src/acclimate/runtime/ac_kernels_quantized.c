@@ -58,10 +58,6 @@ ac_status AC_KERNEL(dequantize)(const ac_call *call) {
     return AC_OK;
 }
 
-AC_INLINE int32_t raised(int8_t q, int32_t zero, int32_t m, int32_t shift) {
-    return ac_scaled((q - zero) * (1 << 20), m, shift);
-}
-
 ac_status AC_KERNEL(q_add)(const ac_call *call) {
     const ac_attr_q_add *a = call->attr;
     const int8_t *x = AC_IN(call, 0), *z = AC_IN(call, 1);
@@ -69,9 +65,7 @@ ac_status AC_KERNEL(q_add)(const ac_call *call) {
     ac_bit_writer bits = {AC_OUT(call, 1), 0, 0};
     const size_t n = AC_IN_T(call, 0)->size;
     for (size_t i = 0; i < n; i++) {
-        const int32_t sum = raised(x[i], a->a_zero, a->a_multiplier, a->a_shift)
-                            + raised(z[i], a->b_zero, a->b_multiplier, a->b_shift);
-        const int32_t q = ac_wrap_add(ac_scaled(sum, a->y_multiplier, a->y_shift), a->y_zero);
+        const int32_t q = ac_q_sum(a, x[i], z[i]);
         y[i] = (int8_t)ac_clamped(q, a->low, a->high);
         ac_put_bit(&bits, q >= a->low && q <= a->high);
     }
@@ -121,14 +115,15 @@ static ac_weights weights_of(const ac_call *call, int at, int part) {
 }
 
 /* Sum over the taps inside of x, over the channels of the group, of (x - zero) * w, for pixel (p, q) of output o. */
-static int32_t sum_of(const ac_attr_q_conv *a, const int8_t *x, const shape *in, const ac_weights *w, int o,
-                      const shape *kernel, int p, int q) {
+static int32_t sum_of(const ac_q_image *m, const int8_t *x, int o, int p, int q) {
+    const ac_attr_q_conv *a = m->a;
+    const ac_planes *in = &m->in, *kernel = &m->kernel;
     const int row = p * a->stride[0] - a->before[0], col = q * a->stride[1] - a->before[1];
     const int top = first_inside(row, a->dilation[0], kernel->h), bottom = end_inside(row, a->dilation[0], in->h, kernel->h);
     const int left = first_inside(col, a->dilation[1], kernel->w), right = end_inside(col, a->dilation[1], in->w, kernel->w);
     int32_t sum = 0;
     for (int c = 0, next = 0; c < kernel->c; c++) {
-        const int8_t *weight = ac_weights_of(w, o, c, &next);
+        const int8_t *weight = ac_weights_of(&m->w, o, c, &next);
         for (int i = top; i < bottom; i++) {
             const int8_t *from = x + (size_t)c * in->plane + (size_t)(row + i * a->dilation[0]) * (size_t)in->w;
             const int8_t *by = weight + (size_t)i * (size_t)kernel->w;
@@ -138,29 +133,38 @@ static int32_t sum_of(const ac_attr_q_conv *a, const int8_t *x, const shape *in,
     return sum;
 }
 
+void AC_KERNEL(q_conv_image)(const ac_q_image *m) {
+    const ac_attr_q_conv *a = m->a;
+    const int per_group = m->out.c / a->groups;
+    size_t bit = m->at;
+    for (int o = 0; o < m->out.c; o++) {
+        const int8_t *from = m->x + (size_t)(o / per_group * m->kernel.c) * m->in.plane;
+        int8_t *y = m->y + (size_t)o * m->out.plane;
+        for (int p = 0; p < m->out.h; p++)
+            for (int q = 0; q < m->out.w; q++, bit++) {
+                const int32_t sum = ac_wrap_add(sum_of(m, from, o, p, q), m->bias ? m->bias[o] : 0);
+                const int32_t v = ac_wrap_add(ac_scaled(sum, m->multiplier[o], m->shift[o]), a->y_zero);
+                *y++ = (int8_t)ac_clamped(v, a->low, a->high);
+                if (m->bits) m->bits[bit >> 5] |= (uint32_t)(v >= a->low && v <= a->high) << (bit & 31u);
+            }
+    }
+}
+
+static ac_planes planes_of(const ac_tensor *t) {
+    const shape s = shape_of(t);
+    return (ac_planes){s.c, s.h, s.w, s.plane};
+}
+
 /* x (N, C, H, W), w (O, C / groups, kH, kW), b (O)?, multiplier (O), shift (O), part (O, K, kH, kW)?, index (K)?
  * -> y (N, O, P, Q), whether it is in range */
 ac_status AC_KERNEL(q_conv)(const ac_call *call) {
-    const ac_attr_q_conv *a = call->attr;
-    const shape in = shape_of(AC_IN_T(call, 0)), kernel = shape_of(AC_IN_T(call, 1)), out = shape_of(AC_OUT_T(call, 0));
-    const int8_t *x = AC_IN(call, 0);
-    const ac_weights w = weights_of(call, 1, 5);
-    const int32_t *b = AC_IN(call, 2), *m = AC_IN(call, 3), *shift = AC_IN(call, 4);
-    int8_t *y = AC_OUT(call, 0);
-    ac_bit_writer bits = {AC_OUT(call, 1), 0, 0};
-    const int per_group = out.c / a->groups;
-    for (int n = 0; n < out.n; n++)
-        for (int o = 0; o < out.c; o++) {
-            const int8_t *from = x + ((size_t)n * (size_t)in.c + (size_t)(o / per_group * kernel.c)) * in.plane;
-            for (int p = 0; p < out.h; p++)
-                for (int q = 0; q < out.w; q++) {
-                    const int32_t sum = ac_wrap_add(sum_of(a, from, &in, &w, o, &kernel, p, q), b ? b[o] : 0);
-                    const int32_t v = ac_wrap_add(ac_scaled(sum, m[o], shift[o]), a->y_zero);
-                    *y++ = (int8_t)ac_clamped(v, a->low, a->high);
-                    ac_put_bit(&bits, v >= a->low && v <= a->high);
-                }
-        }
-    ac_end_bits(&bits);
+    const int images = AC_IN_T(call, 0)->dim[0];
+    ac_q_image m = {call->attr, planes_of(AC_IN_T(call, 0)), planes_of(AC_IN_T(call, 1)), planes_of(AC_OUT_T(call, 0)),
+                    AC_IN(call, 0), weights_of(call, 1, 5), AC_IN(call, 2), AC_IN(call, 3), AC_IN(call, 4),
+                    AC_OUT(call, 0), AC_OUT(call, 1), 0};
+    const size_t in = (size_t)m.in.c * m.in.plane, out = (size_t)m.out.c * m.out.plane;
+    if (m.bits) memset(m.bits, 0, (AC_OUT_T(call, 0)->size + 31) / 32 * 4);
+    for (int n = 0; n < images; n++, m.x += in, m.y += out, m.at += out) AC_KERNEL(q_conv_image)(&m);
     return AC_OK;
 }
 
