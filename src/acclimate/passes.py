@@ -249,6 +249,26 @@ def fuse(graph: Graph) -> Graph:
     return new
 
 
+def join_updates(graph: Graph) -> Graph:
+    """An update that alone reads a gradient makes it itself, so that the whole of it never exists (`row.joins`)."""
+    new, uses, kept = graph.copy(), graph.consumers(), set(graph.outputs.values())
+    makers = graph.producers()
+    gone: set[int] = set()
+    for i, node in enumerate(graph.nodes):
+        maker = makers.get(node.inputs[1]) if len(node.inputs) > 1 else None
+        op = TABLE[node.op].joins.get(maker.op, "") if maker else ""
+        if not op or maker is None or len(uses[node.inputs[1]]) > 1 or node.inputs[1] in kept:
+            continue
+        attrs = {k: v for k, v in {**maker.attrs, **node.attrs}.items() if k in TABLE[op].attrs}
+        inputs = (node.inputs[0], *maker.inputs, *node.inputs[2:])
+        if len(inputs) > len(parse(TABLE[op].signature)[0]) or graph.type(node.inputs[0]).dtype != "i8":
+            continue  # of some channels only, which the joint row does not take
+        new.nodes[i] = Node(op, inputs, (), attrs, node.where or maker.where)
+        gone.add(id(maker))
+    new.nodes = [n for n in new.nodes if id(n) not in gone]
+    return new
+
+
 def segment_time(model: Graph, steps: int | None = None) -> Graph:
     """Let recurrent layers keep their state before every `steps`-th step only, and compute the rest again in backward.
 
@@ -334,6 +354,7 @@ PIPELINE: tuple[Callable[[Graph], Graph], ...] = (
     select_early,
     compact_masks,
     fuse,
+    join_updates,
     prune,
 )
 

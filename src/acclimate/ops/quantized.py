@@ -398,6 +398,16 @@ def _q_sgd(
     return [out, buf, rest]
 
 
+def _q_conv_sgd(a: Any, w: Any, x: Any, d: Any, *rest: Any) -> list[Any]:
+    g = _weight_grad({**a, "kernel": w.shape[2:]}, x, d)[0]
+    return _q_sgd({**a, "axis": 0}, w, g, *rest)
+
+
+def _q_conv_sgd_check(a: Any, w: Type, x: Type, d: Type, *rest: Type | None) -> list[Type]:
+    g = _weight_grad_shape({**a, "kernel": w.shape[2:]}, x, d)[0]
+    return _q_sgd_check({**a, "axis": 0}, w, g, *rest, None)
+
+
 def _q_sgd_check(a: Any, w: Type, g: Type, lr: Type, scale: Type, *rest: Type | None) -> list[Type]:
     buf, residual, step, index = rest
     want = tuple(w.shape)
@@ -432,6 +442,13 @@ _Q_ADD = {
     **{f"{n}_zero": Attr("i", 0) for n in "aby"},
     **{f"{n}_{what}": Attr("i") for n in "aby" for what in ("multiplier", "shift")},
     **_CLAMP,
+}
+_Q_SGD = {
+    "momentum": Attr("f", 0.0),
+    "nesterov": Attr("i", 0),
+    "weight_decay": Attr("f", 0.0),
+    "rounding": Attr("i", NEAREST),
+    "salt": Attr("i", 0),
 }
 _Q_AVERAGE = {k: v for k, v in _AVERAGE.items() if k != "include_pad"}
 _SCALE = {"scale": Attr("f"), "zero": Attr("i", 0)}
@@ -729,19 +746,39 @@ ROWS = (
             ),
             Example(((7,), (7,), (1,), (7,)), {"momentum": 0.5}, {0: "bias", 2: "positive", 3: "positive"}),
         ),
-        attrs={
-            "axis": Attr("i", 0),
-            "momentum": Attr("f", 0.0),
-            "nesterov": Attr("i", 0),
-            "weight_decay": Attr("f", 0.0),
-            "rounding": Attr("i", NEAREST),
-            "salt": Attr("i", 0),
-        },
+        attrs={"axis": Attr("i", 0), **_Q_SGD},
         shape=_q_sgd_check,
         updates=(0, 4, 5),
         fixed=(7,),
+        joins={"q_conv_weight_grad": "q_conv_sgd"},
         check=True,
         no_grad=_WHY,
         cost=lambda a, i, o: Cost(elementwise=6 * i[1].size),
+    ),
+    Row(
+        "q_conv_sgd",
+        "Oc~:i8, NC~:i8, NO~, 1, S, Oc~?, Oc~:i8?, 1:i32? ->",
+        "q_conv_weight_grad and q_sgd at once: w learns from x and d, and its gradient exists only a few numbers at a "
+        "time.",
+        _q_conv_sgd,
+        tuple(
+            Example(
+                (w, x, _out(x, w, g), (1,), (w[0],), *more),
+                {**g, "x_zero": 5, "x_scale": 0.05, **attrs},
+                {3: "positive", 4: "positive", 7: "step"},
+            )
+            for (x, w, g), more, attrs in zip(
+                _CASES,
+                ((), (None, None, (1,)), (_CASES[2][1],), (None, _CASES[3][1]), (), (), (), (), (), ()),
+                ({}, {"rounding": 1, "salt": 5}, {"momentum": 0.9}, {}, {"weight_decay": 0.1}, *({},) * 5),
+                strict=True,
+            )
+        ),
+        attrs={**_GEOMETRY, "x_zero": Attr("i", 0), "x_scale": Attr("f", 1.0), **_Q_SGD},
+        shape=_q_conv_sgd_check,
+        updates=(0, 5, 6),
+        check=True,
+        no_grad=_WHY,
+        cost=lambda a, i, o: replace(_macs(a, i[2].size, i[0].shape), elementwise=6 * i[0].size),
     ),
 )

@@ -110,6 +110,8 @@ class Row:
     )
     gated: int | None = None  # the optional input whose bits do the same to input 0 before anything else
     channel_of: int | None = None  # the input along whose axis 1 lie the channels of the output's axis 0
+    joins: Mapping[str, str] = field(default_factory=dict)
+    # op that makes input 1 -> row that does both, on input 0, that op's inputs, and the further inputs of this one
     accumulate: str = ""  # row that adds this op's result to an existing gradient instead of making a new one
     take: Callable[..., tuple[str, ...] | None] | None = None
     # (tape, node, axis, index) -> inputs that make this op compute only `index` along output `axis`

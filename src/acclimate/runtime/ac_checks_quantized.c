@@ -150,3 +150,14 @@ ac_status ac_check_q_sgd(const ac_call *call) {
     if (scale->size != 1 && (!w->rank || scale->size != (uint32_t)w->dim[0])) return AC_E_SHAPE;
     return ac_check_learned(call, a->axis, 4, 2);
 }
+
+ac_status ac_check_q_conv_sgd(const ac_call *call) {
+    const ac_attr_q_conv_sgd *a = call->attr;
+    const ac_tensor *w = AC_IN_T(call, 0), *scale = AC_IN_T(call, 4);
+    if (!is_int8(a->x_zero) || (a->rounding && !AC_IN_T(call, 7))) return AC_E_OP;
+    if (scale->size != 1 && scale->size != (uint32_t)w->dim[0]) return AC_E_SHAPE;
+    for (uint32_t i = 5; i < 7; i++)
+        for (int d = 0; AC_IN_T(call, i) && d < AC_MAX_RANK; d++)
+            if (AC_IN_T(call, i)->rank != w->rank || AC_IN_T(call, i)->dim[d] != w->dim[d]) return AC_E_SHAPE;
+    return ac_check_window(AC_IN_T(call, 1), w, AC_IN_T(call, 2), a->stride, a->groups);
+}

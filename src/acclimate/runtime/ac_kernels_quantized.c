@@ -206,35 +206,45 @@ ac_status AC_KERNEL(q_conv_input_grad)(const ac_call *call) {
     return AC_OK;
 }
 
+/* What a weight's gradient is made from: x (N, C, H, W) and d (N, O, P, Q). */
+typedef struct {
+    const int32_t *stride, *before, *dilation;
+    int groups, x_zero;
+    float x_scale;
+    shape in, kernel, out;
+    const int8_t *x;
+    const float *d;
+} products;
+
+/* `count` elements of output o's gradient, (C / groups, kH, kW), from `first` on. */
+static void weight_grad_of(const products *m, float *dw, int o, int first, int count) {
+    const int per_group = m->out.c / m->groups, area = (int)m->kernel.plane;
+    for (int k = first; k < first + count; k++) {
+        const int c = k / area, i = k % area / m->kernel.w, j = k % m->kernel.w;
+        const int row = i * m->dilation[0] - m->before[0], col = j * m->dilation[1] - m->before[1];
+        const int top = first_inside(row, m->stride[0], m->out.h), bottom = end_inside(row, m->stride[0], m->in.h, m->out.h),
+                  left = first_inside(col, m->stride[1], m->out.w), right = end_inside(col, m->stride[1], m->in.w, m->out.w);
+        float sum = 0;
+        for (int n = 0; n < m->out.n; n++) {
+            const int8_t *from = m->x + ((size_t)n * (size_t)m->in.c + (size_t)(o / per_group * m->kernel.c + c)) * m->in.plane;
+            const float *by = m->d + ((size_t)n * (size_t)m->out.c + (size_t)o) * m->out.plane;
+            for (int p = top; p < bottom; p++)
+                for (int q = left; q < right; q++)
+                    sum += (float)(from[(size_t)(row + p * m->stride[0]) * (size_t)m->in.w + (size_t)(col + q * m->stride[1])]
+                                   - m->x_zero)
+                           * by[(size_t)p * (size_t)m->out.w + (size_t)q];
+        }
+        *dw++ = sum * m->x_scale;
+    }
+}
+
 /* x (N, C, H, W), d (N, O, P, Q) -> dw (O, C / groups, kH, kW) */
 ac_status AC_KERNEL(q_conv_weight_grad)(const ac_call *call) {
     const ac_attr_q_conv_weight_grad *a = call->attr;
-    const shape in = shape_of(AC_IN_T(call, 0)), kernel = shape_of(AC_OUT_T(call, 0)), out = shape_of(AC_IN_T(call, 1));
-    const int8_t *x = AC_IN(call, 0);
-    const float *d = AC_IN(call, 1);
-    float *dw = AC_OUT(call, 0);
-    const int per_group = out.c / a->groups;
-    for (int o = 0; o < out.c; o++)
-        for (int c = 0; c < kernel.c; c++)
-            for (int i = 0; i < kernel.h; i++)
-                for (int j = 0; j < kernel.w; j++) {
-                    const int row = i * a->dilation[0] - a->before[0], col = j * a->dilation[1] - a->before[1];
-                    const int top = first_inside(row, a->stride[0], out.h),
-                              bottom = end_inside(row, a->stride[0], in.h, out.h),
-                              left = first_inside(col, a->stride[1], out.w),
-                              right = end_inside(col, a->stride[1], in.w, out.w);
-                    float sum = 0;
-                    for (int n = 0; n < out.n; n++) {
-                        const int8_t *from = x + ((size_t)n * (size_t)in.c + (size_t)(o / per_group * kernel.c + c)) * in.plane;
-                        const float *by = d + ((size_t)n * (size_t)out.c + (size_t)o) * out.plane;
-                        for (int p = top; p < bottom; p++)
-                            for (int q = left; q < right; q++)
-                                sum += (float)(from[(size_t)(row + p * a->stride[0]) * (size_t)in.w
-                                                    + (size_t)(col + q * a->stride[1])] - a->x_zero)
-                                       * by[(size_t)p * (size_t)out.w + (size_t)q];
-                    }
-                    *dw++ = sum * a->x_scale;
-                }
+    const products m = {a->stride, a->before, a->dilation, a->groups, a->x_zero, a->x_scale, shape_of(AC_IN_T(call, 0)),
+                        shape_of(AC_OUT_T(call, 0)), shape_of(AC_IN_T(call, 1)), AC_IN(call, 0), AC_IN(call, 1)};
+    const int each = m.kernel.c * (int)m.kernel.plane;
+    for (int o = 0; o < m.out.c; o++) weight_grad_of(&m, (float *)AC_OUT(call, 0) + (size_t)o * (size_t)each, o, 0, each);
     return AC_OK;
 }
 
@@ -298,8 +308,8 @@ ac_status AC_KERNEL(max_pool_i8)(const ac_call *call) {
 
 /* What one element of a parameter is updated with. */
 typedef struct {
-    const ac_attr_q_sgd *a;
-    float lr;
+    float momentum, weight_decay, lr;
+    int nesterov, rounding;
     uint32_t key;
     int wide; /* int32 rather than int8 */
 } rule;
@@ -311,10 +321,10 @@ static void learn_run(const rule *r, void *w, const float *g, float scale, float
     int8_t *narrow = w;
     for (size_t i = 0; i < count; i++) {
         const int32_t old = r->wide ? wide[i] : narrow[i];
-        float d = g[i] + r->a->weight_decay * ((float)old * scale);
+        float d = g[i] + r->weight_decay * ((float)old * scale);
         if (moment) {
-            moment[i] = r->a->momentum * moment[i] + d;
-            d = r->a->nesterov ? d + r->a->momentum * moment[i] : moment[i];
+            moment[i] = r->momentum * moment[i] + d;
+            d = r->nesterov ? d + r->momentum * moment[i] : moment[i];
         }
         float by = r->lr * d / scale;
         by = by > 1073741824.0f ? 1073741824.0f : by < -1073741824.0f ? -1073741824.0f : by == by ? by : 0.0f;
@@ -326,7 +336,7 @@ static void learn_run(const rule *r, void *w, const float *g, float scale, float
             sum = sum < INT8_MIN * 256 ? INT8_MIN * 256 : sum > INT8_MAX * 256 + 127 ? INT8_MAX * 256 + 127 : sum;
             value = (sum + 128) >> 8;
             rest[i] = (int8_t)(sum - value * 256);
-        } else if (r->a->rounding) {
+        } else if (r->rounding) {
             const uint32_t bits = ac_hash_u32(ac_hash_u32((at + (uint32_t)i) ^ r->key) + r->key);
             const double sum = (double)by + (double)(bits >> 8) * (1.0 / 16777216.0);
             const int32_t whole = (int32_t)sum;
@@ -339,6 +349,11 @@ static void learn_run(const rule *r, void *w, const float *g, float scale, float
     }
 }
 
+/* What one step's stochastic roundings of one tensor are drawn with. */
+static uint32_t key_of(const int32_t *step, int32_t salt) {
+    return step ? ac_hash_u32((uint32_t)step[0] * 0x9E3779B9u + (uint32_t)salt) : 0;
+}
+
 /* w, g, lr (1), scale (1 or w's first dimension), momentum?, residual?, step (1)?, index (P)? */
 ac_status AC_KERNEL(q_sgd)(const ac_call *call) {
     const ac_attr_q_sgd *a = call->attr;
@@ -347,8 +362,8 @@ ac_status AC_KERNEL(q_sgd)(const ac_call *call) {
     const float *g = AC_IN(call, 1), *scale = AC_IN(call, 3);
     float *moment = AC_IN(call, 4);
     int8_t *rest = AC_IN(call, 5);
-    const rule r = {a, *(const float *)AC_IN(call, 2),
-                    step ? ac_hash_u32((uint32_t)step[0] * 0x9E3779B9u + (uint32_t)a->salt) : 0, t->dtype == AC_I32};
+    const rule r = {a->momentum, a->weight_decay, *(const float *)AC_IN(call, 2), a->nesterov, a->rounding, key_of(step, a->salt),
+                    t->dtype == AC_I32};
     const size_t rows = t->rank ? (size_t)t->dim[0] : 1, row = t->size / rows, size = r.wide ? 4 : 1;
     const int each = AC_IN_T(call, 3)->size > 1, axis = index ? a->axis : 0;
     size_t blocks = 1, inner = row, parts = rows, done = 0; /* blocks of the first dimensions, parts of each, elements of each */
@@ -363,6 +378,29 @@ ac_status AC_KERNEL(q_sgd)(const ac_call *call) {
             const size_t at = (k * parts + (index ? (size_t)channel[i] : i)) * inner;
             learn_run(&r, (uint8_t *)AC_IN(call, 0) + at * size, g + done, scale[each ? at / row : 0],
                       moment ? moment + done : NULL, rest ? rest + done : NULL, (uint32_t)done, inner);
+        }
+    return AC_OK;
+}
+
+/* w (O, C / groups, kH, kW), x (N, C, H, W), d (N, O, P, Q), lr (1), scale (1 or O), momentum?, residual?, step (1)? */
+ac_status AC_KERNEL(q_conv_sgd)(const ac_call *call) {
+    enum { CHUNK = 64 };
+    const ac_attr_q_conv_sgd *a = call->attr;
+    const products m = {a->stride, a->before, a->dilation, a->groups, a->x_zero, a->x_scale, shape_of(AC_IN_T(call, 1)),
+                        shape_of(AC_IN_T(call, 0)), shape_of(AC_IN_T(call, 2)), AC_IN(call, 1), AC_IN(call, 2)};
+    const rule r = {a->momentum, a->weight_decay, *(const float *)AC_IN(call, 3), a->nesterov, a->rounding,
+                    key_of(AC_IN(call, 7), a->salt), 0};
+    const int each = m.kernel.c * (int)m.kernel.plane, scales = AC_IN_T(call, 4)->size > 1;
+    const float *scale = AC_IN(call, 4);
+    float *moment = AC_IN(call, 5), some[CHUNK];
+    int8_t *w = AC_IN(call, 0), *rest = AC_IN(call, 6);
+    for (int o = 0; o < m.out.c; o++)
+        for (int first = 0; first < each; first += CHUNK) {
+            const size_t at = (size_t)o * (size_t)each + (size_t)first;
+            const int count = smaller(CHUNK, each - first);
+            weight_grad_of(&m, some, o, first, count);
+            learn_run(&r, w + at, some, scale[scales ? o : 0], moment ? moment + at : NULL, rest ? rest + at : NULL,
+                      (uint32_t)at, (size_t)count);
         }
     return AC_OK;
 }

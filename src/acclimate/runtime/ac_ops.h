@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x03E5AF6Bu
+#define AC_TABLE_HASH 0xA861C0AEu
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -122,18 +122,19 @@ typedef enum {
     AC_OP_Q_TABLE = 112,
     AC_OP_Q_TABLE_GRAD = 113,
     AC_OP_Q_SGD = 114,
-    AC_OP_BF_PACK = 115,
-    AC_OP_BF_UNPACK = 116,
-    AC_OP_BF_GATE = 117,
-    AC_OP_BF_ALIGN = 118,
-    AC_OP_BF_CONV_INPUT_GRAD = 119,
-    AC_OP_BF_CONV_WEIGHT_GRAD = 120,
-    AC_OP_BF_SUM = 121,
-    AC_OP_BF_ADD = 122,
-    AC_OP_BF_KEEP_TOP = 123,
-    AC_OP_BF_AVG_POOL_GRAD = 124,
-    AC_OP_BF_RESHAPE = 125,
-    AC_OP_COUNT = 126
+    AC_OP_Q_CONV_SGD = 115,
+    AC_OP_BF_PACK = 116,
+    AC_OP_BF_UNPACK = 117,
+    AC_OP_BF_GATE = 118,
+    AC_OP_BF_ALIGN = 119,
+    AC_OP_BF_CONV_INPUT_GRAD = 120,
+    AC_OP_BF_CONV_WEIGHT_GRAD = 121,
+    AC_OP_BF_SUM = 122,
+    AC_OP_BF_ADD = 123,
+    AC_OP_BF_KEEP_TOP = 124,
+    AC_OP_BF_AVG_POOL_GRAD = 125,
+    AC_OP_BF_RESHAPE = 126,
+    AC_OP_COUNT = 127
 } ac_op;
 
 typedef struct {
@@ -522,6 +523,21 @@ typedef struct {
 } ac_attr_q_sgd;
 
 typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t x_zero;
+    float x_scale;
+    float momentum;
+    int32_t nesterov;
+    float weight_decay;
+    int32_t rounding;
+    int32_t salt;
+} ac_attr_q_conv_sgd;
+
+typedef struct {
     int32_t spare;
 } ac_attr_bf_align;
 
@@ -687,6 +703,7 @@ ac_status AC_KERNEL(q_avg_pool)(const ac_call *call);
 ac_status AC_KERNEL(q_table)(const ac_call *call);
 ac_status AC_KERNEL(q_table_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_sgd)(const ac_call *call);
+ac_status AC_KERNEL(q_conv_sgd)(const ac_call *call);
 ac_status AC_KERNEL(bf_pack)(const ac_call *call);
 ac_status AC_KERNEL(bf_unpack)(const ac_call *call);
 ac_status AC_KERNEL(bf_gate)(const ac_call *call);
@@ -757,6 +774,7 @@ ac_status ac_check_q_avg_pool(const ac_call *call);
 ac_status ac_check_q_table(const ac_call *call);
 ac_status ac_check_q_table_grad(const ac_call *call);
 ac_status ac_check_q_sgd(const ac_call *call);
+ac_status ac_check_q_conv_sgd(const ac_call *call);
 ac_status ac_check_bf_pack(const ac_call *call);
 ac_status ac_check_bf_unpack(const ac_call *call);
 ac_status ac_check_bf_gate(const ac_call *call);
