@@ -1,7 +1,6 @@
 /* What the signatures of the integer rows cannot say, checked once when a Program is loaded; see ac_checks.c. */
+#include "ac_dot.h"
 #include "ac_ops.h"
-
-#define MAX_TAPS 65535 /* products that an int32 sums without overflow */
 
 static int is_int8(int32_t v) { return v >= INT8_MIN && v <= INT8_MAX; }
 
@@ -42,7 +41,7 @@ static ac_status check_table(const ac_tensor *table) { return table->size == 256
 ac_status ac_check_q_table(const ac_call *call) { return check_table(AC_IN_T(call, 1)); }
 ac_status ac_check_q_table_grad(const ac_call *call) { return check_table(AC_IN_T(call, 2)); }
 
-static int few_taps(const ac_tensor *w) { return w->size / (uint32_t)w->dim[0] <= MAX_TAPS; }
+static int few_taps(const ac_tensor *w) { return w->size / (uint32_t)w->dim[0] <= AC_MAX_TAPS; }
 
 static ac_status check_bits(const ac_tensor *bits, const ac_tensor *like) {
     for (int i = 0; bits && i < AC_MAX_RANK; i++)

@@ -3,8 +3,8 @@
  * Integers are exact, so any order gives the same bits. The float sums of the gradients have one order each: an input's
  * gradient adds output channels in order, and of each the taps row by row; a weight's adds images and in each the
  * pixels row by row. */
+#include "ac_dot.h"
 #include "ac_ops.h"
-#include "ac_quantized.h"
 
 #include <string.h>
 
@@ -113,44 +113,142 @@ ac_status AC_KERNEL(q_table_grad)(const ac_call *call) {
 
 /* ---- convolution ---- */
 
-/* Sum over the taps inside of x, over the channels of the group, of (x - zero) * w, for output pixel (p, q). */
-static int32_t sum_of(const ac_attr_q_conv *a, const int8_t *x, const shape *in, const int8_t *w, const shape *kernel,
-                      int p, int q) {
-    const int row = p * a->stride[0] - a->before[0], col = q * a->stride[1] - a->before[1];
-    const int top = first_inside(row, a->dilation[0], kernel->h), bottom = end_inside(row, a->dilation[0], in->h, kernel->h);
-    const int left = first_inside(col, a->dilation[1], kernel->w), right = end_inside(col, a->dilation[1], in->w, kernel->w);
-    int32_t sum = 0;
-    for (int c = 0; c < kernel->c; c++)
-        for (int i = top; i < bottom; i++) {
-            const int8_t *from = x + (size_t)c * in->plane + (size_t)(row + i * a->dilation[0]) * (size_t)in->w;
-            const int8_t *by = w + (size_t)c * kernel->plane + (size_t)i * (size_t)kernel->w;
-            for (int j = left; j < right; j++) sum += (from[col + j * a->dilation[1]] - a->x_zero) * by[j];
+/* Four of them; `within` gets their bits from above. */
+AC_INLINE uint32_t quick_four(const int32_t *sum, const ac_scaling *s, uint32_t low, int full, int keep, uint32_t *within) {
+    const int right = -s->shift, range = s->high - s->low;
+    uint32_t word = 0;
+    for (int i = 0; i < 4; i++) {
+        int32_t v = ac_add_high(s->offset + (sum[i] >> 31), sum[i], s->multiplier) >> right;
+        if (keep) *within = ac_shift_in(*within, v, range);
+        v = full ? ac_to_byte(v) : ac_clamped(v, 0, range);
+        word |= (uint32_t)v << (8 * i);
+    }
+    return ac_add_bytes(word, low);
+}
+
+AC_INLINE void quick_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at, int full,
+                         int keep) {
+    const uint32_t low = ((uint32_t)s->low & 0xFFu) * 0x01010101u;
+    for (; count > 0; count -= 32, at += 32) {
+        const int some = count < 32 ? count : 32;
+        uint32_t within = 0;
+        int i = 0;
+        for (; i + 4 <= some; i += 4, sum += 4, y += 4) {
+            const uint32_t word = quick_four(sum, s, low, full, keep, &within);
+            memcpy(y, &word, 4);
         }
-    return sum;
+        if (i < some) {
+            uint32_t word = quick_four(sum, s, low, full, keep, &within);
+            for (int k = i; k < some; k++, word >>= 8) *y++ = (int8_t)(uint8_t)word;
+            i += 4;
+        }
+        if (keep) ac_add_bits(bits, at, within >> (32 - i) & (0xFFFFFFFFu >> (32 - some)), some);
+    }
+}
+
+void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
+    if (s->quick) {
+        if (s->high - s->low == 255 && bits) quick_row(y, sum, count, s, bits, at, 1, 1);
+        else if (s->high - s->low == 255) quick_row(y, sum, count, s, bits, at, 1, 0);
+        else if (bits) quick_row(y, sum, count, s, bits, at, 0, 1);
+        else quick_row(y, sum, count, s, bits, at, 0, 0);
+        return;
+    }
+    for (int i = 0; i < count; i++) {
+        const int32_t all = ac_wrap_add(sum[i] / 2, s->bias);
+        const int32_t v = ac_wrap_add(ac_scaled(all, s->multiplier, s->shift), s->zero);
+        y[i] = (int8_t)ac_clamped(v, s->low, s->high);
+        if (bits && v == y[i]) ac_add_bits(bits, at + (size_t)i, 1, 1);
+    }
+}
+
+/* Scratch of a convolution: the columns of some squares of four pixels, and the sums of some outputs of them. */
+enum { TAPS = 576, SUMS = 128 };
+
+/* What a convolution's windows lie on: one group of channels of one image. */
+typedef struct {
+    const ac_attr_q_conv *a;
+    shape in, kernel, out;
+    const int8_t *x; /* the first channel */
+    int plain;       /* each output sees the pixel in its place */
+} view;
+
+/* Columns of taps [first, first + count) for `pixels` outputs (1 to 4) from `at` on. */
+static void fill(const view *v, uint32_t *to, int first, int count, int at, int pixels) {
+    if (v->plain) {
+        ac_columns_of_planes(to, v->x + (size_t)first * v->in.plane + at, v->in.plane, count, pixels, v->a->x_zero);
+        return;
+    }
+    const int area = (int)v->kernel.plane;
+    int row[4], col[4];
+    for (int p = 0; p < pixels; p++) {
+        row[p] = (at + p) / v->out.w * v->a->stride[0] - v->a->before[0];
+        col[p] = (at + p) % v->out.w * v->a->stride[1] - v->a->before[1];
+    }
+    for (int k = 0; k < count; k += 4, to += 8) {
+        const int skip = count - k < 4 ? 4 - (count - k) : 0;
+        int16_t group[16] = {0};
+        for (int i = skip; i < 4; i++) {
+            const int tap = first + k + i - skip, h = tap % area / v->kernel.w * v->a->dilation[0],
+                      w = tap % v->kernel.w * v->a->dilation[1];
+            const int8_t *from = v->x + (size_t)(tap / area) * v->in.plane;
+            for (int p = 0; p < pixels; p++)
+                if (row[p] + h >= 0 && row[p] + h < v->in.h && col[p] + w >= 0 && col[p] + w < v->in.w)
+                    group[ac_in_group(i, p)] =
+                        (int16_t)(2 * (from[(size_t)(row[p] + h) * (size_t)v->in.w + (size_t)(col[p] + w)] - v->a->x_zero));
+        }
+        memcpy(to, group, sizeof group);
+    }
 }
 
 /* x (N, C, H, W), w (O, C / groups, kH, kW), b (O)?, multiplier (O), shift (O) -> y (N, O, P, Q), whether it is in range */
 ac_status AC_KERNEL(q_conv)(const ac_call *call) {
     const ac_attr_q_conv *a = call->attr;
-    const shape in = shape_of(AC_IN_T(call, 0)), kernel = shape_of(AC_IN_T(call, 1)), out = shape_of(AC_OUT_T(call, 0));
+    view v = {a, shape_of(AC_IN_T(call, 0)), shape_of(AC_IN_T(call, 1)), shape_of(AC_OUT_T(call, 0)), NULL, 0};
     const int8_t *x = AC_IN(call, 0), *w = AC_IN(call, 1);
     const int32_t *b = AC_IN(call, 2), *m = AC_IN(call, 3), *shift = AC_IN(call, 4);
     int8_t *y = AC_OUT(call, 0);
-    ac_bit_writer bits = {AC_OUT(call, 1), 0, 0};
-    const int per_group = out.c / a->groups;
-    for (int n = 0; n < out.n; n++)
-        for (int o = 0; o < out.c; o++) {
-            const int8_t *from = x + ((size_t)n * (size_t)in.c + (size_t)(o / per_group * kernel.c)) * in.plane;
-            const int8_t *by = w + (size_t)o * (size_t)kernel.c * kernel.plane;
-            for (int p = 0; p < out.h; p++)
-                for (int q = 0; q < out.w; q++) {
-                    const int32_t sum = ac_wrap_add(sum_of(a, from, &in, by, &kernel, p, q), b ? b[o] : 0);
-                    const int32_t v = ac_wrap_add(ac_scaled(sum, m[o], shift[o]), a->y_zero);
-                    *y++ = (int8_t)ac_clamped(v, a->low, a->high);
-                    ac_put_bit(&bits, v >= a->low && v <= a->high);
+    uint32_t *bits = AC_OUT(call, 1);
+    const int taps = v.kernel.c * (int)v.kernel.plane, pixels = (int)v.out.plane, each = v.out.c / a->groups;
+    v.plain = v.kernel.plane == 1 && a->stride[0] == 1 && a->stride[1] == 1 && !a->before[0] && !a->before[1]
+              && v.in.plane == v.out.plane;
+    if (bits) memset(bits, 0, (AC_OUT_T(call, 0)->size + 31) / 32 * 4);
+
+    uint32_t columns[AC_COLUMN_WORDS(TAPS)];
+    int32_t sum[SUMS];
+    int8_t few[4] = {0};
+    const int part = smaller(taps, TAPS), square = AC_COLUMN_WORDS(part); /* taps at once; words of four pixels */
+    const int whole = part == taps, squares = whole ? smaller(AC_COLUMN_WORDS(TAPS) / square, SUMS / 4) : 1;
+    const int together = whole ? 1 : SUMS / 4; /* outputs */
+    for (int group = 0; group < v.out.n * a->groups; group++) {
+        const int first = group % a->groups * each, last = first + each; /* outputs of the group */
+        v.x = x + (size_t)group * (size_t)v.kernel.c * v.in.plane;
+        for (int p = 0; p < pixels; p += 4 * squares) {
+            const int count = smaller(4 * squares, pixels - p);
+            for (int o = first; o < last; o += together) {
+                const int end = smaller(o + together, last);
+                for (int t = 0; t < taps; t += part) {
+                    const int size = smaller(part, taps - t);
+                    if (!whole || o == first)
+                        for (int i = 0; i < count; i += 4)
+                            fill(&v, columns + i / 4 * square, t, size, p + i, smaller(4, count - i));
+                    for (int k = o; k < end; k++) {
+                        const ac_scaling s = ac_scaling_of(b ? b[k] : 0, m[k], shift[k], a->y_zero, a->low, a->high, taps);
+                        const int32_t start[4] = {s.start, s.start, s.start, s.start};
+                        int32_t *to = sum + (k - o) * 4;
+                        const int8_t *by = w + (size_t)k * (size_t)taps + t;
+                        if (taps < 4) by = (int8_t *)memcpy(few + 4 - taps, by, (size_t)taps);
+                        for (int i = 0; i < count; i += 4)
+                            ac_dot_columns(to + i, t ? to + i : start, columns + i / 4 * square, by, size);
+                        if (t + size < taps) continue;
+                        const size_t at = ((size_t)group / (size_t)a->groups * (size_t)v.out.c + (size_t)k) * v.out.plane
+                                          + (size_t)p;
+                        AC_KERNEL(requantize)(y + at, to, count, &s, bits, at);
+                    }
                 }
+            }
         }
-    ac_end_bits(&bits);
+    }
     return AC_OK;
 }
 

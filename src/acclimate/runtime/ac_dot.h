@@ -1,0 +1,257 @@
+/* Integer sums of products, two products an instruction where the processor has Arm's DSP extension, plain C elsewhere,
+ * and their way back to int8. Integers are exact: both forms give the same bits.
+ *
+ * Sums are kept doubled: the rounding multiplication of TFLite doubles, and what doubles once for many sums is free. So
+ * one factor of every product is doubled beforehand, and |2 * sum| must fit an int32: at most AC_MAX_TAPS products. */
+#ifndef AC_DOT_H
+#define AC_DOT_H
+
+#include "ac_kernel.h"
+#include "ac_quantized.h"
+
+#include <string.h>
+
+#if defined(__GNUC__) && defined(__ARM_FEATURE_DSP) && __ARM_FEATURE_DSP && defined(__ARM_FEATURE_UNALIGNED)
+#define AC_DSP 1
+#define AC_ASM __asm__
+#else
+#define AC_DSP 0
+#endif
+
+#define AC_MAX_TAPS 32767 /* 2 * 32767 * 255 * 128 < 2^31 */
+
+/* Four bytes from anywhere. */
+AC_INLINE uint32_t ac_load4(const void *from) {
+    uint32_t word;
+    memcpy(&word, from, 4);
+    return word;
+}
+
+#if AC_DSP
+/* Pairs of int16 in a word, the first in its low half. */
+
+/* add + (byte 0, byte 2) */
+AC_INLINE uint32_t ac_even_bytes(uint32_t add, uint32_t bytes) {
+    uint32_t y;
+    AC_ASM("sxtab16 %0, %1, %2" : "=r"(y) : "r"(add), "r"(bytes));
+    return y;
+}
+
+/* add + (byte 1, byte 3) */
+AC_INLINE uint32_t ac_odd_bytes(uint32_t add, uint32_t bytes) {
+    uint32_t y;
+    AC_ASM("sxtab16 %0, %1, %2, ror #8" : "=r"(y) : "r"(add), "r"(bytes));
+    return y;
+}
+
+/* (low of a, low of b) */
+AC_INLINE uint32_t ac_low_halves(uint32_t a, uint32_t b) {
+    uint32_t y;
+    AC_ASM("pkhbt %0, %1, %2, lsl #16" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
+/* (high of a, high of b) */
+AC_INLINE uint32_t ac_high_halves(uint32_t a, uint32_t b) {
+    uint32_t y;
+    AC_ASM("pkhtb %0, %1, %2, asr #16" : "=r"(y) : "r"(b), "r"(a));
+    return y;
+}
+
+/* both halves doubled */
+AC_INLINE uint32_t ac_doubled(uint32_t a) {
+    uint32_t y;
+    AC_ASM("sadd16 %0, %1, %1" : "=r"(y) : "r"(a));
+    return y;
+}
+
+/* to[p] = 2 * (byte p of x + minus, byte p of z + minus) */
+AC_INLINE void ac_put_pairs(uint32_t *to, uint32_t x, uint32_t z, uint32_t minus) {
+    const uint32_t x02 = ac_doubled(ac_even_bytes(minus, x)), x13 = ac_doubled(ac_odd_bytes(minus, x)),
+                   z02 = ac_doubled(ac_even_bytes(minus, z)), z13 = ac_doubled(ac_odd_bytes(minus, z));
+    to[0] = ac_low_halves(x02, z02);
+    to[1] = ac_low_halves(x13, z13);
+    to[2] = ac_high_halves(x02, z02);
+    to[3] = ac_high_halves(x13, z13);
+}
+
+#define AC_MULTIPLY(name, instruction)                                                 \
+    AC_INLINE int32_t name(uint32_t x, uint32_t w, int32_t sum) {                      \
+        int32_t y;                                                                     \
+        AC_ASM(instruction " %0, %1, %2, %3" : "=r"(y) : "r"(x), "r"(w), "r"(sum));    \
+        return y;                                                                      \
+    }
+AC_MULTIPLY(ac_pairs, "smlad")        /* sum + x.low * w.low + x.high * w.high */
+AC_MULTIPLY(ac_low_low, "smlabb")     /* sum + x.low * w.low */
+AC_MULTIPLY(ac_low_high, "smlabt")    /* sum + x.low * w.high */
+AC_MULTIPLY(ac_high_low, "smlatb")    /* sum + x.high * w.low */
+#undef AC_MULTIPLY
+#endif
+
+/* a + x * m * 2^-32, halves upwards */
+AC_INLINE int32_t ac_add_high(int32_t a, int32_t x, int32_t m) {
+#if AC_DSP
+    int32_t y;
+    AC_ASM("smmlar %0, %1, %2, %3" : "=r"(y) : "r"(x), "r"(m), "r"(a));
+    return y;
+#else
+    return a + (int32_t)(((int64_t)x * m + ((int64_t)1 << 31)) >> 32);
+#endif
+}
+
+/* A doubled sum at its place in low..high, counted from low, as a byte: v where it is 0..255, else the nearer end. */
+AC_INLINE int32_t ac_to_byte(int32_t v) {
+#if AC_DSP
+    int32_t y;
+    AC_ASM("usat %0, #8, %1" : "=r"(y) : "r"(v));
+    return y;
+#else
+    return v < 0 ? 0 : v > 255 ? 255 : v;
+#endif
+}
+
+/* bits = bits >> 1, with whether 0 <= v <= range on top */
+AC_INLINE uint32_t ac_shift_in(uint32_t bits, int32_t v, int32_t range) {
+#if AC_DSP
+    AC_ASM("cmp %2, %1\n\trrx %0, %0" : "+r"(bits) : "r"(v), "r"(range) : "cc");
+    return bits;
+#else
+    return bits >> 1 | (uint32_t)((uint32_t)v <= (uint32_t)range) << 31;
+#endif
+}
+
+/* Four bytes plus four bytes, each modulo 256. */
+AC_INLINE uint32_t ac_add_bytes(uint32_t a, uint32_t b) {
+#if AC_DSP
+    uint32_t y;
+    AC_ASM("uadd8 %0, %1, %2" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+#else
+    return ((a & 0x7F7F7F7Fu) + (b & 0x7F7F7F7Fu)) ^ ((a ^ b) & 0x80808080u);
+#endif
+}
+
+/* ---- columns: what four output pixels see ---- */
+
+/* 2 * (x - zero) as int16, taps in groups of four: of the even places of a group the four pixels, then of the odd ones,
+ * in pairs as sxtb16 leaves weights. Where the taps are no multiple of four, the last group stands for the last four
+ * taps, with zeros for those that an earlier group has; with fewer than four taps, for some before the first. */
+#define AC_COLUMN_WORDS(taps) (((taps) + 3) / 4 * 8)
+
+/* Where of a group's 16 numbers tap i of pixel p stands. */
+AC_INLINE int ac_in_group(int i, int p) { return (i & 1) * 8 + p * 2 + (i >> 1); }
+
+/* The columns of `pixels` pixels (1 to 4) that follow each other in `count` planes. */
+AC_INLINE void ac_columns_of_planes(uint32_t *to, const int8_t *x, size_t plane, int count, int pixels, int zero) {
+    int c = 0;
+#if AC_DSP
+    if (pixels == 4) {
+        const uint32_t minus = ((uint32_t)-zero & 0xFFFFu) * 0x10001u;
+        for (; c + 4 <= count; c += 4, x += 4 * plane, to += 8) {
+            ac_put_pairs(to, ac_load4(x), ac_load4(x + 2 * plane), minus);
+            ac_put_pairs(to + 4, ac_load4(x + plane), ac_load4(x + 3 * plane), minus);
+        }
+    }
+#endif
+    for (; c < count; c += 4, to += 8) {
+        const int skip = count - c < 4 ? 4 - (count - c) : 0;
+        int16_t group[16] = {0};
+        for (int i = skip; i < 4; i++, x += plane)
+            for (int p = 0; p < pixels; p++) group[ac_in_group(i, p)] = (int16_t)(2 * (x[p] - zero));
+        memcpy(to, group, sizeof group);
+    }
+}
+
+/* to[p] = from[p] + sum over the taps of columns * w, for four pixels. Reads w[taps - 4], ... where taps is no multiple
+ * of four. */
+AC_INLINE void ac_dot_columns(int32_t to[4], const int32_t from[4], const uint32_t *columns, const int8_t *w, int taps) {
+    int32_t a = from[0], b = from[1], c = from[2], d = from[3];
+    int groups = taps >> 2;
+    const int rest = taps & 3;
+#if AC_DSP
+#define AC_GROUP                          \
+    "ldr %[v], [%[w]], #4\n\t"            \
+    "ldmia %[x]!, {r8, r9, r10, r11}\n\t" \
+    "sxtb16 %[u], %[v]\n\t"               \
+    "smlad %[a], r8, %[u], %[a]\n\t"      \
+    "smlad %[b], r9, %[u], %[b]\n\t"      \
+    "smlad %[c], r10, %[u], %[c]\n\t"     \
+    "smlad %[d], r11, %[u], %[d]\n\t"     \
+    "ldmia %[x]!, {r8, r9, r10, r11}\n\t" \
+    "sxtb16 %[v], %[v], ror #8\n\t"       \
+    "smlad %[a], r8, %[v], %[a]\n\t"      \
+    "smlad %[b], r9, %[v], %[b]\n\t"      \
+    "smlad %[c], r10, %[v], %[c]\n\t"     \
+    "smlad %[d], r11, %[v], %[d]\n\t"
+#define AC_GROUPS(n, times)                                                                                   \
+    if (n)                                                                                                    \
+    AC_ASM("1:\n\t" times "subs %[i], %[i], #1\n\tbne 1b"                                                     \
+           : [a] "+r"(a), [b] "+r"(b), [c] "+r"(c), [d] "+r"(d), [x] "+r"(columns), [w] "+r"(w), [i] "+r"(n), \
+             [u] "=&r"(u), [v] "=&r"(v)                                                                       \
+           :                                                                                                  \
+           : "r8", "r9", "r10", "r11", "cc", "memory")
+    uint32_t u, v;
+    int fours = groups >> 2, last = 1;
+    groups &= 3;
+    AC_GROUPS(fours, AC_GROUP AC_GROUP AC_GROUP AC_GROUP);
+    AC_GROUPS(groups, AC_GROUP);
+    if (rest) {
+        w -= 4 - rest;
+        AC_GROUPS(last, AC_GROUP);
+    }
+#undef AC_GROUP
+#undef AC_GROUPS
+#else
+    for (groups += rest > 0; groups > 0; groups--, columns += 8, w += 4) {
+        int16_t x[16];
+        memcpy(x, columns, sizeof x);
+        if (groups == 1 && rest) w -= 4 - rest;
+        for (int i = 0; i < 4; i++) {
+            const int32_t by = w[i];
+            a += x[ac_in_group(i, 0)] * by;
+            b += x[ac_in_group(i, 1)] * by;
+            c += x[ac_in_group(i, 2)] * by;
+            d += x[ac_in_group(i, 3)] * by;
+        }
+    }
+#endif
+    to[0] = a;
+    to[1] = b;
+    to[2] = c;
+    to[3] = d;
+}
+
+/* ---- back to int8 ---- */
+
+/* How the sums of one output channel become int8: y = clamp(zero + round(round(sum * m) * 2^shift)). */
+typedef struct {
+    int32_t start;             /* what the doubled sums must begin with */
+    int32_t multiplier, shift; /* as TFLite has them */
+    int32_t bias, zero, low, high;
+    int32_t offset; /* where quick: half a unit and the zero point, before the last shift */
+    int quick;      /* the bias is in the sums, and one multiplication, one addition and one shift do the rest */
+} ac_scaling;
+
+AC_INLINE ac_scaling ac_scaling_of(int32_t bias, int32_t m, int32_t shift, int32_t zero, int32_t low, int32_t high,
+                                   int taps) {
+    const int32_t most = (1 << 30) - taps * 32640; /* |sum| + |bias| < 2^30 */
+    ac_scaling s = {0, m, shift, bias, zero, low, high, 0, shift < 0 && shift >= -21 && bias < most && bias > -most};
+    if (s.quick) {
+        s.start = 2 * bias;
+        s.offset = (zero - low) * (1 << -shift) + (1 << (-shift - 1));
+    }
+    return s;
+}
+
+/* Set bits [at, at + count) of zeroed bits to the low ones of `word`, whose others are 0; count up to 32. */
+AC_INLINE void ac_add_bits(uint32_t *bits, size_t at, uint32_t word, int count) {
+    const unsigned from = at & 31u;
+    bits[at >> 5] |= word << from;
+    if (from + (unsigned)count > 32u) bits[(at >> 5) + 1] |= word >> (32u - from);
+}
+
+/* y[i] = what `sum[i]`, doubled and from s->start on, stands for, i < count; bits at, at + 1, ... of `bits` (NULL: none; zeroed
+ * before): whether it was within low..high. Reads sums up to a multiple of four. */
+void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at);
+
+#endif
