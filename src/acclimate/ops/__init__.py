@@ -18,6 +18,7 @@ from ..ir import DTYPES, PERSISTENT, Graph, Node, Type, Value, rebatch
 from . import (
     activation,
     arithmetic,
+    blockfloat,
     convolution,
     loss,
     matrix,
@@ -47,6 +48,7 @@ TABLE: dict[str, Row] = {
         loss,
         update,
         quantized,
+        blockfloat,
     )
     for row in family.ROWS
 }

@@ -390,6 +390,7 @@ ROWS = (
         attrs={**_GEOMETRY, "kernel": Attr("i2", pad=1), "x_zero": Attr("i", 0), "x_scale": Attr("f", 1.0)},
         shape=_weight_grad_shape,
         take=_take_weight_grad,
+        channel_of=1,
         check=True,
         no_grad=_NO_SECOND,
         cost=lambda a, i, o: _macs(a, i[1].size, o[0].shape),
