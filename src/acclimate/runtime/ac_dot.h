@@ -20,10 +20,17 @@
 
 #define AC_MAX_TAPS 32767 /* 2 * 32767 * 255 * 128 < 2^31 */
 
+/* Few bytes: without a library's headers (-ffreestanding) a compiler calls memcpy for them. */
+#if defined(__GNUC__)
+#define AC_COPY __builtin_memcpy
+#else
+#define AC_COPY memcpy
+#endif
+
 /* Four bytes from anywhere. */
 AC_INLINE uint32_t ac_load4(const void *from) {
     uint32_t word;
-    memcpy(&word, from, 4);
+    AC_COPY(&word, from, 4);
     return word;
 }
 
@@ -158,7 +165,7 @@ AC_INLINE void ac_columns_of_planes(uint32_t *to, const int8_t *x, size_t plane,
         int16_t group[16] = {0};
         for (int i = skip; i < 4; i++, x += plane)
             for (int p = 0; p < pixels; p++) group[ac_in_group(i, p)] = (int16_t)(2 * (x[p] - zero));
-        memcpy(to, group, sizeof group);
+        AC_COPY(to, group, sizeof group);
     }
 }
 
@@ -204,7 +211,7 @@ AC_INLINE void ac_dot_columns(int32_t to[4], const int32_t from[4], const uint32
 #else
     for (groups += rest > 0; groups > 0; groups--, columns += 8, w += 4) {
         int16_t x[16];
-        memcpy(x, columns, sizeof x);
+        AC_COPY(x, columns, sizeof x);
         if (groups == 1 && rest) w -= 4 - rest;
         for (int i = 0; i < 4; i++) {
             const int32_t by = w[i];
@@ -219,6 +226,76 @@ AC_INLINE void ac_dot_columns(int32_t to[4], const int32_t from[4], const uint32
     to[1] = b;
     to[2] = c;
     to[3] = d;
+}
+
+/* ---- rows: what the outputs of a depthwise convolution see ---- */
+
+/* x - zero as int16, wherever `to` points. */
+AC_INLINE void ac_widen(int16_t *to, const int8_t *x, int count, int zero) {
+    int i = 0;
+#if AC_DSP
+    const uint32_t minus = ((uint32_t)-zero & 0xFFFFu) * 0x10001u;
+    for (; i + 4 <= count; i += 4) {
+        const uint32_t word = ac_load4(x + i), even = ac_even_bytes(minus, word), odd = ac_odd_bytes(minus, word);
+        const uint32_t low = ac_low_halves(even, odd), high = ac_high_halves(even, odd);
+        AC_COPY(to + i, &low, 4);
+        AC_COPY(to + i + 2, &high, 4);
+    }
+#endif
+    for (; i < count; i++) to[i] = (int16_t)(x[i] - zero);
+}
+
+/* Doubled weights of a window of `width` columns (3, 5 or 7), as ac_dot_rows reads them: each row's pairs of neighbours. */
+#define AC_ROW_WEIGHTS(width) ((width) - 1)
+
+AC_INLINE void ac_put_row_weights(uint32_t *to, const int8_t *w, int height, int width) {
+    for (int i = 0; i < height; i++, w += width, to += width - 1)
+        for (int j = 0; j + 1 < width; j++)
+            to[j] = ((uint32_t)(2 * w[j]) & 0xFFFFu) | (uint32_t)(2 * w[j + 1]) << 16;
+}
+
+/* sum[k] = start + the window's products for four outputs; output k's window starts at row 0, column k * step of rows that
+ * lie `pitch` words apart and start at a whole word; width 3, 5 or 7 and step 1 or 2 are constants where it is called. */
+AC_INLINE void ac_dot_rows(int32_t sum[4], int32_t start, const uint32_t *x, int pitch, const uint32_t *w, int height,
+                           int width, int step) {
+    int32_t a = start, b = start, c = start, d = start;
+    for (int i = 0; i < height; i++, x += pitch, w += width - 1) {
+#if AC_DSP
+#define AC_EVEN(y, at)                                                                \
+    for (int j = 0; j + 1 < width; j += 2) y = ac_pairs(x[(at) + j / 2], w[j], y);    \
+    y = ac_low_high(x[(at) + width / 2], w[width - 2], y)
+#define AC_ODD(y, at)                      \
+    y = ac_high_low(x[at], w[0], y);       \
+    for (int j = 1; j + 1 < width; j += 2) y = ac_pairs(x[(at) + (j + 1) / 2], w[j], y)
+        if (step == 1) {
+            AC_EVEN(a, 0);
+            AC_ODD(b, 0);
+            AC_EVEN(c, 1);
+            AC_ODD(d, 1);
+        } else {
+            AC_EVEN(a, 0);
+            AC_EVEN(b, 1);
+            AC_EVEN(c, 2);
+            AC_EVEN(d, 3);
+        }
+#undef AC_EVEN
+#undef AC_ODD
+#else
+        int16_t from[16];
+        AC_COPY(from, x, sizeof *from * (size_t)(3 * step + width));
+        for (int j = 0; j < width; j++) {
+            const int32_t by = (int16_t)(uint16_t)(j + 1 < width ? w[j] : w[j - 1] >> 16);
+            a += from[j] * by;
+            b += from[step + j] * by;
+            c += from[2 * step + j] * by;
+            d += from[3 * step + j] * by;
+        }
+#endif
+    }
+    sum[0] = a;
+    sum[1] = b;
+    sum[2] = c;
+    sum[3] = d;
 }
 
 /* ---- back to int8 ---- */

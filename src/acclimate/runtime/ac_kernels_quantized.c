@@ -113,57 +113,46 @@ ac_status AC_KERNEL(q_table_grad)(const ac_call *call) {
 
 /* ---- convolution ---- */
 
-/* Four of them; `within` gets their bits from above. */
-AC_INLINE uint32_t quick_four(const int32_t *sum, const ac_scaling *s, uint32_t low, int full, int keep, uint32_t *within) {
-    const int right = -s->shift, range = s->high - s->low;
-    uint32_t word = 0;
-    for (int i = 0; i < 4; i++) {
-        int32_t v = ac_add_high(s->offset + (sum[i] >> 31), sum[i], s->multiplier) >> right;
-        if (keep) *within = ac_shift_in(*within, v, range);
-        v = full ? ac_to_byte(v) : ac_clamped(v, 0, range);
-        word |= (uint32_t)v << (8 * i);
-    }
-    return ac_add_bytes(word, low);
-}
-
+/* AC_KERNEL(requantize) of a multiple of four sums, where s->quick; full: low and high are int8's ends, keep: there are
+ * bits. */
 AC_INLINE void quick_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at, int full,
                          int keep) {
     const uint32_t low = ((uint32_t)s->low & 0xFFu) * 0x01010101u;
-    for (; count > 0; count -= 32, at += 32) {
-        const int some = count < 32 ? count : 32;
+    const int32_t m = s->multiplier, offset = s->offset, right = -s->shift, range = s->high - s->low;
+    for (const int32_t *end = sum + count; sum < end; at += 32) {
+        const int32_t *stop = end - sum < 32 ? end : sum + 32;
+        const int some = (int)(stop - sum);
         uint32_t within = 0;
-        int i = 0;
-        for (; i + 4 <= some; i += 4, sum += 4, y += 4) {
-            const uint32_t word = quick_four(sum, s, low, full, keep, &within);
-            memcpy(y, &word, 4);
+        for (; sum < stop; sum += 4, y += 4) {
+            uint32_t word = 0;
+            for (int k = 0; k < 4; k++) {
+                const int32_t v = ac_add_high(offset + (sum[k] >> 31), sum[k], m) >> right;
+                if (keep) within = ac_shift_in(within, v, range);
+                word |= (uint32_t)(full ? ac_to_byte(v) : ac_clamped(v, 0, range)) << (8 * k);
+            }
+            word = ac_add_bytes(word, low);
+            AC_COPY(y, &word, 4);
         }
-        if (i < some) {
-            uint32_t word = quick_four(sum, s, low, full, keep, &within);
-            for (int k = i; k < some; k++, word >>= 8) *y++ = (int8_t)(uint8_t)word;
-            i += 4;
-        }
-        if (keep) ac_add_bits(bits, at, within >> (32 - i) & (0xFFFFFFFFu >> (32 - some)), some);
+        if (keep) ac_add_bits(bits, at, within >> (32 - some), some);
     }
 }
 
 void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
-    if (s->quick) {
-        if (s->high - s->low == 255 && bits) quick_row(y, sum, count, s, bits, at, 1, 1);
-        else if (s->high - s->low == 255) quick_row(y, sum, count, s, bits, at, 1, 0);
-        else if (bits) quick_row(y, sum, count, s, bits, at, 0, 1);
-        else quick_row(y, sum, count, s, bits, at, 0, 0);
-        return;
-    }
-    for (int i = 0; i < count; i++) {
-        const int32_t all = ac_wrap_add(sum[i] / 2, s->bias);
+    const int full = s->high - s->low == 255;
+    int i = s->quick ? count & ~3 : 0;
+    if (i && full && bits) quick_row(y, sum, i, s, bits, at, 1, 1);
+    else if (i && full) quick_row(y, sum, i, s, bits, at, 1, 0);
+    else if (i && bits) quick_row(y, sum, i, s, bits, at, 0, 1);
+    else if (i) quick_row(y, sum, i, s, bits, at, 0, 0);
+    for (; i < count; i++) {
+        const int32_t all = s->quick ? sum[i] / 2 : ac_wrap_add(sum[i] / 2, s->bias);
         const int32_t v = ac_wrap_add(ac_scaled(all, s->multiplier, s->shift), s->zero);
         y[i] = (int8_t)ac_clamped(v, s->low, s->high);
         if (bits && v == y[i]) ac_add_bits(bits, at + (size_t)i, 1, 1);
     }
 }
 
-/* Scratch of a convolution: the columns of some squares of four pixels, and the sums of some outputs of them. */
-enum { TAPS = 576, SUMS = 128 };
+enum { TAPS = 576 }; /* of columns at once */
 
 /* What a convolution's windows lie on: one group of channels of one image. */
 typedef struct {
@@ -197,7 +186,116 @@ static void fill(const view *v, uint32_t *to, int first, int count, int at, int 
                     group[ac_in_group(i, p)] =
                         (int16_t)(2 * (from[(size_t)(row[p] + h) * (size_t)v->in.w + (size_t)(col[p] + w)] - v->a->x_zero));
         }
-        memcpy(to, group, sizeof group);
+        AC_COPY(to, group, sizeof group);
+    }
+}
+
+/* Scratch of a convolution: the columns of some squares of four pixels or the rows of a channel, and the sums of some
+ * outputs of them. */
+enum { WORDS = AC_COLUMN_WORDS(TAPS), SUMS = 128 };
+typedef struct {
+    uint32_t words[WORDS];
+    int32_t sum[SUMS + 4];
+} scratch;
+
+/* What the outputs of q_conv are made with. */
+typedef struct {
+    const int8_t *w;
+    const int32_t *bias, *multiplier, *shift;
+    int8_t *y;
+    uint32_t *bits;
+    int taps;
+} outputs;
+
+static ac_scaling scaling_of(const view *v, const outputs *to, int o) {
+    return ac_scaling_of(to->bias ? to->bias[o] : 0, to->multiplier[o], to->shift[o], v->a->y_zero, v->a->low, v->a->high,
+                         to->taps);
+}
+
+/* Outputs [o, end) of image n from the channels of their group. */
+static void q_conv_dense(const view *v, const outputs *to, scratch *s, int n, int first, int last) {
+    const int taps = to->taps, pixels = (int)v->out.plane;
+    const int part = smaller(taps, TAPS), square = AC_COLUMN_WORDS(part); /* taps at once; words of four pixels */
+    const int whole = part == taps, squares = whole ? smaller(WORDS / square, SUMS / 4) : 1;
+    const int together = whole ? 1 : SUMS / 4; /* outputs */
+    int8_t few[4] = {0};
+    for (int p = 0; p < pixels; p += 4 * squares) {
+        const int count = smaller(4 * squares, pixels - p);
+        for (int o = first; o < last; o += together) {
+            const int end = smaller(o + together, last);
+            for (int t = 0; t < taps; t += part) {
+                const int size = smaller(part, taps - t);
+                if (!whole || o == first)
+                    for (int i = 0; i < count; i += 4)
+                        fill(v, s->words + i / 4 * square, t, size, p + i, smaller(4, count - i));
+                for (int k = o; k < end; k++) {
+                    const ac_scaling scale = scaling_of(v, to, k);
+                    const int32_t start[4] = {scale.start, scale.start, scale.start, scale.start};
+                    int32_t *sum = s->sum + (k - o) * 4;
+                    const int8_t *by = to->w + (size_t)k * (size_t)taps + t;
+                    if (taps < 4) by = (int8_t *)memcpy(few + 4 - taps, by, (size_t)taps);
+                    for (int i = 0; i < count; i += 4)
+                        ac_dot_columns(sum + i, t ? sum + i : start, s->words + i / 4 * square, by, size);
+                    if (t + size < taps) continue;
+                    const size_t at = ((size_t)n * (size_t)v->out.c + (size_t)k) * v->out.plane + (size_t)p;
+                    AC_KERNEL(requantize)(to->y + at, sum, count, &scale, to->bits, at);
+                }
+            }
+        }
+    }
+}
+
+/* Words of a row of a channel with what is around it: four outputs more than there may be are looked at. */
+static int row_words(const view *v) {
+    return ((v->out.w + 3) / 4 * 4 * v->a->stride[1] + v->kernel.w + 1) / 2;
+}
+
+/* Whether q_conv_depthwise takes it. */
+static int is_depthwise(const view *v) {
+    const int k = v->kernel.w, step = v->a->stride[1];
+    return v->kernel.c == 1 && (k == 3 || k == 5 || k == 7) && v->kernel.h <= 7 && (step == 1 || step == 2)
+           && v->a->dilation[0] == 1 && v->a->dilation[1] == 1 && v->out.w <= SUMS
+           && v->kernel.h * row_words(v) <= WORDS && v->a->before[1] + v->in.w <= 2 * row_words(v);
+}
+
+/* Sums of one row of outputs, whose windows start at row `x`. */
+AC_INLINE void dot_row(int32_t *sum, int count, int32_t start, const uint32_t *x, int pitch, const uint32_t *w, int height,
+                       int width, int step) {
+    for (int q = 0; q < count; q += 4, x += 2 * step) ac_dot_rows(sum + q, start, x, pitch, w, height, width, step);
+}
+
+/* One channel of x to one channel of y, at `at`. */
+static void q_conv_depthwise(const view *v, const outputs *to, scratch *s, int o, size_t at) {
+    const ac_scaling scale = scaling_of(v, to, o);
+    const int pitch = row_words(v), height = v->kernel.h, width = v->kernel.w, step = v->a->stride[1], down = v->a->stride[0];
+    const int rows = smaller((WORDS / pitch - height) / down + 1, v->out.h); /* of outputs at once */
+    uint32_t w[7 * 6];
+    int held = 0;
+    ac_put_row_weights(w, to->w + (size_t)o * (size_t)to->taps, height, width);
+    for (int p = 0; p < v->out.h; p++) {
+        if (p % rows == 0)
+            for (int i = 0; i < (smaller(rows, v->out.h - p) - 1) * down + height; i++) {
+                const int row = p * down - v->a->before[0] + i;
+                uint32_t *line = s->words + i * pitch;
+                memset(line, 0, (size_t)pitch * 4);
+                if (row >= 0 && row < v->in.h)
+                    ac_widen((int16_t *)(void *)line + v->a->before[1], v->x + (size_t)row * (size_t)v->in.w, v->in.w,
+                             v->a->x_zero);
+            }
+        const uint32_t *x = s->words + p % rows * down * pitch;
+        int32_t *sum = s->sum + held;
+        if (width == 3 && step == 1) dot_row(sum, v->out.w, scale.start, x, pitch, w, height, 3, 1);
+        else if (width == 3) dot_row(sum, v->out.w, scale.start, x, pitch, w, height, 3, 2);
+        else if (width == 5 && step == 1) dot_row(sum, v->out.w, scale.start, x, pitch, w, height, 5, 1);
+        else if (width == 5) dot_row(sum, v->out.w, scale.start, x, pitch, w, height, 5, 2);
+        else if (step == 1) dot_row(sum, v->out.w, scale.start, x, pitch, w, height, 7, 1);
+        else dot_row(sum, v->out.w, scale.start, x, pitch, w, height, 7, 2);
+        held += v->out.w;
+        if (held + v->out.w > SUMS || p + 1 == v->out.h) {
+            AC_KERNEL(requantize)(to->y + at, s->sum, held, &scale, to->bits, at);
+            at += (size_t)held;
+            held = 0;
+        }
     }
 }
 
@@ -205,50 +303,21 @@ static void fill(const view *v, uint32_t *to, int first, int count, int at, int 
 ac_status AC_KERNEL(q_conv)(const ac_call *call) {
     const ac_attr_q_conv *a = call->attr;
     view v = {a, shape_of(AC_IN_T(call, 0)), shape_of(AC_IN_T(call, 1)), shape_of(AC_OUT_T(call, 0)), NULL, 0};
-    const int8_t *x = AC_IN(call, 0), *w = AC_IN(call, 1);
-    const int32_t *b = AC_IN(call, 2), *m = AC_IN(call, 3), *shift = AC_IN(call, 4);
-    int8_t *y = AC_OUT(call, 0);
-    uint32_t *bits = AC_OUT(call, 1);
-    const int taps = v.kernel.c * (int)v.kernel.plane, pixels = (int)v.out.plane, each = v.out.c / a->groups;
+    const outputs to = {AC_IN(call, 1),  AC_IN(call, 2),  AC_IN(call, 3), AC_IN(call, 4),
+                        AC_OUT(call, 0), AC_OUT(call, 1), v.kernel.c * (int)v.kernel.plane};
+    const int each = v.out.c / a->groups;
+    scratch s;
     v.plain = v.kernel.plane == 1 && a->stride[0] == 1 && a->stride[1] == 1 && !a->before[0] && !a->before[1]
               && v.in.plane == v.out.plane;
-    if (bits) memset(bits, 0, (AC_OUT_T(call, 0)->size + 31) / 32 * 4);
-
-    uint32_t columns[AC_COLUMN_WORDS(TAPS)];
-    int32_t sum[SUMS];
-    int8_t few[4] = {0};
-    const int part = smaller(taps, TAPS), square = AC_COLUMN_WORDS(part); /* taps at once; words of four pixels */
-    const int whole = part == taps, squares = whole ? smaller(AC_COLUMN_WORDS(TAPS) / square, SUMS / 4) : 1;
-    const int together = whole ? 1 : SUMS / 4; /* outputs */
-    for (int group = 0; group < v.out.n * a->groups; group++) {
-        const int first = group % a->groups * each, last = first + each; /* outputs of the group */
-        v.x = x + (size_t)group * (size_t)v.kernel.c * v.in.plane;
-        for (int p = 0; p < pixels; p += 4 * squares) {
-            const int count = smaller(4 * squares, pixels - p);
-            for (int o = first; o < last; o += together) {
-                const int end = smaller(o + together, last);
-                for (int t = 0; t < taps; t += part) {
-                    const int size = smaller(part, taps - t);
-                    if (!whole || o == first)
-                        for (int i = 0; i < count; i += 4)
-                            fill(&v, columns + i / 4 * square, t, size, p + i, smaller(4, count - i));
-                    for (int k = o; k < end; k++) {
-                        const ac_scaling s = ac_scaling_of(b ? b[k] : 0, m[k], shift[k], a->y_zero, a->low, a->high, taps);
-                        const int32_t start[4] = {s.start, s.start, s.start, s.start};
-                        int32_t *to = sum + (k - o) * 4;
-                        const int8_t *by = w + (size_t)k * (size_t)taps + t;
-                        if (taps < 4) by = (int8_t *)memcpy(few + 4 - taps, by, (size_t)taps);
-                        for (int i = 0; i < count; i += 4)
-                            ac_dot_columns(to + i, t ? to + i : start, columns + i / 4 * square, by, size);
-                        if (t + size < taps) continue;
-                        const size_t at = ((size_t)group / (size_t)a->groups * (size_t)v.out.c + (size_t)k) * v.out.plane
-                                          + (size_t)p;
-                        AC_KERNEL(requantize)(y + at, to, count, &s, bits, at);
-                    }
-                }
-            }
+    if (to.bits) memset(to.bits, 0, (AC_OUT_T(call, 0)->size + 31) / 32 * 4);
+    v.x = AC_IN(call, 0);
+    for (int n = 0; n < v.out.n; n++)
+        for (int o = 0; o < v.out.c; o += each, v.x += (size_t)v.kernel.c * v.in.plane) {
+            if (!is_depthwise(&v)) q_conv_dense(&v, &to, &s, n, o, o + each);
+            else
+                for (int k = o; k < o + each; k++)
+                    q_conv_depthwise(&v, &to, &s, k, ((size_t)n * (size_t)v.out.c + (size_t)k) * v.out.plane);
         }
-    }
     return AC_OK;
 }
 
