@@ -11,7 +11,7 @@
 
 #include <string.h>
 
-#if defined(__GNUC__) && defined(__ARM_FEATURE_DSP) && __ARM_FEATURE_DSP && defined(__ARM_FEATURE_UNALIGNED)
+#if defined(__GNUC__) && defined(__ARM_FEATURE_DSP) && __ARM_FEATURE_DSP && defined(__thumb2__)
 #define AC_DSP 1
 #define AC_ASM __asm__
 #else
@@ -140,10 +140,10 @@ AC_INLINE uint32_t ac_add_bytes(uint32_t a, uint32_t b) {
 
 /* ---- columns: what four output pixels see ---- */
 
-/* 2 * (x - zero) as int16, taps in groups of four: of the even places of a group the four pixels, then of the odd ones,
- * in pairs as sxtb16 leaves weights. Where the taps are no multiple of four, the last group stands for the last four
- * taps, with zeros for those that an earlier group has; with fewer than four taps, for some before the first. */
-#define AC_COLUMN_WORDS(taps) (((taps) + 3) / 4 * 8)
+/* 2 * (x - zero) as int16, taps in groups of four, the last filled with zeros: of the even places of a group the four
+ * pixels, then of the odd ones, in pairs as sxtb16 leaves weights. */
+#define AC_GROUPS(taps) (((taps) + 3) / 4)
+#define AC_COLUMN_WORDS(taps) (AC_GROUPS(taps) * 8)
 
 /* Where of a group's 16 numbers tap i of pixel p stands. */
 AC_INLINE int ac_in_group(int i, int p) { return (i & 1) * 8 + p * 2 + (i >> 1); }
@@ -161,72 +161,17 @@ AC_INLINE void ac_columns_of_planes(uint32_t *to, const int8_t *x, size_t plane,
     }
 #endif
     for (; c < count; c += 4, to += 8) {
-        const int skip = count - c < 4 ? 4 - (count - c) : 0;
         int16_t group[16] = {0};
-        for (int i = skip; i < 4; i++, x += plane)
+        for (int i = 0; i < 4 && c + i < count; i++, x += plane)
             for (int p = 0; p < pixels; p++) group[ac_in_group(i, p)] = (int16_t)(2 * (x[p] - zero));
         AC_COPY(to, group, sizeof group);
     }
 }
 
-/* to[p] = from[p] + sum over the taps of columns * w, for four pixels. Reads w[taps - 4], ... where taps is no multiple
- * of four. */
-AC_INLINE void ac_dot_columns(int32_t to[4], const int32_t from[4], const uint32_t *columns, const int8_t *w, int taps) {
-    int32_t a = from[0], b = from[1], c = from[2], d = from[3];
-    int groups = taps >> 2;
-    const int rest = taps & 3;
-#if AC_DSP
-#define AC_GROUP                          \
-    "ldr %[v], [%[w]], #4\n\t"            \
-    "ldmia %[x]!, {r8, r9, r10, r11}\n\t" \
-    "sxtb16 %[u], %[v]\n\t"               \
-    "smlad %[a], r8, %[u], %[a]\n\t"      \
-    "smlad %[b], r9, %[u], %[b]\n\t"      \
-    "smlad %[c], r10, %[u], %[c]\n\t"     \
-    "smlad %[d], r11, %[u], %[d]\n\t"     \
-    "ldmia %[x]!, {r8, r9, r10, r11}\n\t" \
-    "sxtb16 %[v], %[v], ror #8\n\t"       \
-    "smlad %[a], r8, %[v], %[a]\n\t"      \
-    "smlad %[b], r9, %[v], %[b]\n\t"      \
-    "smlad %[c], r10, %[v], %[c]\n\t"     \
-    "smlad %[d], r11, %[v], %[d]\n\t"
-#define AC_GROUPS(n, times)                                                                                   \
-    if (n)                                                                                                    \
-    AC_ASM("1:\n\t" times "subs %[i], %[i], #1\n\tbne 1b"                                                     \
-           : [a] "+r"(a), [b] "+r"(b), [c] "+r"(c), [d] "+r"(d), [x] "+r"(columns), [w] "+r"(w), [i] "+r"(n), \
-             [u] "=&r"(u), [v] "=&r"(v)                                                                       \
-           :                                                                                                  \
-           : "r8", "r9", "r10", "r11", "cc", "memory")
-    uint32_t u, v;
-    int fours = groups >> 2, last = 1;
-    groups &= 3;
-    AC_GROUPS(fours, AC_GROUP AC_GROUP AC_GROUP AC_GROUP);
-    AC_GROUPS(groups, AC_GROUP);
-    if (rest) {
-        w -= 4 - rest;
-        AC_GROUPS(last, AC_GROUP);
-    }
-#undef AC_GROUP
-#undef AC_GROUPS
-#else
-    for (groups += rest > 0; groups > 0; groups--, columns += 8, w += 4) {
-        int16_t x[16];
-        AC_COPY(x, columns, sizeof x);
-        if (groups == 1 && rest) w -= 4 - rest;
-        for (int i = 0; i < 4; i++) {
-            const int32_t by = w[i];
-            a += x[ac_in_group(i, 0)] * by;
-            b += x[ac_in_group(i, 1)] * by;
-            c += x[ac_in_group(i, 2)] * by;
-            d += x[ac_in_group(i, 3)] * by;
-        }
-    }
-#endif
-    to[0] = a;
-    to[1] = b;
-    to[2] = c;
-    to[3] = d;
-}
+/* sum[4 * k + p] = start + the products of column p of the k-th four pixels and w, up to `end`, at least one four. w has
+ * 4 * groups elements. */
+void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *columns, const int8_t *w, int groups,
+                            int32_t start);
 
 /* ---- rows: what the outputs of a depthwise convolution see ---- */
 
@@ -327,8 +272,8 @@ AC_INLINE void ac_add_bits(uint32_t *bits, size_t at, uint32_t word, int count) 
     if (from + (unsigned)count > 32u) bits[(at >> 5) + 1] |= word >> (32u - from);
 }
 
-/* y[i] = what `sum[i]`, doubled and from s->start on, stands for, i < count; bits at, at + 1, ... of `bits` (NULL: none; zeroed
- * before): whether it was within low..high. Reads sums up to a multiple of four. */
+/* y[i] = what sum[i], doubled and from s->start on, stands for, i < count; bits at, at + 1, ... (NULL: none; zero before):
+ * whether it was within low..high. */
 void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at);
 
 #endif

@@ -113,45 +113,6 @@ ac_status AC_KERNEL(q_table_grad)(const ac_call *call) {
 
 /* ---- convolution ---- */
 
-/* AC_KERNEL(requantize) of a multiple of four sums, where s->quick; full: low and high are int8's ends, keep: there are
- * bits. */
-AC_INLINE void quick_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at, int full,
-                         int keep) {
-    const uint32_t low = ((uint32_t)s->low & 0xFFu) * 0x01010101u;
-    const int32_t m = s->multiplier, offset = s->offset, right = -s->shift, range = s->high - s->low;
-    for (const int32_t *end = sum + count; sum < end; at += 32) {
-        const int32_t *stop = end - sum < 32 ? end : sum + 32;
-        const int some = (int)(stop - sum);
-        uint32_t within = 0;
-        for (; sum < stop; sum += 4, y += 4) {
-            uint32_t word = 0;
-            for (int k = 0; k < 4; k++) {
-                const int32_t v = ac_add_high(offset + (sum[k] >> 31), sum[k], m) >> right;
-                if (keep) within = ac_shift_in(within, v, range);
-                word |= (uint32_t)(full ? ac_to_byte(v) : ac_clamped(v, 0, range)) << (8 * k);
-            }
-            word = ac_add_bytes(word, low);
-            AC_COPY(y, &word, 4);
-        }
-        if (keep) ac_add_bits(bits, at, within >> (32 - some), some);
-    }
-}
-
-void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
-    const int full = s->high - s->low == 255;
-    int i = s->quick ? count & ~3 : 0;
-    if (i && full && bits) quick_row(y, sum, i, s, bits, at, 1, 1);
-    else if (i && full) quick_row(y, sum, i, s, bits, at, 1, 0);
-    else if (i && bits) quick_row(y, sum, i, s, bits, at, 0, 1);
-    else if (i) quick_row(y, sum, i, s, bits, at, 0, 0);
-    for (; i < count; i++) {
-        const int32_t all = s->quick ? sum[i] / 2 : ac_wrap_add(sum[i] / 2, s->bias);
-        const int32_t v = ac_wrap_add(ac_scaled(all, s->multiplier, s->shift), s->zero);
-        y[i] = (int8_t)ac_clamped(v, s->low, s->high);
-        if (bits && v == y[i]) ac_add_bits(bits, at + (size_t)i, 1, 1);
-    }
-}
-
 enum { TAPS = 576 }; /* of columns at once */
 
 /* What a convolution's windows lie on: one group of channels of one image. */
@@ -175,10 +136,9 @@ static void fill(const view *v, uint32_t *to, int first, int count, int at, int 
         col[p] = (at + p) % v->out.w * v->a->stride[1] - v->a->before[1];
     }
     for (int k = 0; k < count; k += 4, to += 8) {
-        const int skip = count - k < 4 ? 4 - (count - k) : 0;
         int16_t group[16] = {0};
-        for (int i = skip; i < 4; i++) {
-            const int tap = first + k + i - skip, h = tap % area / v->kernel.w * v->a->dilation[0],
+        for (int i = 0; i < 4 && k + i < count; i++) {
+            const int tap = first + k + i, h = tap % area / v->kernel.w * v->a->dilation[0],
                       w = tap % v->kernel.w * v->a->dilation[1];
             const int8_t *from = v->x + (size_t)(tap / area) * v->in.plane;
             for (int p = 0; p < pixels; p++)
@@ -212,30 +172,37 @@ static ac_scaling scaling_of(const view *v, const outputs *to, int o) {
                          to->taps);
 }
 
-/* Outputs [o, end) of image n from the channels of their group. */
+/* Outputs [first, last) of image n, from the channels of one group. */
 static void q_conv_dense(const view *v, const outputs *to, scratch *s, int n, int first, int last) {
     const int taps = to->taps, pixels = (int)v->out.plane;
-    const int part = smaller(taps, TAPS), square = AC_COLUMN_WORDS(part); /* taps at once; words of four pixels */
-    const int whole = part == taps, squares = whole ? smaller(WORDS / square, SUMS / 4) : 1;
-    const int together = whole ? 1 : SUMS / 4; /* outputs */
-    int8_t few[4] = {0};
-    for (int p = 0; p < pixels; p += 4 * squares) {
-        const int count = smaller(4 * squares, pixels - p);
-        for (int o = first; o < last; o += together) {
-            const int end = smaller(o + together, last);
+    const int most = taps % 4 ? TAPS / 9 * 8 : TAPS; /* where weights must be copied their place is here, too */
+    const int part = smaller(taps, most), square = AC_COLUMN_WORDS(part); /* taps at once; words of four pixels */
+    int8_t *padded = (int8_t *)(s->words + WORDS - AC_GROUPS(part));
+    const int squares = smaller((WORDS - (taps % 4 ? AC_GROUPS(part) : 0)) / square, SUMS / 4);
+    const int together = part < taps ? SUMS / 4 : 1; /* outputs */
+    for (int p = 0, count; p < pixels; p += count) {
+        count = smaller(part < taps ? 4 : 4 * squares, pixels - p);
+        for (int o = first, end; o < last; o = end) {
+            end = smaller(o + together, last);
             for (int t = 0; t < taps; t += part) {
                 const int size = smaller(part, taps - t);
-                if (!whole || o == first)
+                if (part < taps || o == first)
                     for (int i = 0; i < count; i += 4)
                         fill(v, s->words + i / 4 * square, t, size, p + i, smaller(4, count - i));
                 for (int k = o; k < end; k++) {
                     const ac_scaling scale = scaling_of(v, to, k);
-                    const int32_t start[4] = {scale.start, scale.start, scale.start, scale.start};
-                    int32_t *sum = s->sum + (k - o) * 4;
+                    int32_t *sum = s->sum + (k - o) * 4, some[4];
                     const int8_t *by = to->w + (size_t)k * (size_t)taps + t;
-                    if (taps < 4) by = (int8_t *)memcpy(few + 4 - taps, by, (size_t)taps);
-                    for (int i = 0; i < count; i += 4)
-                        ac_dot_columns(sum + i, t ? sum + i : start, s->words + i / 4 * square, by, size);
+                    if (size % 4) {
+                        memset(padded + size, 0, 4u - (size_t)size % 4);
+                        by = (int8_t *)memcpy(padded, by, (size_t)size);
+                    }
+                    if (t == 0) {
+                        AC_KERNEL(dot_columns)(sum, sum + (count + 3) / 4 * 4, s->words, by, AC_GROUPS(size), scale.start);
+                    } else {
+                        AC_KERNEL(dot_columns)(some, some + 4, s->words, by, AC_GROUPS(size), 0);
+                        for (int i = 0; i < 4; i++) sum[i] += some[i];
+                    }
                     if (t + size < taps) continue;
                     const size_t at = ((size_t)n * (size_t)v->out.c + (size_t)k) * v->out.plane + (size_t)p;
                     AC_KERNEL(requantize)(to->y + at, sum, count, &scale, to->bits, at);
