@@ -1,8 +1,8 @@
 /* Integer layers, their gradients and their update: the plain reference that faster kernels are measured against.
  *
- * Integers are exact, so any order gives the same bits. The float sums of the gradients have one order each: an input's
- * gradient adds output channels in order, and of each the taps row by row; a weight's adds images and in each the
- * pixels row by row. */
+ * Integers are exact, so any order gives the same bits. The float sums of the gradients have one order each, whatever the
+ * geometry: an input's gradient adds output channels in order, and of each the pixels of d row by row, each times its
+ * channel's scale and then times a weight; a weight's adds images and in each the pixels row by row. */
 #include "ac_dot.h"
 #include "ac_ops.h"
 
@@ -288,40 +288,117 @@ ac_status AC_KERNEL(q_conv)(const ac_call *call) {
     return AC_OK;
 }
 
-static int bit_of(const uint32_t *bits, size_t i) { return !bits || (bits[i >> 5] >> (i & 31u) & 1u); }
+/* ---- gradients ---- */
+
+/* Floats of scratch, and pixels that a sum of products takes side by side. */
+enum { FLOATS = 1024, SIDE = 16 };
+
+/* to[i] = scale * d[i], 0 where bit at + i is not set; bits may be NULL */
+static void scale_gradient(float *to, const float *d, int count, float scale, const uint32_t *bits, size_t at) {
+    if (bits)
+        for (int i = 0; i < count; i++, at++) to[i] = bits[at >> 5] >> (at & 31u) & 1u ? d[i] * scale : 0.0f;
+    else
+        for (int i = 0; i < count; i++) to[i] = d[i] * scale;
+}
+
+/* What q_conv_input_grad works on: one group of channels of one image. */
+typedef struct {
+    const ac_attr_q_conv_input_grad *a;
+    shape in, kernel, out;
+    const float *d, *scale;
+    const int8_t *w;
+    const uint32_t *bits;
+    float *dx;
+    size_t at; /* of d among all bits */
+} input_view;
+
+/* sum[k] += the products of `count` rows of SIDE elements of d and a column of weights, `step` apart */
+static void add_column(float *sum, const float *d, const int8_t *w, size_t step, int count) {
+    float s[SIDE];
+    for (int k = 0; k < SIDE; k++) s[k] = sum[k];
+    for (; count > 0; count--, d += SIDE, w += step) {
+        const float by = (float)*w;
+        for (int k = 0; k < SIDE; k++) s[k] += d[k] * by;
+    }
+    for (int k = 0; k < SIDE; k++) sum[k] = s[k];
+}
+
+/* A convolution of single pixels: dx = w^T (scale * d). */
+static void input_grad_pointwise(const input_view *v, int outputs) {
+    const int most = FLOATS / SIDE, channels = v->kernel.c;
+    float d[FLOATS], sum[SIDE];
+    for (size_t p = 0; p < v->in.plane; p += SIDE) {
+        const int pixels = v->in.plane - p < SIDE ? (int)(v->in.plane - p) : SIDE;
+        for (int o = 0; o < outputs; o += most) {
+            const int some = smaller(outputs - o, most);
+            if (pixels < SIDE) memset(d, 0, sizeof d);
+            for (int k = 0; k < some; k++) {
+                const size_t at = (size_t)(o + k) * v->out.plane + p;
+                scale_gradient(d + k * SIDE, v->d + at, pixels, v->scale[o + k], v->bits, v->at + at);
+            }
+            for (int c = 0; c < channels; c++) {
+                float *to = v->dx + (size_t)c * v->in.plane + p, *at = pixels < SIDE ? sum : to;
+                if (o == 0) memset(at, 0, sizeof sum);
+                else if (at == sum) memcpy(sum, to, (size_t)pixels * sizeof(float));
+                add_column(at, d, v->w + (size_t)o * (size_t)channels + c, (size_t)channels, some);
+                if (at == sum) memcpy(to, sum, (size_t)pixels * sizeof(float));
+            }
+        }
+    }
+}
+
+/* Any other: every row of d is added to what its windows see. */
+static void input_grad_any(const input_view *v, int outputs) {
+    float d[FLOATS];
+    memset(v->dx, 0, (size_t)v->kernel.c * v->in.plane * sizeof(float));
+    for (int o = 0; o < outputs; o++)
+        for (int p = 0; p < v->out.h; p++)
+            for (int from = 0; from < v->out.w; from += FLOATS) {
+                const int count = smaller(v->out.w - from, FLOATS), row = p * v->a->stride[0] - v->a->before[0];
+                const size_t at = ((size_t)o * (size_t)v->out.h + (size_t)p) * (size_t)v->out.w + (size_t)from;
+                const int top = first_inside(row, v->a->dilation[0], v->kernel.h),
+                          bottom = end_inside(row, v->a->dilation[0], v->in.h, v->kernel.h);
+                scale_gradient(d, v->d + at, count, v->scale[o], v->bits, v->at + at);
+                for (int c = 0; c < v->kernel.c; c++)
+                    for (int i = top; i < bottom; i++) {
+                        float *line = v->dx + (size_t)c * v->in.plane
+                                      + (size_t)(row + i * v->a->dilation[0]) * (size_t)v->in.w;
+                        const int8_t *w = v->w + ((size_t)o * (size_t)v->kernel.c + (size_t)c) * v->kernel.plane
+                                          + (size_t)i * (size_t)v->kernel.w;
+                        for (int j = v->kernel.w - 1; j >= 0; j--) {
+                            const int step = v->a->stride[1],
+                                      col = j * v->a->dilation[1] - v->a->before[1] + from * step;
+                            const int left = first_inside(col, step, count), right = end_inside(col, step, v->in.w, count);
+                            const float by = (float)w[j];
+                            if (step == 1) {
+                                AC_INDEPENDENT
+                                for (int q = left; q < right; q++) line[col + q] += d[q] * by;
+                            } else {
+                                for (int q = left; q < right; q++) line[col + q * step] += d[q] * by;
+                            }
+                        }
+                    }
+            }
+}
 
 /* d (N, O, P, Q), w (O, C / groups, kH, kW), scale (O), bits (N, O, P, Q)? -> dx (N, C, H, W) */
 ac_status AC_KERNEL(q_conv_input_grad)(const ac_call *call) {
     const ac_attr_q_conv_input_grad *a = call->attr;
-    const shape in = shape_of(AC_OUT_T(call, 0)), kernel = shape_of(AC_IN_T(call, 1)), out = shape_of(AC_IN_T(call, 0));
-    const float *d = AC_IN(call, 0), *scale = AC_IN(call, 2);
-    const int8_t *w = AC_IN(call, 1);
-    const uint32_t *bits = AC_IN(call, 3);
-    float *dx = AC_OUT(call, 0);
-    const int per_group = out.c / a->groups;
-    memset(dx, 0, AC_OUT_T(call, 0)->size * sizeof(float));
-    for (int n = 0; n < out.n; n++)
-        for (int o = 0; o < out.c; o++)
-            for (int c = 0; c < kernel.c; c++) {
-                const size_t image = (size_t)n * (size_t)out.c + (size_t)o;
-                float *to = dx + ((size_t)n * (size_t)in.c + (size_t)(o / per_group * kernel.c + c)) * in.plane;
-                const int8_t *by = w + ((size_t)o * (size_t)kernel.c + (size_t)c) * kernel.plane;
-                for (int i = 0; i < kernel.h; i++)
-                    for (int j = 0; j < kernel.w; j++) {
-                        const float weight = (float)by[i * kernel.w + j] * scale[o];
-                        const int row = i * a->dilation[0] - a->before[0], col = j * a->dilation[1] - a->before[1];
-                        const int top = first_inside(row, a->stride[0], out.h),
-                                  bottom = end_inside(row, a->stride[0], in.h, out.h),
-                                  left = first_inside(col, a->stride[1], out.w),
-                                  right = end_inside(col, a->stride[1], in.w, out.w);
-                        for (int p = top; p < bottom; p++) {
-                            const size_t at = image * out.plane + (size_t)p * (size_t)out.w;
-                            float *line = to + (size_t)(row + p * a->stride[0]) * (size_t)in.w;
-                            for (int q = left; q < right; q++)
-                                if (bit_of(bits, at + (size_t)q)) line[col + q * a->stride[1]] += d[at + (size_t)q] * weight;
-                        }
-                    }
-            }
+    input_view v = {a, shape_of(AC_OUT_T(call, 0)), shape_of(AC_IN_T(call, 1)), shape_of(AC_IN_T(call, 0)),
+                    AC_IN(call, 0), NULL, NULL, AC_IN(call, 3), AC_OUT(call, 0), 0};
+    const int each = v.out.c / a->groups;
+    const int pointwise = v.kernel.plane == 1 && a->stride[0] == 1 && a->stride[1] == 1 && !a->before[0] && !a->before[1]
+                          && v.in.plane == v.out.plane && v.in.plane > 1;
+    for (int n = 0; n < v.out.n; n++)
+        for (int g = 0; g < a->groups; g++) {
+            v.w = (const int8_t *)AC_IN(call, 1) + (size_t)(g * each) * (size_t)v.kernel.c * v.kernel.plane;
+            v.scale = (const float *)AC_IN(call, 2) + g * each;
+            if (pointwise) input_grad_pointwise(&v, each);
+            else input_grad_any(&v, each);
+            v.d += (size_t)each * v.out.plane;
+            v.at += (size_t)each * v.out.plane;
+            v.dx += (size_t)v.kernel.c * v.in.plane;
+        }
     return AC_OK;
 }
 
