@@ -290,8 +290,34 @@ ac_status AC_KERNEL(q_conv)(const ac_call *call) {
 
 /* ---- gradients ---- */
 
-/* Floats of scratch, and pixels that a sum of products takes side by side. */
+/* Floats of scratch, and sums of products that stand side by side. */
 enum { FLOATS = 1024, SIDE = 16 };
+
+/* Eight floats from p on, which then is after them, as x0 to x7: a single instruction where compilers would not find it. */
+#if defined(__GNUC__) && defined(__thumb2__) && defined(__ARM_FP) && (__ARM_FP & 4)
+#define AC_EIGHT(p)                                                                                              \
+    register float x0 __asm__("s24"), x1 __asm__("s25"), x2 __asm__("s26"), x3 __asm__("s27"), x4 __asm__("s28"), \
+        x5 __asm__("s29"), x6 __asm__("s30"), x7 __asm__("s31");                                                 \
+    __asm__("vldmia %0!, {s24-s31}"                                                                              \
+            : "+r"(p), "=t"(x0), "=t"(x1), "=t"(x2), "=t"(x3), "=t"(x4), "=t"(x5), "=t"(x6), "=t"(x7)            \
+            :                                                                                                    \
+            : "memory")
+#else
+#define AC_EIGHT(p)                                                                                                 \
+    const float x0 = p[0], x1 = p[1], x2 = p[2], x3 = p[3], x4 = p[4], x5 = p[5], x6 = p[6], x7 = p[7];             \
+    p += 8
+#endif
+
+/* s[at], ... += the eight * by */
+#define AC_ADD_EIGHT(s, at, by) \
+    s[(at) + 0] += x0 * (by);   \
+    s[(at) + 1] += x1 * (by);   \
+    s[(at) + 2] += x2 * (by);   \
+    s[(at) + 3] += x3 * (by);   \
+    s[(at) + 4] += x4 * (by);   \
+    s[(at) + 5] += x5 * (by);   \
+    s[(at) + 6] += x6 * (by);   \
+    s[(at) + 7] += x7 * (by)
 
 /* to[i] = scale * d[i], 0 where bit at + i is not set; bits may be NULL */
 static void scale_gradient(float *to, const float *d, int count, float scale, const uint32_t *bits, size_t at) {
@@ -312,14 +338,22 @@ typedef struct {
     size_t at; /* of d among all bits */
 } input_view;
 
-/* sum[k] += the products of `count` rows of SIDE elements of d and a column of weights, `step` apart */
+/* sum[k] += the products of `count` rows of SIDE elements of d and a column of weights, `step` apart; count at least 1 */
 static void add_column(float *sum, const float *d, const int8_t *w, size_t step, int count) {
     float s[SIDE];
     for (int k = 0; k < SIDE; k++) s[k] = sum[k];
-    for (; count > 0; count--, d += SIDE, w += step) {
+    do {
         const float by = (float)*w;
-        for (int k = 0; k < SIDE; k++) s[k] += d[k] * by;
-    }
+        w += step;
+        {
+            AC_EIGHT(d);
+            AC_ADD_EIGHT(s, 0, by);
+        }
+        {
+            AC_EIGHT(d);
+            AC_ADD_EIGHT(s, 8, by);
+        }
+    } while (--count);
     for (int k = 0; k < SIDE; k++) sum[k] = s[k];
 }
 
@@ -343,6 +377,77 @@ static void input_grad_pointwise(const input_view *v, int outputs) {
                 add_column(at, d, v->w + (size_t)o * (size_t)channels + c, (size_t)channels, some);
                 if (at == sum) memcpy(to, sum, (size_t)pixels * sizeof(float));
             }
+        }
+    }
+}
+
+/* to[i][j] = what the window of x at (row + i, col + j) would see of d, whose pixels lie `stride` apart, with zeros between
+ * and around them: `rows` rows of `pitch`. */
+static void spread(const input_view *v, float *to, int rows, int pitch, int row, int o) {
+    const int down = v->a->stride[0], step = v->a->stride[1];
+    const int first = v->kernel.w - 1 - v->a->before[1]; /* where column 0 of d goes */
+    const int left = first_inside(first, step, v->out.w), right = end_inside(first, step, pitch, v->out.w);
+    memset(to, 0, (size_t)(rows * pitch) * sizeof(float));
+    for (int p = 0; p < v->out.h; p++) {
+        const int i = p * down + v->kernel.h - 1 - v->a->before[0] - row;
+        if (i < 0 || i >= rows || left >= right) continue;
+        const size_t at = ((size_t)o * (size_t)v->out.h + (size_t)p) * (size_t)v->out.w + (size_t)left;
+        float *line = to + i * pitch + first + left * step;
+        scale_gradient(line, v->d + at, right - left, v->scale[o], v->bits, v->at + at);
+        for (int q = right - left - 1; step > 1 && q > 0; q--) {
+            line[q * step] = line[q];
+            line[q] = 0.0f;
+        }
+    }
+}
+
+/* sum[k] += the products of four windows of rows of d and w */
+AC_INLINE void add_windows(float sum[4], const float *d, int pitch, const float *w, int height, int width) {
+    float s0 = sum[0], s1 = sum[1], s2 = sum[2], s3 = sum[3];
+    for (int i = 0; i < height; i++, d += pitch, w += width)
+        for (int j = 0; j < width; j++) {
+            s0 += d[j] * w[j];
+            s1 += d[j + 1] * w[j];
+            s2 += d[j + 2] * w[j];
+            s3 += d[j + 3] * w[j];
+        }
+    sum[0] = s0;
+    sum[1] = s1;
+    sum[2] = s2;
+    sum[3] = s3;
+}
+
+/* Floats of a row of d with what four windows may see around it. */
+static int spread_pitch(const input_view *v) { return (v->in.w + 3) / 4 * 4 + v->kernel.w - 1; }
+
+/* Whether input_grad_depthwise takes it. */
+static int is_spread(const input_view *v) {
+    return v->kernel.c == 1 && v->a->dilation[0] == 1 && v->a->dilation[1] == 1 && v->kernel.plane <= 49
+           && v->kernel.h * spread_pitch(v) <= FLOATS;
+}
+
+/* A depthwise convolution: dx correlates the spread d with the weights turned by half a turn. */
+static void input_grad_depthwise(const input_view *v, int outputs) {
+    const int height = v->kernel.h, width = v->kernel.w, area = height * width, pitch = spread_pitch(v);
+    const int most = FLOATS / pitch - height + 1; /* rows of dx at once */
+    float d[FLOATS], w[49], sum[4];
+    for (int o = 0; o < outputs; o++) {
+        for (int k = 0; k < area; k++) w[k] = (float)v->w[o * area + area - 1 - k];
+        for (int row = 0; row < v->in.h; row += most) {
+            const int rows = smaller(most, v->in.h - row);
+            spread(v, d, rows + height - 1, pitch, row, o);
+            for (int i = 0; i < rows; i++)
+                for (int col = 0; col < v->in.w; col += 4) {
+                    const int some = smaller(4, v->in.w - col);
+                    const float *from = d + i * pitch + col;
+                    float *to = v->dx + (size_t)(row + i) * (size_t)v->in.w + (size_t)col;
+                    for (int k = 0; k < 4; k++) sum[k] = o && k < some ? to[k] : 0.0f;
+                    if (width == 3) add_windows(sum, from, pitch, w, height, 3);
+                    else if (width == 5) add_windows(sum, from, pitch, w, height, 5);
+                    else if (width == 7) add_windows(sum, from, pitch, w, height, 7);
+                    else add_windows(sum, from, pitch, w, height, width);
+                    for (int k = 0; k < some; k++) to[k] = sum[k];
+                }
         }
     }
 }
@@ -394,12 +499,59 @@ ac_status AC_KERNEL(q_conv_input_grad)(const ac_call *call) {
             v.w = (const int8_t *)AC_IN(call, 1) + (size_t)(g * each) * (size_t)v.kernel.c * v.kernel.plane;
             v.scale = (const float *)AC_IN(call, 2) + g * each;
             if (pointwise) input_grad_pointwise(&v, each);
+            else if (is_spread(&v)) input_grad_depthwise(&v, each);
             else input_grad_any(&v, each);
             v.d += (size_t)each * v.out.plane;
             v.at += (size_t)each * v.out.plane;
             v.dx += (size_t)v.kernel.c * v.in.plane;
         }
     return AC_OK;
+}
+
+/* sum[8 * i + k] += the products of `count` rows of eight elements of x and d[i] */
+static void add_outer(float *sum, const float *x, const float *d0, const float *d1, int count) {
+    float s[SIDE];
+    for (int k = 0; k < SIDE; k++) s[k] = sum[k];
+    do {
+        const float by0 = *d0++, by1 = *d1++;
+        AC_EIGHT(x);
+        AC_ADD_EIGHT(s, 0, by0);
+        AC_ADD_EIGHT(s, 8, by1);
+    } while (--count);
+    for (int k = 0; k < SIDE; k++) sum[k] = s[k];
+}
+
+/* A convolution of single pixels: dw = d x^T, of outputs [first, last) and the channels of x that they see. */
+static void weight_grad_pointwise(const ac_attr_q_conv_weight_grad *a, const shape *in, const shape *out, int channels,
+                                  const int8_t *x, const float *d, float *dw, int first, int last) {
+    const int most = FLOATS / 8;
+    float part[FLOATS], sum[SIDE];
+    const size_t all = in->plane * (size_t)in->n;
+    for (int c = 0; c < channels; c += 8) {
+        const int some = smaller(8, channels - c);
+        size_t done = 0;
+        for (int n = 0; n < in->n; n++)
+            for (size_t p = 0; p < in->plane; p += (size_t)most) {
+                const int pixels = in->plane - p < (size_t)most ? (int)(in->plane - p) : most;
+                const int8_t *from = x + ((size_t)n * (size_t)in->c + (size_t)c) * in->plane + p;
+                for (int k = 0; k < 8; k++)
+                    for (int i = 0; i < pixels; i++)
+                        part[i * 8 + k] = k < some ? (float)(from[(size_t)k * in->plane + (size_t)i] - a->x_zero) : 0.0f;
+                for (int o = first; o < last; o += 2) {
+                    const int two = o + 1 < last;
+                    const float *by = d + ((size_t)n * (size_t)out->c + (size_t)o) * out->plane + p;
+                    float *to = dw + (size_t)o * (size_t)channels + (size_t)c;
+                    for (int k = 0; k < SIDE; k++) sum[k] = 0.0f;
+                    if (done)
+                        for (int k = 0; k < some; k++) sum[k] = to[k], sum[8 + k] = two ? to[channels + k] : 0.0f;
+                    add_outer(sum, part, by, two ? by + out->plane : by, pixels);
+                    const float scale = done + (size_t)pixels == all ? a->x_scale : 1.0f;
+                    for (int k = 0; k < some; k++) to[k] = sum[k] * scale;
+                    for (int k = 0; k < some && two; k++) to[channels + k] = sum[8 + k] * scale;
+                }
+                done += (size_t)pixels;
+            }
+    }
 }
 
 /* x (N, C, H, W), d (N, O, P, Q) -> dw (O, C / groups, kH, kW) */
@@ -410,25 +562,29 @@ ac_status AC_KERNEL(q_conv_weight_grad)(const ac_call *call) {
     const float *d = AC_IN(call, 1);
     float *dw = AC_OUT(call, 0);
     const int per_group = out.c / a->groups;
+    if (kernel.plane == 1 && a->stride[0] == 1 && a->stride[1] == 1 && !a->before[0] && !a->before[1] && in.plane == out.plane) {
+        for (int g = 0; g < a->groups; g++)
+            weight_grad_pointwise(a, &in, &out, kernel.c, x + (size_t)(g * kernel.c) * in.plane, d, dw, g * per_group,
+                                  (g + 1) * per_group);
+        return AC_OK;
+    }
     for (int o = 0; o < out.c; o++)
         for (int c = 0; c < kernel.c; c++)
             for (int i = 0; i < kernel.h; i++)
                 for (int j = 0; j < kernel.w; j++) {
                     const int row = i * a->dilation[0] - a->before[0], col = j * a->dilation[1] - a->before[1];
-                    const int top = first_inside(row, a->stride[0], out.h),
-                              bottom = end_inside(row, a->stride[0], in.h, out.h),
-                              left = first_inside(col, a->stride[1], out.w),
-                              right = end_inside(col, a->stride[1], in.w, out.w);
+                    const int step = a->stride[1], top = first_inside(row, a->stride[0], out.h),
+                              bottom = end_inside(row, a->stride[0], in.h, out.h), left = first_inside(col, step, out.w),
+                              right = end_inside(col, step, in.w, out.w);
                     float sum = 0;
-                    for (int n = 0; n < out.n; n++) {
-                        const int8_t *from = x + ((size_t)n * (size_t)in.c + (size_t)(o / per_group * kernel.c + c)) * in.plane;
-                        const float *by = d + ((size_t)n * (size_t)out.c + (size_t)o) * out.plane;
-                        for (int p = top; p < bottom; p++)
-                            for (int q = left; q < right; q++)
-                                sum += (float)(from[(size_t)(row + p * a->stride[0]) * (size_t)in.w
-                                                    + (size_t)(col + q * a->stride[1])] - a->x_zero)
-                                       * by[(size_t)p * (size_t)out.w + (size_t)q];
-                    }
+                    for (int n = 0; n < out.n; n++)
+                        for (int p = top; p < bottom; p++) {
+                            const size_t channel = (size_t)n * (size_t)in.c + (size_t)(o / per_group * kernel.c + c);
+                            const int8_t *from = x + channel * in.plane + (size_t)(row + p * a->stride[0]) * (size_t)in.w;
+                            const float *by = d + ((size_t)n * (size_t)out.c + (size_t)o) * out.plane
+                                              + (size_t)p * (size_t)out.w;
+                            for (int q = left; q < right; q++) sum += (float)(from[col + q * step] - a->x_zero) * by[q];
+                        }
                     *dw++ = sum * a->x_scale;
                 }
     return AC_OK;
