@@ -190,27 +190,19 @@ AC_INLINE void ac_widen(int16_t *to, const int8_t *x, int count, int zero) {
     for (; i < count; i++) to[i] = (int16_t)(x[i] - zero);
 }
 
-/* Doubled weights of a window of `width` columns (3, 5 or 7), as ac_dot_rows reads them: each row's pairs of neighbours. */
-#define AC_ROW_WEIGHTS(width) ((width) - 1)
-
-AC_INLINE void ac_put_row_weights(uint32_t *to, const int8_t *w, int height, int width) {
-    for (int i = 0; i < height; i++, w += width, to += width - 1)
-        for (int j = 0; j + 1 < width; j++)
-            to[j] = ((uint32_t)(2 * w[j]) & 0xFFFFu) | (uint32_t)(2 * w[j + 1]) << 16;
-}
-
-/* sum[k] = start + the window's products for four outputs; output k's window starts at row 0, column k * step of rows that
- * lie `pitch` words apart and start at a whole word; width 3, 5 or 7 and step 1 or 2 are constants where it is called. */
-AC_INLINE void ac_dot_rows(int32_t sum[4], int32_t start, const uint32_t *x, int pitch, const uint32_t *w, int height,
-                           int width, int step) {
+/* sum[k] = start + the products of four windows of `width` by `width` with doubled weights; window k starts at row 0, column
+ * k * step of rows that lie `pitch` words apart and start at whole words. width 3, 5 or 7 and step 1 or 2 are constants
+ * where this is called; w: what ac_put_window left. */
+AC_INLINE void ac_dot_windows(int32_t sum[4], int32_t start, const uint32_t *x, int pitch, const uint32_t *w, int width,
+                              int step) {
     int32_t a = start, b = start, c = start, d = start;
-    for (int i = 0; i < height; i++, x += pitch, w += width - 1) {
+    for (int i = 0; i < width; i++, x += pitch, w += width - 1) {
 #if AC_DSP
-#define AC_EVEN(y, at)                                                                \
-    for (int j = 0; j + 1 < width; j += 2) y = ac_pairs(x[(at) + j / 2], w[j], y);    \
+#define AC_EVEN(y, at)                                                             \
+    for (int j = 0; j + 1 < width; j += 2) y = ac_pairs(x[(at) + j / 2], w[j], y); \
     y = ac_low_high(x[(at) + width / 2], w[width - 2], y)
-#define AC_ODD(y, at)                      \
-    y = ac_high_low(x[at], w[0], y);       \
+#define AC_ODD(y, at)                \
+    y = ac_high_low(x[at], w[0], y); \
     for (int j = 1; j + 1 < width; j += 2) y = ac_pairs(x[(at) + (j + 1) / 2], w[j], y)
         if (step == 1) {
             AC_EVEN(a, 0);
@@ -243,6 +235,18 @@ AC_INLINE void ac_dot_rows(int32_t sum[4], int32_t start, const uint32_t *x, int
     sum[3] = d;
 }
 
+/* Doubled weights of a window: each row's pairs of neighbours. */
+AC_INLINE void ac_put_window(uint32_t *to, const int8_t *w, int width) {
+    for (int i = 0; i < width; i++, w += width, to += width - 1) {
+        uint32_t left = (uint32_t)(2 * w[0]);
+        for (int j = 0; j + 1 < width; j++) {
+            const uint32_t right = (uint32_t)(2 * w[j + 1]);
+            to[j] = (left & 0xFFFFu) | right << 16;
+            left = right;
+        }
+    }
+}
+
 /* ---- back to int8 ---- */
 
 /* How the sums of one output channel become int8: y = clamp(zero + round(round(sum * m) * 2^shift)). */
@@ -256,8 +260,13 @@ typedef struct {
 
 AC_INLINE ac_scaling ac_scaling_of(int32_t bias, int32_t m, int32_t shift, int32_t zero, int32_t low, int32_t high,
                                    int taps) {
-    const int32_t most = (1 << 30) - taps * 32640; /* |sum| + |bias| < 2^30 */
-    ac_scaling s = {0, m, shift, bias, zero, low, high, 0, shift < 0 && shift >= -21 && bias < most && bias > -most};
+    const int32_t rest = (1 << 30) - taps * 32640;
+    ac_scaling s = {0, m, shift, bias, zero, low, high, 0, bias < rest && bias > -rest}; /* |sum| + |bias| < 2^30 */
+    if (s.quick && shift < -21) {
+        const int32_t most = taps * 32640 + (bias < 0 ? -bias : bias);
+        if (ac_scaled(most, m, 0) < 1 << (-shift - 1)) s.multiplier = 0, s.shift = shift = -1; /* all are 0 */
+    }
+    s.quick = s.quick && shift < 0 && shift >= -21;
     if (s.quick) {
         s.start = 2 * bias;
         s.offset = (zero - low) * (1 << -shift) + (1 << (-shift - 1));

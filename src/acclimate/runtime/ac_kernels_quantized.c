@@ -125,28 +125,43 @@ typedef struct {
 
 /* Columns of taps [first, first + count) for `pixels` outputs (1 to 4) from `at` on. */
 static void fill(const view *v, uint32_t *to, int first, int count, int at, int pixels) {
+    const ac_attr_q_conv *a = v->a;
     if (v->plain) {
-        ac_columns_of_planes(to, v->x + (size_t)first * v->in.plane + at, v->in.plane, count, pixels, v->a->x_zero);
+        ac_columns_of_planes(to, v->x + (size_t)first * v->in.plane + at, v->in.plane, count, pixels, a->x_zero);
         return;
     }
-    const int area = (int)v->kernel.plane;
-    int row[4], col[4];
-    for (int p = 0; p < pixels; p++) {
-        row[p] = (at + p) / v->out.w * v->a->stride[0] - v->a->before[0];
-        col[p] = (at + p) % v->out.w * v->a->stride[1] - v->a->before[1];
-    }
-    for (int k = 0; k < count; k += 4, to += 8) {
-        int16_t group[16] = {0};
-        for (int i = 0; i < 4 && k + i < count; i++) {
-            const int tap = first + k + i, h = tap % area / v->kernel.w * v->a->dilation[0],
-                      w = tap % v->kernel.w * v->a->dilation[1];
-            const int8_t *from = v->x + (size_t)(tap / area) * v->in.plane;
-            for (int p = 0; p < pixels; p++)
-                if (row[p] + h >= 0 && row[p] + h < v->in.h && col[p] + w >= 0 && col[p] + w < v->in.w)
-                    group[ac_in_group(i, p)] =
-                        (int16_t)(2 * (from[(size_t)(row[p] + h) * (size_t)v->in.w + (size_t)(col[p] + w)] - v->a->x_zero));
+    const int row = at / v->out.w * a->stride[0] - a->before[0], col = at % v->out.w * a->stride[1] - a->before[1];
+    const int step = a->stride[1], wide = (v->kernel.w - 1) * a->dilation[1];
+    const int together = pixels == 4 && at % v->out.w + 4 <= v->out.w && col >= 0 && col + 3 * step + wide < v->in.w;
+    int c = first / (int)v->kernel.plane, i = first % (int)v->kernel.plane / v->kernel.w, j = first % v->kernel.w;
+    int16_t group[16] = {0};
+    for (int k = 0; k < count; k++) {
+        const int place = ac_in_group(k & 3, 0), h = row + i * a->dilation[0], w = col + j * a->dilation[1];
+        const int8_t *from = v->x + (size_t)c * v->in.plane;
+        if (together && h >= 0 && h < v->in.h) {
+            from += (size_t)h * (size_t)v->in.w + (size_t)w;
+            group[place] = (int16_t)(2 * (from[0] - a->x_zero));
+            group[place + 2] = (int16_t)(2 * (from[step] - a->x_zero));
+            group[place + 4] = (int16_t)(2 * (from[2 * step] - a->x_zero));
+            group[place + 6] = (int16_t)(2 * (from[3 * step] - a->x_zero));
+        } else {
+            for (int p = 0; p < pixels; p++) {
+                const int y = (at + p) / v->out.w * a->stride[0] - a->before[0] + i * a->dilation[0],
+                          x = (at + p) % v->out.w * step - a->before[1] + j * a->dilation[1];
+                const int inside = y >= 0 && y < v->in.h && x >= 0 && x < v->in.w;
+                group[place + 2 * p] =
+                    (int16_t)(inside ? 2 * (from[(size_t)y * (size_t)v->in.w + (size_t)x] - a->x_zero) : 0);
+            }
         }
-        AC_COPY(to, group, sizeof group);
+        if (++j == v->kernel.w) {
+            j = 0;
+            if (++i == v->kernel.h) i = 0, c++;
+        }
+        if ((k & 3) == 3 || k + 1 == count) {
+            AC_COPY(to, group, sizeof group);
+            to += 8;
+            for (int z = 0; z < 16; z++) group[z] = 0;
+        }
     }
 }
 
@@ -220,48 +235,53 @@ static int row_words(const view *v) {
 /* Whether q_conv_depthwise takes it. */
 static int is_depthwise(const view *v) {
     const int k = v->kernel.w, step = v->a->stride[1];
-    return v->kernel.c == 1 && (k == 3 || k == 5 || k == 7) && v->kernel.h <= 7 && (step == 1 || step == 2)
-           && v->a->dilation[0] == 1 && v->a->dilation[1] == 1 && v->out.w <= SUMS
-           && v->kernel.h * row_words(v) <= WORDS && v->a->before[1] + v->in.w <= 2 * row_words(v);
+    return v->kernel.c == 1 && v->kernel.h == k && (k == 3 || k == 5 || k == 7) && (step == 1 || step == 2)
+           && v->a->dilation[0] == 1 && v->a->dilation[1] == 1 && v->out.w <= SUMS && k * row_words(v) <= WORDS
+           && v->a->before[1] + v->in.w <= 2 * row_words(v);
 }
 
-/* Sums of one row of outputs, whose windows start at row `x`. */
-AC_INLINE void dot_row(int32_t *sum, int count, int32_t start, const uint32_t *x, int pitch, const uint32_t *w, int height,
-                       int width, int step) {
-    for (int q = 0; q < count; q += 4, x += 2 * step) ac_dot_rows(sum + q, start, x, pitch, w, height, width, step);
-}
+/* Sums of `rows` rows of outputs, one after another; x: where the first window starts, `pitch` words a row of x and `down` a
+ * row of outputs. */
+typedef void windows(int32_t *sum, int32_t start, const uint32_t *x, int pitch, int down, const int8_t *weights, int cols,
+                     int rows);
 
-/* One channel of x to one channel of y, at `at`. */
-static void q_conv_depthwise(const view *v, const outputs *to, scratch *s, int o, size_t at) {
+#define WINDOWS(width, step)                                                                                         \
+    static void windows_##width##_##step(int32_t *sum, int32_t start, const uint32_t *x, int pitch, int down,        \
+                                         const int8_t *weights, int cols, int rows) {                                \
+        uint32_t w[(width) * ((width)-1)];                                                                           \
+        ac_put_window(w, weights, width);                                                                            \
+        for (; rows > 0; rows--, sum += cols, x += down)                                                             \
+            for (int q = 0; q < cols; q += 4) ac_dot_windows(sum + q, start, x + q / 2 * (step), pitch, w, width, step); \
+    }
+WINDOWS(3, 1)
+WINDOWS(3, 2)
+WINDOWS(5, 1)
+WINDOWS(5, 2)
+WINDOWS(7, 1)
+WINDOWS(7, 2)
+
+/* One channel of x to one channel of y, at `at`. `fresh`: the scratch was not yet used for a channel like this one. */
+static void q_conv_depthwise(const view *v, const outputs *to, scratch *s, int o, size_t at, int fresh) {
+    static windows *const table[] = {windows_3_1, windows_3_2, windows_5_1, windows_5_2, windows_7_1, windows_7_2};
+    windows *const dot = table[v->kernel.w - 4 + v->a->stride[1]];
     const ac_scaling scale = scaling_of(v, to, o);
-    const int pitch = row_words(v), height = v->kernel.h, width = v->kernel.w, step = v->a->stride[1], down = v->a->stride[0];
-    const int rows = smaller((WORDS / pitch - height) / down + 1, v->out.h); /* of outputs at once */
-    uint32_t w[7 * 6];
-    int held = 0;
-    ac_put_row_weights(w, to->w + (size_t)o * (size_t)to->taps, height, width);
-    for (int p = 0; p < v->out.h; p++) {
-        if (p % rows == 0)
-            for (int i = 0; i < (smaller(rows, v->out.h - p) - 1) * down + height; i++) {
-                const int row = p * down - v->a->before[0] + i;
-                uint32_t *line = s->words + i * pitch;
-                memset(line, 0, (size_t)pitch * 4);
-                if (row >= 0 && row < v->in.h)
-                    ac_widen((int16_t *)(void *)line + v->a->before[1], v->x + (size_t)row * (size_t)v->in.w, v->in.w,
-                             v->a->x_zero);
-            }
-        const uint32_t *x = s->words + p % rows * down * pitch;
-        int32_t *sum = s->sum + held;
-        if (width == 3 && step == 1) dot_row(sum, v->out.w, scale.start, x, pitch, w, height, 3, 1);
-        else if (width == 3) dot_row(sum, v->out.w, scale.start, x, pitch, w, height, 3, 2);
-        else if (width == 5 && step == 1) dot_row(sum, v->out.w, scale.start, x, pitch, w, height, 5, 1);
-        else if (width == 5) dot_row(sum, v->out.w, scale.start, x, pitch, w, height, 5, 2);
-        else if (step == 1) dot_row(sum, v->out.w, scale.start, x, pitch, w, height, 7, 1);
-        else dot_row(sum, v->out.w, scale.start, x, pitch, w, height, 7, 2);
-        held += v->out.w;
-        if (held + v->out.w > SUMS || p + 1 == v->out.h) {
-            AC_KERNEL(requantize)(to->y + at, s->sum, held, &scale, to->bits, at);
-            at += (size_t)held;
-            held = 0;
+    const int pitch = row_words(v), size = v->kernel.h, down = v->a->stride[0];
+    const int most = smaller((WORDS / pitch - size) / down + 1, v->out.h); /* rows of outputs whose windows lie in scratch */
+    const int some = SUMS / v->out.w;                                      /* and that requantize takes */
+    for (int p = 0; p < v->out.h; p += most) {
+        const int rows = smaller(most, v->out.h - p), first = p * down - v->a->before[0];
+        for (int i = 0; i < (rows - 1) * down + size; i++) {
+            uint32_t *line = s->words + i * pitch;
+            if (fresh || most < v->out.h) memset(line, 0, (size_t)pitch * 4);
+            if (first + i >= 0 && first + i < v->in.h)
+                ac_widen((int16_t *)(void *)line + v->a->before[1], v->x + (size_t)(first + i) * (size_t)v->in.w, v->in.w,
+                         v->a->x_zero);
+        }
+        for (int i = 0; i < rows; i += some) {
+            const int now = smaller(some, rows - i);
+            dot(s->sum, scale.start, s->words + i * down * pitch, pitch, down * pitch, to->w + o * to->taps, v->out.w, now);
+            AC_KERNEL(requantize)(to->y + at, s->sum, now * v->out.w, &scale, to->bits, at);
+            at += (size_t)(now * v->out.w);
         }
     }
 }
@@ -283,7 +303,7 @@ ac_status AC_KERNEL(q_conv)(const ac_call *call) {
             if (!is_depthwise(&v)) q_conv_dense(&v, &to, &s, n, o, o + each);
             else
                 for (int k = o; k < o + each; k++)
-                    q_conv_depthwise(&v, &to, &s, k, ((size_t)n * (size_t)v.out.c + (size_t)k) * v.out.plane);
+                    q_conv_depthwise(&v, &to, &s, k, ((size_t)n * (size_t)v.out.c + (size_t)k) * v.out.plane, !n && !k);
         }
     return AC_OK;
 }
