@@ -40,7 +40,7 @@ LOW, HIGH = -128, 127
 ADD_SHIFT = 20  # bits that an addition gains before it scales its inputs
 RESIDUAL = 256  # parts of a weight's step that its residual counts
 MAX_STAGES = 6  # convolutions of a block
-MAX_TAPS = 65535  # products that an int32 sums without overflow
+MAX_TAPS = 32767  # products whose sum an int32 holds twice
 NEAREST, STOCHASTIC = 0, 1
 
 # -- integer arithmetic --------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 /* What the signatures of the integer rows cannot say, checked once when a Program is loaded; see ac_checks.c. */
+#include "ac_dot.h"
 #include "ac_ops.h"
 
 #include <string.h>
-
-#define MAX_TAPS 65535 /* products that an int32 sums without overflow */
 
 static int is_int8(int32_t v) { return v >= INT8_MIN && v <= INT8_MAX; }
 
@@ -11,7 +10,7 @@ static int is_scaling(int32_t m, int32_t shift) { return m >= 0 && shift >= -31 
 
 static int is_clamp(int32_t low, int32_t high) { return is_int8(low) && is_int8(high) && low <= high; }
 
-static int few_taps(const ac_tensor *w) { return w->size / (uint32_t)w->dim[0] <= MAX_TAPS; }
+static int few_taps(const ac_tensor *w) { return w->size / (uint32_t)w->dim[0] <= AC_MAX_TAPS; }
 
 static int is_scale(float v) { return v > 0.0f && v < 3.0e38f; }
 

@@ -190,8 +190,7 @@ ac_status AC_KERNEL(bf_conv_input_grad)(const ac_call *call) {
             const int group = c / kernel.c, o = group * per_group;
             int next = 0;
             const int8_t *by = ac_weights_of(&w, o, c % kernel.c, &next);
-            const int learned = next < parts && w.index[next] == c % kernel.c;
-            const size_t row_size = (size_t)(learned ? parts : kernel.c) * kernel.plane;
+            const size_t row_size = ac_weights_step(&w, c % kernel.c, next);
             const size_t first = ((size_t)n * (size_t)out.c + (size_t)o) * out.plane,
                          to = ((size_t)n * (size_t)in.c + (size_t)c) * in.plane;
             uint32_t largest = 0;

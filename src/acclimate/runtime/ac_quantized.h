@@ -51,6 +51,11 @@ AC_INLINE const int8_t *ac_weights_of(const ac_weights *w, int o, int c, int *ne
     return w->whole + ((size_t)o * (size_t)w->channels + (size_t)c) * w->plane;
 }
 
+/* What lies between the weights of an output and those of the next, where `next` is as the call for channel c left it. */
+AC_INLINE size_t ac_weights_step(const ac_weights *w, int c, int next) {
+    return (size_t)(next < w->parts && w->index[next] == c ? w->parts : w->channels) * w->plane;
+}
+
 /* Sum of two integers of different scales, before it is clamped. */
 AC_INLINE int32_t ac_q_sum(const ac_attr_q_add *a, int8_t x, int8_t z) {
     const int32_t sum = ac_scaled((x - a->a_zero) * (1 << 20), a->a_multiplier, a->a_shift)
