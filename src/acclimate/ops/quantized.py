@@ -42,6 +42,7 @@ RESIDUAL = 256  # parts of a weight's step that its residual counts
 MAX_STAGES = 6  # convolutions of a block
 MAX_TAPS = 32767  # products whose sum an int32 holds twice
 NEAREST, STOCHASTIC = 0, 1
+ROW_WORDS, ROW_SUMS, GRADIENT_FLOATS = 1152, 128, 1024  # scratch of the kernels, see ac_kernels_quantized.c
 
 # -- integer arithmetic --------------------------------------------------------------------------------------------
 
@@ -262,6 +263,38 @@ def conv_attrs(x: Any, w_scale: Any, y: Any) -> tuple[dict[str, Any], np.ndarray
     real = xs * np.asarray(w_scale, np.float32).astype(np.float64) / ys
     attrs = {"x_zero": int(x[1]), "y_zero": int(y[1]), "x_scale": xs, "y_scale": ys}
     return attrs, *multipliers(real)
+
+
+def _padded_width(width: int, kernel: int) -> int:
+    """Of a row with what four windows at a time may see around it."""
+    return -(-width // 4) * 4 + kernel
+
+
+def _same_depthwise(attrs: Any, x: Type, w: Type) -> bool:
+    """A depthwise convolution whose output has the shape of its input."""
+    pad = tuple(k - 1 for k in w.shape[2:])
+    return (
+        len(w.shape) == 4
+        and attrs["groups"] == x.shape[1] == w.shape[0]
+        and tuple(attrs["stride"]) == tuple(attrs["dilation"]) == (1, 1)
+        and tuple(b + a for b, a in zip(attrs["before"], attrs["after"], strict=True)) == pad
+    )
+
+
+def _conv_in_place(attrs: Any, x: Type, w: Type, *rest: Any) -> bool:
+    """Whether the kernel widens a whole channel before it writes to it."""
+    if not _same_depthwise(attrs, x, w) or w.shape[2] != w.shape[3] or w.shape[3] not in (3, 5, 7):
+        return False
+    k, (height, width) = w.shape[3], x.shape[2:]
+    words = (_padded_width(width, k) + 1) // 2
+    return width <= ROW_SUMS and attrs["before"][1] + width <= 2 * words and (height + k - 1) * words <= ROW_WORDS
+
+
+def _input_grad_in_place(attrs: Any, d: Type, w: Type, *rest: Any) -> bool:
+    """Whether the kernel spreads a whole channel before it writes to it."""
+    if not _same_depthwise(attrs, d, w) or math.prod(w.shape[2:]) > 49:
+        return False
+    return (d.shape[2] + w.shape[2] - 1) * (_padded_width(d.shape[3], w.shape[3]) - 1) <= GRADIENT_FLOATS
 
 
 def _weight_scale(tape: Any, node: Any) -> str:
@@ -561,6 +594,8 @@ ROWS = (
         shape=_q_conv_shape,
         grad=_q_conv_grad,
         check=True,
+        in_place=(0,),
+        in_place_if=_conv_in_place,
         fixed=(3, 4, 6),
         parts=(1, 5, 6),
         roles={1: "weight", 2: "bias"},
@@ -593,6 +628,8 @@ ROWS = (
         shape=_input_grad_types,
         gated=3,
         check=True,
+        in_place=(0,),
+        in_place_if=_input_grad_in_place,
         fixed=(5,),
         parts=(1, 4, 5),
         no_grad=_NO_SECOND,

@@ -80,7 +80,8 @@ class Row:
     cost: Callable[..., Cost] | None = (
         None  # (attrs, in_types, out_types); default: one elementwise op an output
     )
-    in_place: tuple[int, ...] = ()  # inputs whose bytes the first output may take over
+    in_place: tuple[int, ...] = ()  # inputs whose bytes the first output may take over,
+    in_place_if: Callable[..., bool] | None = None  # (attrs, *in_types), not of every size and geometry
     updates: tuple[int, ...] = ()  # persistent inputs that the node writes
     view: bool = False  # the output is the input's bytes under another shape
     selects: bool = False  # the output is the part of the first input that the others name

@@ -119,7 +119,7 @@ static ac_planes planes_of(const ac_tensor *t) {
     return (ac_planes){s.c, s.h, s.w, s.plane};
 }
 
-enum { TAPS = 576 }; /* of columns at once */
+enum { TAPS = 576 }; /* of columns at once. What scratch holds of a channel says where y may be x: ops/quantized.py */
 
 /* What a convolution's windows lie on: one group of channels of one image. */
 typedef struct {
@@ -328,7 +328,7 @@ ac_status AC_KERNEL(q_conv)(const ac_call *call) {
 
 /* ---- gradients ---- */
 
-/* Floats of scratch, and sums of products that stand side by side. */
+/* Floats of scratch, and sums of products that stand side by side. What scratch holds of a channel says where dx may be d. */
 enum { FLOATS = 1024, SIDE = 16 };
 
 /* Eight floats from p on, which then is after them, as x0 to x7: a single instruction where compilers would not find it. */
