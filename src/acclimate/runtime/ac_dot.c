@@ -1,0 +1,119 @@
+/* Integer sums of products and their way back to int8: see ac_dot.h. */
+#include "ac_dot.h"
+
+#if AC_DSP
+/* 0.81 instructions a product, and 7 for each four sums. In registers: r0 sum, r1 rounds left, r2 columns, r3 w, r4-r7 the
+ * four sums; on the stack from sp on: four times start, end, w, rounds of four groups, where the first round begins. */
+__attribute__((naked)) void AC_KERNEL(dot_columns)(int32_t *sum __attribute__((unused)),
+                                                   const int32_t *end __attribute__((unused)),
+                                                   const uint32_t *columns __attribute__((unused)),
+                                                   const int8_t *w __attribute__((unused)),
+                                                   int groups __attribute__((unused)),
+                                                   int32_t start __attribute__((unused))) {
+#define GROUP /* 13 instructions of 4 bytes */    \
+    "ldr.w r12, [r3], #4\n\t"                     \
+    "ldmia.w r2!, {r8, r9, r10, r11}\n\t"         \
+    "sxtb16 lr, r12\n\t"                          \
+    "smlad r4, r8, lr, r4\n\t"                    \
+    "smlad r5, r9, lr, r5\n\t"                    \
+    "smlad r6, r10, lr, r6\n\t"                   \
+    "smlad r7, r11, lr, r7\n\t"                   \
+    "ldmia.w r2!, {r8, r9, r10, r11}\n\t"         \
+    "sxtb16 lr, r12, ror #8\n\t"                  \
+    "smlad r4, r8, lr, r4\n\t"                    \
+    "smlad r5, r9, lr, r5\n\t"                    \
+    "smlad r6, r10, lr, r6\n\t"                   \
+    "smlad r7, r11, lr, r7\n\t"
+    AC_ASM("push {r4-r11, lr}\n\t"
+           "ldrd r8, r4, [sp, #36]\n\t" /* groups, start */
+           "mov r5, r4\n\t"
+           "mov r6, r4\n\t"
+           "mov r7, r4\n\t"
+           "rsb r9, r8, #0\n\t"
+           "and r9, r9, #3\n\t" /* groups that the first round leaves out */
+           "add r8, r8, #3\n\t"
+           "lsr r8, r8, #2\n\t"
+           "mov r10, #52\n\t"
+           "adr.w r11, 2f\n\t"
+           "mla r9, r9, r10, r11\n\t"
+           "orr r9, r9, #1\n\t"
+           "push {r1, r3, r8, r9}\n\t"
+           "push {r4-r7}\n\t"
+           "1:\n\t"
+           "ldm sp, {r4-r7}\n\t"
+           "ldrd r3, r1, [sp, #20]\n\t"
+           "ldr.w pc, [sp, #28]\n\t"
+           ".balign 4\n"
+           "2:\n\t" GROUP GROUP GROUP GROUP
+           "subs r1, r1, #1\n\t"
+           "bne 2b\n\t"
+           "stmia r0!, {r4-r7}\n\t"
+           "ldr r12, [sp, #16]\n\t"
+           "cmp r0, r12\n\t"
+           "bne 1b\n\t"
+           "add sp, sp, #32\n\t"
+           "pop {r4-r11, pc}");
+#undef GROUP
+}
+#else
+void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *columns, const int8_t *w, int groups,
+                            int32_t start) {
+    for (; sum != end; sum += 4) {
+        int32_t a = start, b = start, c = start, d = start;
+        for (int g = 0; g < groups; g++, columns += 8) {
+            int16_t x[16];
+            AC_COPY(x, columns, sizeof x);
+            for (int i = 0; i < 4; i++) {
+                const int32_t by = w[4 * g + i];
+                a += x[ac_in_group(i, 0)] * by;
+                b += x[ac_in_group(i, 1)] * by;
+                c += x[ac_in_group(i, 2)] * by;
+                d += x[ac_in_group(i, 3)] * by;
+            }
+        }
+        sum[0] = a;
+        sum[1] = b;
+        sum[2] = c;
+        sum[3] = d;
+    }
+}
+#endif
+
+/* AC_KERNEL(requantize) of a multiple of four sums, where s->quick; full: low and high are int8's ends, keep: there are
+ * bits. */
+AC_INLINE void quick_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at, int full,
+                         int keep) {
+    const uint32_t low = ((uint32_t)s->low & 0xFFu) * 0x01010101u;
+    const int32_t m = s->multiplier, offset = s->offset, right = -s->shift, range = s->high - s->low;
+    for (const int32_t *end = sum + count; sum < end; at += 32) {
+        const int32_t *stop = end - sum < 32 ? end : sum + 32;
+        const int some = (int)(stop - sum);
+        uint32_t within = 0;
+        for (; sum < stop; sum += 4, y += 4) {
+            uint32_t word = 0;
+            for (int k = 0; k < 4; k++) {
+                const int32_t v = ac_add_high(offset + (sum[k] >> 31), sum[k], m) >> right;
+                if (keep) within = ac_shift_in(within, v, range);
+                word |= (uint32_t)(full ? ac_to_byte(v) : ac_clamped(v, 0, range)) << (8 * k);
+            }
+            word = ac_add_bytes(word, low);
+            AC_COPY(y, &word, 4);
+        }
+        if (keep) ac_add_bits(bits, at, within >> (32 - some), some);
+    }
+}
+
+void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
+    const int full = s->high - s->low == 255;
+    int i = s->quick ? count & ~3 : 0;
+    if (i && full && bits) quick_row(y, sum, i, s, bits, at, 1, 1);
+    else if (i && full) quick_row(y, sum, i, s, bits, at, 1, 0);
+    else if (i && bits) quick_row(y, sum, i, s, bits, at, 0, 1);
+    else if (i) quick_row(y, sum, i, s, bits, at, 0, 0);
+    for (; i < count; i++) {
+        const int32_t all = s->quick ? sum[i] / 2 : ac_wrap_add(sum[i] / 2, s->bias);
+        const int32_t v = ac_wrap_add(ac_scaled(all, s->multiplier, s->shift), s->zero);
+        y[i] = (int8_t)ac_clamped(v, s->low, s->high);
+        if (bits && v == y[i]) ac_add_bits(bits, at + (size_t)i, 1, 1);
+    }
+}
