@@ -240,34 +240,17 @@ static int is_depthwise(const view *v) {
            && v->a->before[1] + v->in.w <= 2 * row_words(v);
 }
 
-/* Sums of `rows` rows of outputs, one after another; x: where the first window starts, `pitch` words a row of x and `down` a
- * row of outputs. */
-typedef void windows(int32_t *sum, int32_t start, const uint32_t *x, int pitch, int down, const int8_t *weights, int cols,
-                     int rows);
-
-#define WINDOWS(width, step)                                                                                         \
-    static void windows_##width##_##step(int32_t *sum, int32_t start, const uint32_t *x, int pitch, int down,        \
-                                         const int8_t *weights, int cols, int rows) {                                \
-        uint32_t w[(width) * ((width)-1)];                                                                           \
-        ac_put_window(w, weights, width);                                                                            \
-        for (; rows > 0; rows--, sum += cols, x += down)                                                             \
-            for (int q = 0; q < cols; q += 4) ac_dot_windows(sum + q, start, x + q / 2 * (step), pitch, w, width, step); \
-    }
-WINDOWS(3, 1)
-WINDOWS(3, 2)
-WINDOWS(5, 1)
-WINDOWS(5, 2)
-WINDOWS(7, 1)
-WINDOWS(7, 2)
-
 /* One channel of x to one channel of y, at `at`. `fresh`: the scratch was not yet used for a channel like this one. */
 static void q_conv_depthwise(const view *v, const outputs *to, scratch *s, int o, size_t at, int fresh) {
-    static windows *const table[] = {windows_3_1, windows_3_2, windows_5_1, windows_5_2, windows_7_1, windows_7_2};
-    windows *const dot = table[v->kernel.w - 4 + v->a->stride[1]];
+    const int size = v->kernel.w, step = v->a->stride[1], down = v->a->stride[0], pitch = row_words(v);
+    ac_dot_windows *const dot = AC_KERNEL(dot_windows)[size / 2 - 1][step - 1];
     const ac_scaling scale = scaling_of(v, to, o);
-    const int pitch = row_words(v), size = v->kernel.h, down = v->a->stride[0];
+    uint32_t w[7 * 6];
+    const ac_windows windows = ac_windows_of(scale.start, w, pitch, size, step);
     const int most = smaller((WORDS / pitch - size) / down + 1, v->out.h); /* rows of outputs whose windows lie in scratch */
     const int some = SUMS / v->out.w;                                      /* and that requantize takes */
+    if (size == 3) ac_put_window(w, to->w + o * to->taps, 3);
+    else ac_put_window(w, to->w + o * to->taps, size);
     for (int p = 0; p < v->out.h; p += most) {
         const int rows = smaller(most, v->out.h - p), first = p * down - v->a->before[0];
         for (int i = 0; i < (rows - 1) * down + size; i++) {
@@ -277,9 +260,11 @@ static void q_conv_depthwise(const view *v, const outputs *to, scratch *s, int o
                 ac_widen((int16_t *)(void *)line + v->a->before[1], v->x + (size_t)(first + i) * (size_t)v->in.w, v->in.w,
                          v->a->x_zero);
         }
+        const uint32_t *x = s->words;
         for (int i = 0; i < rows; i += some) {
             const int now = smaller(some, rows - i);
-            dot(s->sum, scale.start, s->words + i * down * pitch, pitch, down * pitch, to->w + o * to->taps, v->out.w, now);
+            int32_t *sum = s->sum;
+            for (int k = 0; k < now; k++, sum += v->out.w, x += down * pitch) dot(sum, sum + v->out.w, x, &windows);
             AC_KERNEL(requantize)(to->y + at, s->sum, now * v->out.w, &scale, to->bits, at);
             at += (size_t)(now * v->out.w);
         }
