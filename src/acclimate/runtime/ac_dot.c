@@ -165,40 +165,50 @@ ac_dot_windows *const AC_KERNEL(dot_windows)[3][2] = {
     {windows_3_1, windows_3_2}, {windows_5_1, windows_5_2}, {windows_7_1, windows_7_2}};
 
 /* AC_KERNEL(requantize) of a multiple of four sums, where s->quick; full: low and high are int8's ends, keep: there are
- * bits. */
-AC_INLINE void quick_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at, int full,
-                         int keep) {
+ * bits, and at most 32 sums, whose bits it returns from above. */
+AC_INLINE uint32_t quick_run(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, int full, int keep) {
     const uint32_t low = ((uint32_t)s->low & 0xFFu) * 0x01010101u;
     const int32_t m = s->multiplier, offset = s->offset, right = -s->shift, range = s->high - s->low;
-    for (const int32_t *end = sum + count; sum < end; at += 32) {
-        const int32_t *stop = end - sum < 32 ? end : sum + 32;
-        const int some = (int)(stop - sum);
-        uint32_t within = 0;
-        for (; sum < stop; sum += 4, y += 4) {
-            uint32_t word = 0;
-            for (int k = 0; k < 4; k++) {
-                const int32_t v = ac_add_high(offset + (sum[k] >> 31), sum[k], m) >> right;
-                if (keep) within = ac_shift_in(within, v, range);
-                word |= (uint32_t)(full ? ac_to_byte(v) : ac_clamped(v, 0, range)) << (8 * k);
-            }
-            word = ac_add_bytes(word, low);
-            AC_COPY(y, &word, 4);
+    const int32_t *const end = sum + count;
+    uint32_t within = 0;
+    do {
+        uint32_t word = 0;
+        for (int k = 0; k < 4; k++) {
+            const int32_t v = ac_add_high(offset + (sum[k] >> 31), sum[k], m) >> right;
+            if (keep) within = ac_shift_in(within, v, range);
+            word |= (uint32_t)(full ? ac_to_byte(v) : ac_clamped(v, 0, range)) << (8 * k);
         }
-        if (keep) ac_add_bits(bits, at, within >> (32 - some), some);
+        word = ac_add_bytes(word, low);
+        AC_COPY(y, &word, 4);
+        y += 4;
+        sum += 4;
+    } while (sum != end);
+    return within;
+}
+
+AC_INLINE void quick_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at, int full) {
+    if (!bits) {
+        quick_run(y, sum, count, s, full, 0);
+        return;
+    }
+    for (int i = 0; i < count; i += 32) {
+        const int some = count - i < 32 ? count - i : 32;
+        ac_add_bits(bits, at + (size_t)i, quick_run(y + i, sum + i, some, s, full, 1) >> (32 - some), some);
     }
 }
 
-void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
-    const int full = s->high - s->low == 255;
-    int i = s->quick ? count & ~3 : 0;
-    if (i && full && bits) quick_row(y, sum, i, s, bits, at, 1, 1);
-    else if (i && full) quick_row(y, sum, i, s, bits, at, 1, 0);
-    else if (i && bits) quick_row(y, sum, i, s, bits, at, 0, 1);
-    else if (i) quick_row(y, sum, i, s, bits, at, 0, 0);
-    for (; i < count; i++) {
+AC_APART void exact_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
+    for (int i = 0; i < count; i++) {
         const int32_t all = s->quick ? sum[i] / 2 : ac_wrap_add(sum[i] / 2, s->bias);
         const int32_t v = ac_wrap_add(ac_scaled(all, s->multiplier, s->shift), s->zero);
         y[i] = (int8_t)ac_clamped(v, s->low, s->high);
         if (bits && v == y[i]) ac_add_bits(bits, at + (size_t)i, 1, 1);
     }
+}
+
+void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
+    const int fours = s->quick ? count & ~3 : 0;
+    if (fours && s->high - s->low == 255) quick_row(y, sum, fours, s, bits, at, 1);
+    else if (fours) quick_row(y, sum, fours, s, bits, at, 0);
+    if (fours < count) exact_row(y + fours, sum + fours, count - fours, s, bits, at + (size_t)fours);
 }

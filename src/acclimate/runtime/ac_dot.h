@@ -20,6 +20,13 @@
 
 #define AC_MAX_TAPS 32767 /* 2 * 32767 * 255 * 128 < 2^31 */
 
+/* Functions that keep their registers to themselves: merged with what surrounds them, their loops would run out of them. */
+#if defined(__GNUC__)
+#define AC_APART static __attribute__((noinline))
+#else
+#define AC_APART static
+#endif
+
 /* Few bytes: without a library's headers (-ffreestanding) a compiler calls memcpy for them. */
 #if defined(__GNUC__)
 #define AC_COPY __builtin_memcpy

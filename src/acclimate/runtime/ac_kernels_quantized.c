@@ -124,12 +124,8 @@ typedef struct {
 } view;
 
 /* Columns of taps [first, first + count) for `pixels` outputs (1 to 4) from `at` on. */
-static void fill(const view *v, uint32_t *to, int first, int count, int at, int pixels) {
+AC_APART void gather(const view *v, uint32_t *to, int first, int count, int at, int pixels) {
     const ac_attr_q_conv *a = v->a;
-    if (v->plain) {
-        ac_columns_of_planes(to, v->x + (size_t)first * v->in.plane + at, v->in.plane, count, pixels, a->x_zero);
-        return;
-    }
     const int row = at / v->out.w * a->stride[0] - a->before[0], col = at % v->out.w * a->stride[1] - a->before[1];
     const int step = a->stride[1], wide = (v->kernel.w - 1) * a->dilation[1];
     const int together = pixels == 4 && at % v->out.w + 4 <= v->out.w && col >= 0 && col + 3 * step + wide < v->in.w;
@@ -165,6 +161,15 @@ static void fill(const view *v, uint32_t *to, int first, int count, int at, int 
     }
 }
 
+/* The columns of `count` outputs from `at` on, `square` words for each four. */
+AC_APART void fill(const view *v, uint32_t *to, int square, int first, int taps, int at, int count) {
+    const int8_t *x = v->x + (size_t)first * v->in.plane + at;
+    for (int i = 0; i < count; i += 4, to += square) {
+        if (v->plain) ac_columns_of_planes(to, x + i, v->in.plane, taps, smaller(4, count - i), v->a->x_zero);
+        else gather(v, to, first, taps, at + i, smaller(4, count - i));
+    }
+}
+
 /* Scratch of a convolution: the columns of some squares of four pixels or the rows of a channel, and the sums of some
  * outputs of them. */
 enum { WORDS = AC_COLUMN_WORDS(TAPS), SUMS = 128 };
@@ -188,7 +193,7 @@ static ac_scaling scaling_of(const view *v, const outputs *to, int o) {
 }
 
 /* Outputs [first, last) of image n, from the channels of one group. */
-static void q_conv_dense(const view *v, const outputs *to, scratch *s, int n, int first, int last) {
+AC_APART void q_conv_dense(const view *v, const outputs *to, scratch *s, int n, int first, int last) {
     const int taps = to->taps, pixels = (int)v->out.plane;
     const int most = taps % 4 ? TAPS / 9 * 8 : TAPS; /* where weights must be copied their place is here, too */
     const int part = smaller(taps, most), square = AC_COLUMN_WORDS(part); /* taps at once; words of four pixels */
@@ -202,8 +207,7 @@ static void q_conv_dense(const view *v, const outputs *to, scratch *s, int n, in
             for (int t = 0; t < taps; t += part) {
                 const int size = smaller(part, taps - t);
                 if (part < taps || o == first)
-                    for (int i = 0; i < count; i += 4)
-                        fill(v, s->words + i / 4 * square, t, size, p + i, smaller(4, count - i));
+                    fill(v, s->words, square, t, size, p, count);
                 for (int k = o; k < end; k++) {
                     const ac_scaling scale = scaling_of(v, to, k);
                     int32_t *sum = s->sum + (k - o) * 4, some[4];
@@ -240,34 +244,40 @@ static int is_depthwise(const view *v) {
            && v->a->before[1] + v->in.w <= 2 * row_words(v);
 }
 
-/* One channel of x to one channel of y, at `at`. `fresh`: the scratch was not yet used for a channel like this one. */
-static void q_conv_depthwise(const view *v, const outputs *to, scratch *s, int o, size_t at, int fresh) {
-    const int size = v->kernel.w, step = v->a->stride[1], down = v->a->stride[0], pitch = row_words(v);
-    ac_dot_windows *const dot = AC_KERNEL(dot_windows)[size / 2 - 1][step - 1];
-    const ac_scaling scale = scaling_of(v, to, o);
-    uint32_t w[7 * 6];
-    const ac_windows windows = ac_windows_of(scale.start, w, pitch, size, step);
+/* Rows [first, first + rows) of a channel, with zeros where it has none: `clean` says that those are there already. */
+AC_APART void widen(const view *v, uint32_t *line, int pitch, int first, int rows, int clean) {
+    for (int i = first; i < first + rows; i++, line += pitch) {
+        if (!clean) memset(line, 0, (size_t)pitch * 4);
+        if (i >= 0 && i < v->in.h)
+            ac_widen((int16_t *)(void *)line + v->a->before[1], v->x + (size_t)i * (size_t)v->in.w, v->in.w, v->a->x_zero);
+    }
+}
+
+/* Image n; v->x is its first channel. */
+AC_APART void q_conv_depthwise(view *v, const outputs *to, scratch *s, int n) {
+    const int size = v->kernel.w, step = v->a->stride[1], down = v->a->stride[0], pitch = row_words(v), each = v->out.c / v->in.c;
     const int most = smaller((WORDS / pitch - size) / down + 1, v->out.h); /* rows of outputs whose windows lie in scratch */
     const int some = SUMS / v->out.w;                                      /* and that requantize takes */
-    if (size == 3) ac_put_window(w, to->w + o * to->taps, 3);
-    else ac_put_window(w, to->w + o * to->taps, size);
-    for (int p = 0; p < v->out.h; p += most) {
-        const int rows = smaller(most, v->out.h - p), first = p * down - v->a->before[0];
-        for (int i = 0; i < (rows - 1) * down + size; i++) {
-            uint32_t *line = s->words + i * pitch;
-            if (fresh || most < v->out.h) memset(line, 0, (size_t)pitch * 4);
-            if (first + i >= 0 && first + i < v->in.h)
-                ac_widen((int16_t *)(void *)line + v->a->before[1], v->x + (size_t)(first + i) * (size_t)v->in.w, v->in.w,
-                         v->a->x_zero);
+    ac_dot_windows *const dot = AC_KERNEL(dot_windows)[size / 2 - 1][step - 1];
+    uint32_t w[7 * 6];
+    size_t at = (size_t)n * (size_t)v->out.c * v->out.plane;
+    for (int o = 0; o < v->out.c; o++) {
+        const ac_scaling scale = scaling_of(v, to, o);
+        const ac_windows windows = ac_windows_of(scale.start, w, pitch, size, step);
+        ac_put_window(w, to->w + o * to->taps, size);
+        for (int p = 0; p < v->out.h; p += most) {
+            const int rows = smaller(most, v->out.h - p);
+            const uint32_t *x = s->words;
+            widen(v, s->words, pitch, p * down - v->a->before[0], (rows - 1) * down + size, o && most == v->out.h);
+            for (int i = 0; i < rows; i += some) {
+                const int now = smaller(some, rows - i), count = now * v->out.w;
+                int32_t *sum = s->sum;
+                for (int k = 0; k < now; k++, sum += v->out.w, x += down * pitch) dot(sum, sum + v->out.w, x, &windows);
+                AC_KERNEL(requantize)(to->y + at, s->sum, count, &scale, to->bits, at);
+                at += (size_t)count;
+            }
         }
-        const uint32_t *x = s->words;
-        for (int i = 0; i < rows; i += some) {
-            const int now = smaller(some, rows - i);
-            int32_t *sum = s->sum;
-            for (int k = 0; k < now; k++, sum += v->out.w, x += down * pitch) dot(sum, sum + v->out.w, x, &windows);
-            AC_KERNEL(requantize)(to->y + at, s->sum, now * v->out.w, &scale, to->bits, at);
-            at += (size_t)(now * v->out.w);
-        }
+        if ((o + 1) % each == 0) v->x += v->in.plane;
     }
 }
 
@@ -283,13 +293,13 @@ ac_status AC_KERNEL(q_conv)(const ac_call *call) {
               && v.in.plane == v.out.plane;
     if (to.bits) memset(to.bits, 0, (AC_OUT_T(call, 0)->size + 31) / 32 * 4);
     v.x = AC_IN(call, 0);
+    if (is_depthwise(&v)) {
+        for (int n = 0; n < v.out.n; n++) q_conv_depthwise(&v, &to, &s, n);
+        return AC_OK;
+    }
     for (int n = 0; n < v.out.n; n++)
-        for (int o = 0; o < v.out.c; o += each, v.x += (size_t)v.kernel.c * v.in.plane) {
-            if (!is_depthwise(&v)) q_conv_dense(&v, &to, &s, n, o, o + each);
-            else
-                for (int k = o; k < o + each; k++)
-                    q_conv_depthwise(&v, &to, &s, k, ((size_t)n * (size_t)v.out.c + (size_t)k) * v.out.plane, !n && !k);
-        }
+        for (int o = 0; o < v.out.c; o += each, v.x += (size_t)v.kernel.c * v.in.plane)
+            q_conv_dense(&v, &to, &s, n, o, o + each);
     return AC_OK;
 }
 
@@ -344,7 +354,7 @@ typedef struct {
 } input_view;
 
 /* sum[k] += the products of `count` rows of SIDE elements of d and a column of weights, `step` apart; count at least 1 */
-static void add_column(float *sum, const float *d, const int8_t *w, size_t step, int count) {
+AC_APART void add_column(float *sum, const float *d, const int8_t *w, size_t step, int count) {
     float s[SIDE];
     for (int k = 0; k < SIDE; k++) s[k] = sum[k];
     do {
@@ -363,7 +373,7 @@ static void add_column(float *sum, const float *d, const int8_t *w, size_t step,
 }
 
 /* A convolution of single pixels: dx = w^T (scale * d). */
-static void input_grad_pointwise(const input_view *v, int outputs) {
+AC_APART void input_grad_pointwise(const input_view *v, int outputs) {
     const int most = FLOATS / SIDE, channels = v->kernel.c;
     float d[FLOATS], sum[SIDE];
     for (size_t p = 0; p < v->in.plane; p += SIDE) {
@@ -388,7 +398,7 @@ static void input_grad_pointwise(const input_view *v, int outputs) {
 
 /* to[i][j] = what the window of x at (row + i, col + j) would see of d, whose pixels lie `stride` apart, with zeros between
  * and around them: `rows` rows of `pitch`. */
-static void spread(const input_view *v, float *to, int rows, int pitch, int row, int o) {
+AC_APART void spread(const input_view *v, float *to, int rows, int pitch, int row, int o) {
     const int down = v->a->stride[0], step = v->a->stride[1];
     const int first = v->kernel.w - 1 - v->a->before[1]; /* where column 0 of d goes */
     const int left = first_inside(first, step, v->out.w), right = end_inside(first, step, pitch, v->out.w);
@@ -432,7 +442,7 @@ static int is_spread(const input_view *v) {
 }
 
 /* A depthwise convolution: dx correlates the spread d with the weights turned by half a turn. */
-static void input_grad_depthwise(const input_view *v, int outputs) {
+AC_APART void input_grad_depthwise(const input_view *v, int outputs) {
     const int height = v->kernel.h, width = v->kernel.w, area = height * width, pitch = spread_pitch(v);
     const int most = FLOATS / pitch - height + 1; /* rows of dx at once */
     float d[FLOATS], w[49], sum[4];
@@ -458,7 +468,7 @@ static void input_grad_depthwise(const input_view *v, int outputs) {
 }
 
 /* Any other: every row of d is added to what its windows see. */
-static void input_grad_any(const input_view *v, int outputs) {
+AC_APART void input_grad_any(const input_view *v, int outputs) {
     float d[FLOATS];
     memset(v->dx, 0, (size_t)v->kernel.c * v->in.plane * sizeof(float));
     for (int o = 0; o < outputs; o++)
@@ -514,7 +524,7 @@ ac_status AC_KERNEL(q_conv_input_grad)(const ac_call *call) {
 }
 
 /* sum[8 * i + k] += the products of `count` rows of eight elements of x and d[i] */
-static void add_outer(float *sum, const float *x, const float *d0, const float *d1, int count) {
+AC_APART void add_outer(float *sum, const float *x, const float *d0, const float *d1, int count) {
     float s[SIDE];
     for (int k = 0; k < SIDE; k++) s[k] = sum[k];
     do {
@@ -527,7 +537,7 @@ static void add_outer(float *sum, const float *x, const float *d0, const float *
 }
 
 /* A convolution of single pixels: dw = d x^T, of outputs [first, last) and the channels of x that they see. */
-static void weight_grad_pointwise(const ac_attr_q_conv_weight_grad *a, const shape *in, const shape *out, int channels,
+AC_APART void weight_grad_pointwise(const ac_attr_q_conv_weight_grad *a, const shape *in, const shape *out, int channels,
                                   const int8_t *x, const float *d, float *dw, int first, int last) {
     const int most = FLOATS / 8;
     float part[FLOATS], sum[SIDE];
