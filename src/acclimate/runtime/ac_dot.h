@@ -238,9 +238,10 @@ typedef struct {
     int quick;      /* the bias is in the sums, and one multiplication, one addition and one shift do the rest */
 } ac_scaling;
 
+/* most: the largest |sum|, not doubled */
 AC_INLINE ac_scaling ac_scaling_of(int32_t bias, int32_t m, int32_t shift, int32_t zero, int32_t low, int32_t high,
-                                   int taps) {
-    const int32_t rest = (1 << 30) - taps * 32640; /* |sum| + |bias| < 2^30 */
+                                   int32_t most) {
+    const int32_t rest = (1 << 30) - most; /* |sum| + |bias| < 2^30 */
     ac_scaling s = {0, m, shift, bias, zero, low, high, 0, shift < 0 && shift >= -21 && bias < rest && bias > -rest};
     if (s.quick) {
         s.start = 2 * bias;

@@ -58,24 +58,28 @@ ac_status AC_KERNEL(dequantize)(const ac_call *call) {
     return AC_OK;
 }
 
-AC_INLINE int32_t raised(int8_t q, int32_t zero, int32_t m, int32_t shift) {
-    return ac_scaled((q - zero) * (1 << 20), m, shift);
+/* table[q - INT8_MIN] = twice what q adds to a sum */
+AC_APART void put_raised(int32_t table[256], int32_t zero, int32_t m, int32_t shift) {
+    for (int q = INT8_MIN; q <= INT8_MAX; q++) table[q - INT8_MIN] = 2 * ac_scaled((q - zero) * (1 << 20), m, shift);
 }
 
 ac_status AC_KERNEL(q_add)(const ac_call *call) {
     const ac_attr_q_add *a = call->attr;
     const int8_t *x = AC_IN(call, 0), *z = AC_IN(call, 1);
     int8_t *y = AC_OUT(call, 0);
-    ac_bit_writer bits = {AC_OUT(call, 1), 0, 0};
+    uint32_t *bits = AC_OUT(call, 1);
     const size_t n = AC_IN_T(call, 0)->size;
-    for (size_t i = 0; i < n; i++) {
-        const int32_t sum = raised(x[i], a->a_zero, a->a_multiplier, a->a_shift)
-                            + raised(z[i], a->b_zero, a->b_multiplier, a->b_shift);
-        const int32_t q = ac_wrap_add(ac_scaled(sum, a->y_multiplier, a->y_shift), a->y_zero);
-        y[i] = (int8_t)ac_clamped(q, a->low, a->high);
-        ac_put_bit(&bits, q >= a->low && q <= a->high);
+    const ac_scaling s = ac_scaling_of(0, a->y_multiplier, a->y_shift, a->y_zero, a->low, a->high, 1 << 29);
+    int32_t first[256], second[256], sum[128];
+    put_raised(first, a->a_zero, a->a_multiplier, a->a_shift);
+    put_raised(second, a->b_zero, a->b_multiplier, a->b_shift);
+    if (bits) memset(bits, 0, (n + 31) / 32 * 4);
+    for (size_t i = 0; i < n; i += 128) {
+        const int count = n - i < 128 ? (int)(n - i) : 128;
+        for (int k = 0; k < count; k++)
+            sum[k] = first[x[i + (size_t)k] - INT8_MIN] + second[z[i + (size_t)k] - INT8_MIN];
+        AC_KERNEL(requantize)(y + i, sum, count, &s, bits, i);
     }
-    ac_end_bits(&bits);
     return AC_OK;
 }
 
@@ -124,41 +128,39 @@ typedef struct {
 } view;
 
 /* Columns of taps [first, first + count) for `pixels` outputs (1 to 4) from `at` on. */
-AC_APART void gather(const view *v, uint32_t *to, int first, int count, int at, int pixels) {
+AC_APART void gather(const view *v, uint32_t *columns, int first, int count, int at, int pixels) {
     const ac_attr_q_conv *a = v->a;
-    const int row = at / v->out.w * a->stride[0] - a->before[0], col = at % v->out.w * a->stride[1] - a->before[1];
-    const int step = a->stride[1], wide = (v->kernel.w - 1) * a->dilation[1];
-    const int together = pixels == 4 && at % v->out.w + 4 <= v->out.w && col >= 0 && col + 3 * step + wide < v->in.w;
-    int c = first / (int)v->kernel.plane, i = first % (int)v->kernel.plane / v->kernel.w, j = first % v->kernel.w;
-    int16_t group[16] = {0};
-    for (int k = 0; k < count; k++) {
-        const int place = ac_in_group(k & 3, 0), h = row + i * a->dilation[0], w = col + j * a->dilation[1];
-        const int8_t *from = v->x + (size_t)c * v->in.plane;
-        if (together && h >= 0 && h < v->in.h) {
-            from += (size_t)h * (size_t)v->in.w + (size_t)w;
-            group[place] = (int16_t)(2 * (from[0] - a->x_zero));
-            group[place + 2] = (int16_t)(2 * (from[step] - a->x_zero));
-            group[place + 4] = (int16_t)(2 * (from[2 * step] - a->x_zero));
-            group[place + 6] = (int16_t)(2 * (from[3 * step] - a->x_zero));
-        } else {
-            for (int p = 0; p < pixels; p++) {
-                const int y = (at + p) / v->out.w * a->stride[0] - a->before[0] + i * a->dilation[0],
-                          x = (at + p) % v->out.w * step - a->before[1] + j * a->dilation[1];
-                const int inside = y >= 0 && y < v->in.h && x >= 0 && x < v->in.w;
-                group[place + 2 * p] =
-                    (int16_t)(inside ? 2 * (from[(size_t)y * (size_t)v->in.w + (size_t)x] - a->x_zero) : 0);
+    const int step = a->stride[1], twice = 2 * a->x_zero, row = at / v->out.w * a->stride[0] - a->before[0],
+              col = at % v->out.w * step - a->before[1];
+    const int together = pixels == 4 && at % v->out.w + 4 <= v->out.w && col >= 0
+                         && col + 3 * step + (v->kernel.w - 1) * a->dilation[1] < v->in.w; /* one row, no edge */
+    const int area = (int)v->kernel.plane;
+    int i = first % area / v->kernel.w, j = first % v->kernel.w;
+    const int8_t *plane = v->x + (size_t)(first / area) * v->in.plane;
+    int16_t *to = (int16_t *)(void *)columns;
+    for (int k = 0; k < count; plane += v->in.plane, i = 0)
+        for (; i < v->kernel.h && k < count; i++, j = 0) {
+            const int h = row + i * a->dilation[0];
+            for (; j < v->kernel.w && k < count; j++, k++) {
+                int16_t *put = to + k / 4 * 16 + ac_in_group(k & 3, 0);
+                if (together && h >= 0 && h < v->in.h) {
+                    const int8_t *from = plane + h * v->in.w + col + j * a->dilation[1];
+                    put[0] = (int16_t)(2 * from[0] - twice);
+                    put[2] = (int16_t)(2 * from[step] - twice);
+                    put[4] = (int16_t)(2 * from[2 * step] - twice);
+                    put[6] = (int16_t)(2 * from[3 * step] - twice);
+                } else {
+                    for (int p = 0; p < 4; p++) {
+                        const int y = (at + p) / v->out.w * a->stride[0] - a->before[0] + i * a->dilation[0],
+                                  x = (at + p) % v->out.w * step - a->before[1] + j * a->dilation[1];
+                        const int inside = p < pixels && y >= 0 && y < v->in.h && x >= 0 && x < v->in.w;
+                        put[2 * p] = (int16_t)(inside ? 2 * plane[y * v->in.w + x] - twice : 0);
+                    }
+                }
             }
         }
-        if (++j == v->kernel.w) {
-            j = 0;
-            if (++i == v->kernel.h) i = 0, c++;
-        }
-        if ((k & 3) == 3 || k + 1 == count) {
-            AC_COPY(to, group, sizeof group);
-            to += 8;
-            for (int z = 0; z < 16; z++) group[z] = 0;
-        }
-    }
+    for (int k = count; k & 3; k++)
+        for (int p = 0; p < 4; p++) to[k / 4 * 16 + ac_in_group(k & 3, p)] = 0;
 }
 
 /* The columns of `count` outputs from `at` on, `square` words for each four. */
@@ -189,7 +191,7 @@ typedef struct {
 
 static ac_scaling scaling_of(const view *v, const outputs *to, int o) {
     return ac_scaling_of(to->bias ? to->bias[o] : 0, to->multiplier[o], to->shift[o], v->a->y_zero, v->a->low, v->a->high,
-                         to->taps);
+                         to->taps * 32640);
 }
 
 /* Outputs [first, last) of image n, from the channels of one group. */
@@ -671,38 +673,55 @@ typedef struct {
     int wide; /* int32 rather than int8 */
 } rule;
 
-/* w[i] -= rounded(lr * g[i] / scale) for i < count; of `moment` and `rest` either may be NULL; `at` counts elements */
-static void learn_run(const rule *r, void *w, const float *g, float scale, float *moment, int8_t *rest, uint32_t at,
-                      size_t count) {
-    int32_t *wide = w;
-    int8_t *narrow = w;
+/* The whole part of x + k * 2^-24, rounded down; |x| up to 2^30, k below 2^24 */
+AC_INLINE int32_t floor_of(float x, uint32_t k) {
+    const int32_t whole = (int32_t)x;
+    const float rest = (x - (float)whole) * 16777216.0f;
+    const int32_t fine = (int32_t)rest;
+    return whole + ((fine - ((float)fine > rest) + (int32_t)k) >> 24);
+}
+
+AC_INLINE float at_most_2_30(float x) {
+    x = x > 1073741824.0f ? 1073741824.0f : x;
+    x = x < -1073741824.0f ? -1073741824.0f : x;
+    return x == x ? x : 0.0f;
+}
+
+/* w[i] -= rounded(lr * g[i] / scale) for i < count; of `moment` and `rest` either may be NULL; `at` counts elements.
+ * `wide`: w is int32, else int8. */
+AC_INLINE void learn_run(const rule *r, void *w, const float *g, float scale, float *moment, int8_t *rest, uint32_t at,
+                         size_t count, int wide, int rounding) {
+    const ac_attr_q_sgd *a = r->a;
+    const float decay = a->weight_decay, lr = r->lr;
+    const uint32_t key = r->key;
+    int32_t *words = w;
+    int8_t *bytes = w;
     for (size_t i = 0; i < count; i++) {
-        const int32_t old = r->wide ? wide[i] : narrow[i];
-        float d = g[i] + r->a->weight_decay * ((float)old * scale);
+        const int32_t old = wide ? words[i] : bytes[i];
+        float d = g[i];
+        if (decay != 0.0f) d += decay * ((float)old * scale);
         if (moment) {
-            moment[i] = r->a->momentum * moment[i] + d;
-            d = r->a->nesterov ? d + r->a->momentum * moment[i] : moment[i];
+            moment[i] = a->momentum * moment[i] + d;
+            d = a->nesterov ? d + a->momentum * moment[i] : moment[i];
         }
-        float by = r->lr * d / scale;
-        by = by > 1073741824.0f ? 1073741824.0f : by < -1073741824.0f ? -1073741824.0f : by == by ? by : 0.0f;
-        int64_t value;
+        const float by = at_most_2_30(lr * d / scale);
+        int32_t down;
         if (rest) {
-            const float parts = by * 256.0f;
-            const int32_t fine = ac_half_away(parts > 1073741824.0f ? 1073741824.0f : parts < -1073741824.0f ? -1073741824.0f : parts);
-            int64_t sum = (int64_t)old * 256 + rest[i] - fine;
-            sum = sum < INT8_MIN * 256 ? INT8_MIN * 256 : sum > INT8_MAX * 256 + 127 ? INT8_MAX * 256 + 127 : sum;
-            value = (sum + 128) >> 8;
-            rest[i] = (int8_t)(sum - value * 256);
-        } else if (r->a->rounding) {
-            const uint32_t bits = ac_hash_u32(ac_hash_u32((at + (uint32_t)i) ^ r->key) + r->key);
-            const double sum = (double)by + (double)(bits >> 8) * (1.0 / 16777216.0);
-            const int32_t whole = (int32_t)sum;
-            value = (int64_t)old - (whole - (sum < (double)whole));
-        } else {
-            value = (int64_t)old - ac_half_away(by);
+            const int32_t fine = old * 256 + rest[i], least = INT8_MIN * 256, most = INT8_MAX * 256 + 127;
+            const int32_t step = ac_half_away(at_most_2_30(by * 256.0f)), sum = ac_clamped(fine - step, least, most);
+            const int32_t now = (sum + 128) >> 8;
+            rest[i] = (int8_t)(sum - now * 256);
+            bytes[i] = (int8_t)now;
+            continue;
         }
-        if (r->wide) wide[i] = value < INT32_MIN ? INT32_MIN : value > INT32_MAX ? INT32_MAX : (int32_t)value;
-        else narrow[i] = (int8_t)(value < INT8_MIN ? INT8_MIN : value > INT8_MAX ? INT8_MAX : value);
+        if (rounding) down = floor_of(by, ac_hash_u32(ac_hash_u32((at + (uint32_t)i) ^ key) + key) >> 8);
+        else down = ac_half_away(by);
+        if (wide) {
+            const int64_t now = (int64_t)old - down;
+            words[i] = now < INT32_MIN ? INT32_MIN : now > INT32_MAX ? INT32_MAX : (int32_t)now;
+        } else {
+            bytes[i] = (int8_t)ac_clamped(old - down, INT8_MIN, INT8_MAX);
+        }
     }
 }
 
@@ -728,8 +747,15 @@ ac_status AC_KERNEL(q_sgd)(const ac_call *call) {
     for (size_t k = 0; k < blocks; k++)
         for (size_t i = 0; i < (index ? index->size : parts); i++, done += inner) {
             const size_t at = (k * parts + (index ? (size_t)channel[i] : i)) * inner;
-            learn_run(&r, (uint8_t *)AC_IN(call, 0) + at * size, g + done, scale[each ? at / row : 0],
-                      moment ? moment + done : NULL, rest ? rest + done : NULL, (uint32_t)done, inner);
+            void *w = (uint8_t *)AC_IN(call, 0) + at * size;
+            const float s = scale[each ? at / row : 0];
+            float *m = moment ? moment + done : NULL;
+            int8_t *e = rest ? rest + done : NULL;
+            if (e) learn_run(&r, w, g + done, s, m, e, (uint32_t)done, inner, 0, 0);
+            else if (r.wide && a->rounding) learn_run(&r, w, g + done, s, m, NULL, (uint32_t)done, inner, 1, 1);
+            else if (r.wide) learn_run(&r, w, g + done, s, m, NULL, (uint32_t)done, inner, 1, 0);
+            else if (a->rounding) learn_run(&r, w, g + done, s, m, NULL, (uint32_t)done, inner, 0, 1);
+            else learn_run(&r, w, g + done, s, m, NULL, (uint32_t)done, inner, 0, 0);
         }
     return AC_OK;
 }
