@@ -198,6 +198,10 @@ def buffers_of(graph: Graph, nodes: list[Node], room: list[int] | None = None) -
 def _overwritable(graph: Graph, node: Node, name: str, home: dict[str, Buffer], at: int) -> Buffer | None:
     """The buffer of an input that `name` may take over: it dies here, has the same size, and is no other argument."""
     row, size = TABLE[node.op], graph.type(name).size_bytes
+    if row.in_place_if is not None:
+        types = [graph.type(n) if n else None for n in node.inputs]
+        if not row.in_place_if(node.attrs, *types):
+            return None
     for j in row.in_place:
         if j >= len(node.inputs) or node.inputs[j] not in home:
             continue

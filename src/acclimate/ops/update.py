@@ -69,7 +69,7 @@ def _ema(a: Any, running: Any, new: Any) -> list[Any]:
 
 
 def kept_channels(size: Any, share: float) -> np.ndarray:
-    """Which channels of `size` (N, C) are kept: of each sample the largest share, and what is as large as the last of it."""
+    """Which channels of `size` (N, C) are kept: of each sample the largest share, and equals of the last of it."""
     k = count_kept(size.shape[1], share)
     return size >= np.sort(size, 1)[:, -k][:, None]
 
@@ -148,8 +148,8 @@ ROWS = (
     Row(
         "keep_top",
         "NC~ -> NC~, NC",
-        "Of each sample the channels with the largest sums of |d|, a share of them; the others become zero. The second "
-        "output is those sums.",
+        "Of each sample the channels with the largest sums of |d|, a share of them; the others become zero. The "
+        "second output is those sums.",
         _keep_top,
         (
             Example(((2, 7, 4, 3),), {"share": 0.3}),

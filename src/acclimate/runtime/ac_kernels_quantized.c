@@ -117,12 +117,24 @@ ac_status AC_KERNEL(q_table_grad)(const ac_call *call) {
 
 /* ---- convolution ---- */
 
-enum { TAPS = 576 }; /* of columns at once */
+/* Weights whose tensors are input `at` of a call and, where some channels lie apart, the inputs `part` and the next. */
+static ac_weights weights_of(const ac_call *call, int at, int part) {
+    const ac_tensor *t = AC_IN_T(call, at);
+    const int parts = AC_IN(call, part) ? AC_IN_T(call, part)->dim[1] : 0;
+    return (ac_weights){AC_IN(call, at), AC_IN(call, part), AC_IN(call, part + 1), t->dim[1], parts, shape_of(t).plane};
+}
+
+static ac_planes planes_of(const ac_tensor *t) {
+    const shape s = shape_of(t);
+    return (ac_planes){s.c, s.h, s.w, s.plane};
+}
+
+enum { TAPS = 576 }; /* of columns at once. What scratch holds of a channel says where y may be x: ops/quantized.py */
 
 /* What a convolution's windows lie on: one group of channels of one image. */
 typedef struct {
     const ac_attr_q_conv *a;
-    shape in, kernel, out;
+    ac_planes in, kernel, out;
     const int8_t *x; /* the first channel */
     int plain;       /* each output sees the pixel in its place */
 } view;
@@ -180,27 +192,34 @@ typedef struct {
     int32_t sum[SUMS + 4];
 } scratch;
 
-/* What the outputs of q_conv are made with. */
-typedef struct {
-    const int8_t *w;
-    const int32_t *bias, *multiplier, *shift;
-    int8_t *y;
-    uint32_t *bits;
-    int taps;
-} outputs;
-
-static ac_scaling scaling_of(const view *v, const outputs *to, int o) {
-    return ac_scaling_of(to->bias ? to->bias[o] : 0, to->multiplier[o], to->shift[o], v->a->y_zero, v->a->low, v->a->high,
-                         to->taps * 32640);
+static ac_scaling scaling_of(const ac_q_image *m, int o) {
+    return ac_scaling_of(m->bias ? m->bias[o] : 0, m->multiplier[o], m->shift[o], m->a->y_zero, m->a->low, m->a->high,
+                         m->kernel.c * (int)m->kernel.plane * 32640);
 }
 
-/* Outputs [first, last) of image n, from the channels of one group. */
-AC_APART void q_conv_dense(const view *v, const outputs *to, scratch *s, int n, int first, int last) {
-    const int taps = to->taps, pixels = (int)v->out.plane;
-    const int most = taps % 4 ? TAPS / 9 * 8 : TAPS; /* where weights must be copied their place is here, too */
+/* Taps [first, first + count) of output o, and zeros up to a multiple of four; their address. */
+static const int8_t *copy_weights(int8_t *to, const ac_weights *w, int o, int first, int count) {
+    const int plane = (int)w->plane, end = first + count;
+    memcpy(to, w->whole + (size_t)o * (size_t)w->channels * w->plane + first, (size_t)count);
+    for (int k = 0; k < w->parts; k++) {
+        const int at = w->index[k] * plane, from = larger(at, first), to_end = smaller(at + plane, end);
+        if (plane == 1 && from < to_end) to[at - first] = w->part[(size_t)o * (size_t)w->parts + (size_t)k];
+        else if (from < to_end)
+            memcpy(to + from - first, w->part + ((size_t)o * (size_t)w->parts + (size_t)k) * w->plane + (from - at),
+                   (size_t)(to_end - from));
+    }
+    if (count % 4) memset(to + count, 0, 4u - (size_t)count % 4);
+    return to;
+}
+
+/* Outputs [first, last) from the channels of one group. */
+AC_APART void q_conv_dense(const view *v, const ac_q_image *to, scratch *s, int first, int last) {
+    const int taps = v->kernel.c * (int)v->kernel.plane, pixels = v->out.h * v->out.w;
+    const int copied = taps % 4 || to->w.parts;
+    const int most = copied ? TAPS / 9 * 8 : TAPS; /* where weights must be copied their place is here, too */
     const int part = smaller(taps, most), square = AC_COLUMN_WORDS(part); /* taps at once; words of four pixels */
     int8_t *padded = (int8_t *)(s->words + WORDS - AC_GROUPS(part));
-    const int squares = smaller((WORDS - (taps % 4 ? AC_GROUPS(part) : 0)) / square, SUMS / 4);
+    const int squares = smaller((WORDS - (copied ? AC_GROUPS(part) : 0)) / square, SUMS / 4);
     const int together = part < taps ? SUMS / 4 : 1; /* outputs */
     for (int p = 0, count; p < pixels; p += count) {
         count = smaller(part < taps ? 4 : 4 * squares, pixels - p);
@@ -211,13 +230,10 @@ AC_APART void q_conv_dense(const view *v, const outputs *to, scratch *s, int n, 
                 if (part < taps || o == first)
                     fill(v, s->words, square, t, size, p, count);
                 for (int k = o; k < end; k++) {
-                    const ac_scaling scale = scaling_of(v, to, k);
+                    const ac_scaling scale = scaling_of(to, k);
                     int32_t *sum = s->sum + (k - o) * 4, some[4];
-                    const int8_t *by = to->w + (size_t)k * (size_t)taps + t;
-                    if (size % 4) {
-                        memset(padded + size, 0, 4u - (size_t)size % 4);
-                        by = (int8_t *)memcpy(padded, by, (size_t)size);
-                    }
+                    const int8_t *by = copied ? copy_weights(padded, &to->w, k, t, size)
+                                              : to->w.whole + (size_t)k * (size_t)taps + t;
                     if (t == 0) {
                         AC_KERNEL(dot_columns)(sum, sum + (count + 3) / 4 * 4, s->words, by, AC_GROUPS(size), scale.start);
                     } else {
@@ -225,8 +241,8 @@ AC_APART void q_conv_dense(const view *v, const outputs *to, scratch *s, int n, 
                         for (int i = 0; i < 4; i++) sum[i] += some[i];
                     }
                     if (t + size < taps) continue;
-                    const size_t at = ((size_t)n * (size_t)v->out.c + (size_t)k) * v->out.plane + (size_t)p;
-                    AC_KERNEL(requantize)(to->y + at, sum, count, &scale, to->bits, at);
+                    const size_t at = (size_t)k * v->out.plane + (size_t)p;
+                    AC_KERNEL(requantize)(to->y + at, sum, count, &scale, to->bits, to->at + at);
                 }
             }
         }
@@ -255,18 +271,20 @@ AC_APART void widen(const view *v, uint32_t *line, int pitch, int first, int row
     }
 }
 
-/* Image n; v->x is its first channel. */
-AC_APART void q_conv_depthwise(view *v, const outputs *to, scratch *s, int n) {
+/* An image: every channel of x to its channels of y. A channel of y may be the one of x that it is made of where scratch
+ * holds all that is seen of it. */
+AC_APART void q_conv_depthwise(view *v, const ac_q_image *to, scratch *s) {
     const int size = v->kernel.w, step = v->a->stride[1], down = v->a->stride[0], pitch = row_words(v), each = v->out.c / v->in.c;
     const int most = smaller((WORDS / pitch - size) / down + 1, v->out.h); /* rows of outputs whose windows lie in scratch */
     const int some = SUMS / v->out.w;                                      /* and that requantize takes */
     ac_dot_windows *const dot = AC_KERNEL(dot_windows)[size / 2 - 1][step - 1];
     uint32_t w[7 * 6];
-    size_t at = (size_t)n * (size_t)v->out.c * v->out.plane;
     for (int o = 0; o < v->out.c; o++) {
-        const ac_scaling scale = scaling_of(v, to, o);
+        const ac_scaling scale = scaling_of(to, o);
         const ac_windows windows = ac_windows_of(scale.start, w, pitch, size, step);
-        ac_put_window(w, to->w + o * to->taps, size);
+        size_t at = (size_t)o * v->out.plane;
+        int next = 0;
+        ac_put_window(w, ac_weights_of(&to->w, o, 0, &next), size);
         for (int p = 0; p < v->out.h; p += most) {
             const int rows = smaller(most, v->out.h - p);
             const uint32_t *x = s->words;
@@ -275,7 +293,7 @@ AC_APART void q_conv_depthwise(view *v, const outputs *to, scratch *s, int n) {
                 const int now = smaller(some, rows - i), count = now * v->out.w;
                 int32_t *sum = s->sum;
                 for (int k = 0; k < now; k++, sum += v->out.w, x += down * pitch) dot(sum, sum + v->out.w, x, &windows);
-                AC_KERNEL(requantize)(to->y + at, s->sum, count, &scale, to->bits, at);
+                AC_KERNEL(requantize)(to->y + at, s->sum, count, &scale, to->bits, to->at + at);
                 at += (size_t)count;
             }
         }
@@ -283,31 +301,36 @@ AC_APART void q_conv_depthwise(view *v, const outputs *to, scratch *s, int n) {
     }
 }
 
-/* x (N, C, H, W), w (O, C / groups, kH, kW), b (O)?, multiplier (O), shift (O) -> y (N, O, P, Q), whether it is in range */
-ac_status AC_KERNEL(q_conv)(const ac_call *call) {
-    const ac_attr_q_conv *a = call->attr;
-    view v = {a, shape_of(AC_IN_T(call, 0)), shape_of(AC_IN_T(call, 1)), shape_of(AC_OUT_T(call, 0)), NULL, 0};
-    const outputs to = {AC_IN(call, 1),  AC_IN(call, 2),  AC_IN(call, 3), AC_IN(call, 4),
-                        AC_OUT(call, 0), AC_OUT(call, 1), v.kernel.c * (int)v.kernel.plane};
-    const int each = v.out.c / a->groups;
+void AC_KERNEL(q_conv_image)(const ac_q_image *m) {
+    const ac_attr_q_conv *a = m->a;
+    const int each = m->out.c / a->groups;
+    view v = {a, m->in, m->kernel, m->out, m->x, 0};
     scratch s;
     v.plain = v.kernel.plane == 1 && a->stride[0] == 1 && a->stride[1] == 1 && !a->before[0] && !a->before[1]
-              && v.in.plane == v.out.plane;
-    if (to.bits) memset(to.bits, 0, (AC_OUT_T(call, 0)->size + 31) / 32 * 4);
-    v.x = AC_IN(call, 0);
+              && v.in.w == v.out.w && v.in.h >= v.out.h;
     if (is_depthwise(&v)) {
-        for (int n = 0; n < v.out.n; n++) q_conv_depthwise(&v, &to, &s, n);
-        return AC_OK;
+        q_conv_depthwise(&v, m, &s);
+        return;
     }
-    for (int n = 0; n < v.out.n; n++)
-        for (int o = 0; o < v.out.c; o += each, v.x += (size_t)v.kernel.c * v.in.plane)
-            q_conv_dense(&v, &to, &s, n, o, o + each);
+    for (int o = 0; o < v.out.c; o += each, v.x += (size_t)v.kernel.c * v.in.plane) q_conv_dense(&v, m, &s, o, o + each);
+}
+
+/* x (N, C, H, W), w (O, C / groups, kH, kW), b (O)?, multiplier (O), shift (O), part (O, K, kH, kW)?, index (K)?
+ * -> y (N, O, P, Q), whether it is in range */
+ac_status AC_KERNEL(q_conv)(const ac_call *call) {
+    const int images = AC_IN_T(call, 0)->dim[0];
+    ac_q_image m = {call->attr, planes_of(AC_IN_T(call, 0)), planes_of(AC_IN_T(call, 1)), planes_of(AC_OUT_T(call, 0)),
+                    AC_IN(call, 0), weights_of(call, 1, 5), AC_IN(call, 2), AC_IN(call, 3), AC_IN(call, 4),
+                    AC_OUT(call, 0), AC_OUT(call, 1), 0};
+    const size_t in = (size_t)m.in.c * m.in.plane, out = (size_t)m.out.c * m.out.plane;
+    if (m.bits) memset(m.bits, 0, (AC_OUT_T(call, 0)->size + 31) / 32 * 4);
+    for (int n = 0; n < images; n++, m.x += in, m.y += out, m.at += out) AC_KERNEL(q_conv_image)(&m);
     return AC_OK;
 }
 
 /* ---- gradients ---- */
 
-/* Floats of scratch, and sums of products that stand side by side. */
+/* Floats of scratch, and sums of products that stand side by side. What scratch holds of a channel says where dx may be d. */
 enum { FLOATS = 1024, SIDE = 16 };
 
 /* Eight floats from p on, which then is after them, as x0 to x7: a single instruction where compilers would not find it. */
@@ -349,7 +372,7 @@ typedef struct {
     const ac_attr_q_conv_input_grad *a;
     shape in, kernel, out;
     const float *d, *scale;
-    const int8_t *w;
+    ac_weights w;
     const uint32_t *bits;
     float *dx;
     size_t at; /* of d among all bits */
@@ -387,11 +410,12 @@ AC_APART void input_grad_pointwise(const input_view *v, int outputs) {
                 const size_t at = (size_t)(o + k) * v->out.plane + p;
                 scale_gradient(d + k * SIDE, v->d + at, pixels, v->scale[o + k], v->bits, v->at + at);
             }
-            for (int c = 0; c < channels; c++) {
+            for (int c = 0, next = 0; c < channels; c++) {
                 float *to = v->dx + (size_t)c * v->in.plane + p, *at = pixels < SIDE ? sum : to;
+                const int8_t *by = ac_weights_of(&v->w, o, c, &next);
                 if (o == 0) memset(at, 0, sizeof sum);
                 else if (at == sum) memcpy(sum, to, (size_t)pixels * sizeof(float));
-                add_column(at, d, v->w + (size_t)o * (size_t)channels + c, (size_t)channels, some);
+                add_column(at, d, by, ac_weights_step(&v->w, c, next), some);
                 if (at == sum) memcpy(to, sum, (size_t)pixels * sizeof(float));
             }
         }
@@ -449,7 +473,9 @@ AC_APART void input_grad_depthwise(const input_view *v, int outputs) {
     const int most = FLOATS / pitch - height + 1; /* rows of dx at once */
     float d[FLOATS], w[49], sum[4];
     for (int o = 0; o < outputs; o++) {
-        for (int k = 0; k < area; k++) w[k] = (float)v->w[o * area + area - 1 - k];
+        int next = 0;
+        const int8_t *by = ac_weights_of(&v->w, o, 0, &next);
+        for (int k = 0; k < area; k++) w[k] = (float)by[area - 1 - k];
         for (int row = 0; row < v->in.h; row += most) {
             const int rows = smaller(most, v->in.h - row);
             spread(v, d, rows + height - 1, pitch, row, o);
@@ -481,12 +507,12 @@ AC_APART void input_grad_any(const input_view *v, int outputs) {
                 const int top = first_inside(row, v->a->dilation[0], v->kernel.h),
                           bottom = end_inside(row, v->a->dilation[0], v->in.h, v->kernel.h);
                 scale_gradient(d, v->d + at, count, v->scale[o], v->bits, v->at + at);
-                for (int c = 0; c < v->kernel.c; c++)
+                for (int c = 0, next = 0; c < v->kernel.c; c++) {
+                    const int8_t *weights = ac_weights_of(&v->w, o, c, &next);
                     for (int i = top; i < bottom; i++) {
                         float *line = v->dx + (size_t)c * v->in.plane
                                       + (size_t)(row + i * v->a->dilation[0]) * (size_t)v->in.w;
-                        const int8_t *w = v->w + ((size_t)o * (size_t)v->kernel.c + (size_t)c) * v->kernel.plane
-                                          + (size_t)i * (size_t)v->kernel.w;
+                        const int8_t *w = weights + (size_t)i * (size_t)v->kernel.w;
                         for (int j = v->kernel.w - 1; j >= 0; j--) {
                             const int step = v->a->stride[1],
                                       col = j * v->a->dilation[1] - v->a->before[1] + from * step;
@@ -500,20 +526,24 @@ AC_APART void input_grad_any(const input_view *v, int outputs) {
                             }
                         }
                     }
+                }
             }
 }
 
-/* d (N, O, P, Q), w (O, C / groups, kH, kW), scale (O), bits (N, O, P, Q)? -> dx (N, C, H, W) */
+/* d (N, O, P, Q), w (O, C / groups, kH, kW), scale (O), bits (N, O, P, Q)?, part (O, K, kH, kW)?, index (K)?
+ * -> dx (N, C, H, W) */
 ac_status AC_KERNEL(q_conv_input_grad)(const ac_call *call) {
     const ac_attr_q_conv_input_grad *a = call->attr;
     input_view v = {a, shape_of(AC_OUT_T(call, 0)), shape_of(AC_IN_T(call, 1)), shape_of(AC_IN_T(call, 0)),
-                    AC_IN(call, 0), NULL, NULL, AC_IN(call, 3), AC_OUT(call, 0), 0};
+                    AC_IN(call, 0), NULL, weights_of(call, 1, 4), AC_IN(call, 3), AC_OUT(call, 0), 0};
+    const ac_weights all = v.w;
     const int each = v.out.c / a->groups;
     const int pointwise = v.kernel.plane == 1 && a->stride[0] == 1 && a->stride[1] == 1 && !a->before[0] && !a->before[1]
                           && v.in.plane == v.out.plane && v.in.plane > 1;
     for (int n = 0; n < v.out.n; n++)
         for (int g = 0; g < a->groups; g++) {
-            v.w = (const int8_t *)AC_IN(call, 1) + (size_t)(g * each) * (size_t)v.kernel.c * v.kernel.plane;
+            v.w.whole = all.whole + (size_t)(g * each) * (size_t)all.channels * all.plane;
+            if (all.parts) v.w.part = all.part + (size_t)(g * each) * (size_t)all.parts * all.plane;
             v.scale = (const float *)AC_IN(call, 2) + g * each;
             if (pointwise) input_grad_pointwise(&v, each);
             else if (is_spread(&v)) input_grad_depthwise(&v, each);
@@ -538,72 +568,99 @@ AC_APART void add_outer(float *sum, const float *x, const float *d0, const float
     for (int k = 0; k < SIDE; k++) sum[k] = s[k];
 }
 
-/* A convolution of single pixels: dw = d x^T, of outputs [first, last) and the channels of x that they see. */
-AC_APART void weight_grad_pointwise(const ac_attr_q_conv_weight_grad *a, const shape *in, const shape *out, int channels,
-                                  const int8_t *x, const float *d, float *dw, int first, int last) {
-    const int most = FLOATS / 8;
+/* What a weight's gradient is made from: x (N, C, H, W) and d (N, O, P, Q). */
+typedef struct {
+    const int32_t *stride, *before, *dilation;
+    int groups, x_zero;
+    float x_scale;
+    shape in, kernel, out;
+    const int8_t *x;
+    const float *d;
+} products;
+
+/* Where a weight's gradient goes: into a tensor, or at once into what learns from it. */
+typedef struct rule rule;
+typedef struct {
+    float *dw;
+    const rule *learns; /* NULL: to dw */
+} target;
+
+static void put_gradient(const target *to, size_t at, const float *g, int count);
+
+/* A convolution of single pixels: dw = d x^T, of outputs [first, last) and the channels of x that they see. Where there are
+ * more than `most` pixels in all, sums wait in dw for those to come. */
+AC_APART void weight_grad_pointwise(const products *m, const target *to, int most, int first, int last) {
     float part[FLOATS], sum[SIDE];
-    const size_t all = in->plane * (size_t)in->n;
+    const size_t all = m->in.plane * (size_t)m->in.n;
+    const int channels = m->kernel.c, start = first / (m->out.c / m->groups) * channels; /* of x */
     for (int c = 0; c < channels; c += 8) {
         const int some = smaller(8, channels - c);
         size_t done = 0;
-        for (int n = 0; n < in->n; n++)
-            for (size_t p = 0; p < in->plane; p += (size_t)most) {
-                const int pixels = in->plane - p < (size_t)most ? (int)(in->plane - p) : most;
-                const int8_t *from = x + ((size_t)n * (size_t)in->c + (size_t)c) * in->plane + p;
+        for (int n = 0; n < m->in.n; n++)
+            for (size_t p = 0; p < m->in.plane; p += (size_t)most) {
+                const int pixels = m->in.plane - p < (size_t)most ? (int)(m->in.plane - p) : most;
+                const int8_t *from = m->x + ((size_t)n * (size_t)m->in.c + (size_t)(start + c)) * m->in.plane + p;
                 for (int k = 0; k < 8; k++)
                     for (int i = 0; i < pixels; i++)
-                        part[i * 8 + k] = k < some ? (float)(from[(size_t)k * in->plane + (size_t)i] - a->x_zero) : 0.0f;
+                        part[i * 8 + k] = k < some ? (float)(from[(size_t)k * m->in.plane + (size_t)i] - m->x_zero) : 0.0f;
                 for (int o = first; o < last; o += 2) {
                     const int two = o + 1 < last;
-                    const float *by = d + ((size_t)n * (size_t)out->c + (size_t)o) * out->plane + p;
-                    float *to = dw + (size_t)o * (size_t)channels + (size_t)c;
+                    const float *by = m->d + ((size_t)n * (size_t)m->out.c + (size_t)o) * m->out.plane + p;
+                    const size_t at = (size_t)o * (size_t)channels + (size_t)c;
                     for (int k = 0; k < SIDE; k++) sum[k] = 0.0f;
                     if (done)
-                        for (int k = 0; k < some; k++) sum[k] = to[k], sum[8 + k] = two ? to[channels + k] : 0.0f;
-                    add_outer(sum, part, by, two ? by + out->plane : by, pixels);
-                    const float scale = done + (size_t)pixels == all ? a->x_scale : 1.0f;
-                    for (int k = 0; k < some; k++) to[k] = sum[k] * scale;
-                    for (int k = 0; k < some && two; k++) to[channels + k] = sum[8 + k] * scale;
+                        for (int k = 0; k < some; k++)
+                            sum[k] = to->dw[at + (size_t)k], sum[8 + k] = two ? to->dw[at + (size_t)(channels + k)] : 0.0f;
+                    add_outer(sum, part, by, two ? by + m->out.plane : by, pixels);
+                    const float scale = done + (size_t)pixels == all ? m->x_scale : 1.0f;
+                    for (int k = 0; k < SIDE; k++) sum[k] *= scale;
+                    put_gradient(to, at, sum, some);
+                    if (two) put_gradient(to, at + (size_t)channels, sum + 8, some);
                 }
                 done += (size_t)pixels;
             }
     }
 }
 
+/* Any other: a number of output o's (C / groups, kH, kW) after another. */
+static void weight_grad_any(const products *m, const target *to, int o) {
+    const int per_group = m->out.c / m->groups, area = (int)m->kernel.plane, each = m->kernel.c * area, step = m->stride[1];
+    for (int k = 0; k < each; k++) {
+        const int c = k / area, i = k % area / m->kernel.w, j = k % m->kernel.w;
+        const int row = i * m->dilation[0] - m->before[0], col = j * m->dilation[1] - m->before[1];
+        const int top = first_inside(row, m->stride[0], m->out.h), bottom = end_inside(row, m->stride[0], m->in.h, m->out.h),
+                  left = first_inside(col, step, m->out.w), right = end_inside(col, step, m->in.w, m->out.w);
+        float sum = 0;
+        for (int n = 0; n < m->out.n; n++)
+            for (int p = top; p < bottom; p++) {
+                const size_t channel = (size_t)n * (size_t)m->in.c + (size_t)(o / per_group * m->kernel.c + c);
+                const int8_t *from = m->x + channel * m->in.plane + (size_t)(row + p * m->stride[0]) * (size_t)m->in.w;
+                const float *by = m->d + ((size_t)n * (size_t)m->out.c + (size_t)o) * m->out.plane + (size_t)p * (size_t)m->out.w;
+                for (int q = left; q < right; q++) sum += (float)(from[col + q * step] - m->x_zero) * by[q];
+            }
+        sum *= m->x_scale;
+        put_gradient(to, (size_t)o * (size_t)each + (size_t)k, &sum, 1);
+    }
+}
+
+static void weight_grad(const products *m, const target *to) {
+    enum { PIXELS = FLOATS / 8 };
+    const int per_group = m->out.c / m->groups;
+    const int pointwise = m->kernel.plane == 1 && m->stride[0] == 1 && m->stride[1] == 1 && !m->before[0] && !m->before[1]
+                          && m->in.plane == m->out.plane && (to->dw || (m->in.n == 1 && m->in.plane <= PIXELS));
+    for (int o = 0; o < m->out.c; o += pointwise ? per_group : 1) {
+        if (pointwise) weight_grad_pointwise(m, to, PIXELS, o, o + per_group);
+        else weight_grad_any(m, to, o);
+    }
+}
+
 /* x (N, C, H, W), d (N, O, P, Q) -> dw (O, C / groups, kH, kW) */
 ac_status AC_KERNEL(q_conv_weight_grad)(const ac_call *call) {
     const ac_attr_q_conv_weight_grad *a = call->attr;
-    const shape in = shape_of(AC_IN_T(call, 0)), kernel = shape_of(AC_OUT_T(call, 0)), out = shape_of(AC_IN_T(call, 1));
-    const int8_t *x = AC_IN(call, 0);
-    const float *d = AC_IN(call, 1);
-    float *dw = AC_OUT(call, 0);
-    const int per_group = out.c / a->groups;
-    if (kernel.plane == 1 && a->stride[0] == 1 && a->stride[1] == 1 && !a->before[0] && !a->before[1] && in.plane == out.plane) {
-        for (int g = 0; g < a->groups; g++)
-            weight_grad_pointwise(a, &in, &out, kernel.c, x + (size_t)(g * kernel.c) * in.plane, d, dw, g * per_group,
-                                  (g + 1) * per_group);
-        return AC_OK;
-    }
-    for (int o = 0; o < out.c; o++)
-        for (int c = 0; c < kernel.c; c++)
-            for (int i = 0; i < kernel.h; i++)
-                for (int j = 0; j < kernel.w; j++) {
-                    const int row = i * a->dilation[0] - a->before[0], col = j * a->dilation[1] - a->before[1];
-                    const int step = a->stride[1], top = first_inside(row, a->stride[0], out.h),
-                              bottom = end_inside(row, a->stride[0], in.h, out.h), left = first_inside(col, step, out.w),
-                              right = end_inside(col, step, in.w, out.w);
-                    float sum = 0;
-                    for (int n = 0; n < out.n; n++)
-                        for (int p = top; p < bottom; p++) {
-                            const size_t channel = (size_t)n * (size_t)in.c + (size_t)(o / per_group * kernel.c + c);
-                            const int8_t *from = x + channel * in.plane + (size_t)(row + p * a->stride[0]) * (size_t)in.w;
-                            const float *by = d + ((size_t)n * (size_t)out.c + (size_t)o) * out.plane
-                                              + (size_t)p * (size_t)out.w;
-                            for (int q = left; q < right; q++) sum += (float)(from[col + q * step] - a->x_zero) * by[q];
-                        }
-                    *dw++ = sum * a->x_scale;
-                }
+    const products m = {a->stride, a->before, a->dilation, a->groups, a->x_zero, a->x_scale, shape_of(AC_IN_T(call, 0)),
+                        shape_of(AC_OUT_T(call, 0)), shape_of(AC_IN_T(call, 1)), AC_IN(call, 0), AC_IN(call, 1)};
+    const target to = {AC_OUT(call, 0), NULL};
+    weight_grad(&m, &to);
     return AC_OK;
 }
 
@@ -665,13 +722,18 @@ ac_status AC_KERNEL(max_pool_i8)(const ac_call *call) {
 
 /* ---- update ---- */
 
-/* What one element of a parameter is updated with. */
-typedef struct {
-    const ac_attr_q_sgd *a;
-    float lr;
+/* What the elements of a parameter are updated with. */
+struct rule {
+    float momentum, weight_decay, lr;
+    int nesterov, rounding;
     uint32_t key;
     int wide; /* int32 rather than int8 */
-} rule;
+    /* what learns from put_gradient, by elements, and how many have one scale */
+    int8_t *w, *rest;
+    const float *scale;
+    float *moment;
+    size_t each;
+};
 
 /* The whole part of x + k * 2^-24, rounded down; |x| up to 2^30, k below 2^24 */
 AC_INLINE int32_t floor_of(float x, uint32_t k) {
@@ -688,11 +750,10 @@ AC_INLINE float at_most_2_30(float x) {
 }
 
 /* w[i] -= rounded(lr * g[i] / scale) for i < count; of `moment` and `rest` either may be NULL; `at` counts elements.
- * `wide`: w is int32, else int8. */
-AC_INLINE void learn_run(const rule *r, void *w, const float *g, float scale, float *moment, int8_t *rest, uint32_t at,
-                         size_t count, int wide, int rounding) {
-    const ac_attr_q_sgd *a = r->a;
-    const float decay = a->weight_decay, lr = r->lr;
+ * `wide`: w is int32, else int8, `rounding`: r's, where they are constants. */
+AC_INLINE void learn_as(const rule *r, void *w, const float *g, float scale, float *moment, int8_t *rest, uint32_t at,
+                        size_t count, int wide, int rounding) {
+    const float decay = r->weight_decay, lr = r->lr;
     const uint32_t key = r->key;
     int32_t *words = w;
     int8_t *bytes = w;
@@ -701,8 +762,8 @@ AC_INLINE void learn_run(const rule *r, void *w, const float *g, float scale, fl
         float d = g[i];
         if (decay != 0.0f) d += decay * ((float)old * scale);
         if (moment) {
-            moment[i] = a->momentum * moment[i] + d;
-            d = a->nesterov ? d + a->momentum * moment[i] : moment[i];
+            moment[i] = r->momentum * moment[i] + d;
+            d = r->nesterov ? d + r->momentum * moment[i] : moment[i];
         }
         const float by = at_most_2_30(lr * d / scale);
         int32_t down;
@@ -725,6 +786,20 @@ AC_INLINE void learn_run(const rule *r, void *w, const float *g, float scale, fl
     }
 }
 
+AC_APART void learn_run(const rule *r, void *w, const float *g, float scale, float *moment, int8_t *rest, uint32_t at,
+                        size_t count) {
+    if (rest) learn_as(r, w, g, scale, moment, rest, at, count, 0, 0);
+    else if (r->wide && r->rounding) learn_as(r, w, g, scale, moment, NULL, at, count, 1, 1);
+    else if (r->wide) learn_as(r, w, g, scale, moment, NULL, at, count, 1, 0);
+    else if (r->rounding) learn_as(r, w, g, scale, moment, NULL, at, count, 0, 1);
+    else learn_as(r, w, g, scale, moment, NULL, at, count, 0, 0);
+}
+
+/* What one step's stochastic roundings of one tensor are drawn with. */
+static uint32_t key_of(const int32_t *step, int32_t salt) {
+    return step ? ac_hash_u32((uint32_t)step[0] * 0x9E3779B9u + (uint32_t)salt) : 0;
+}
+
 /* w, g, lr (1), scale (1 or w's first dimension), momentum?, residual?, step (1)?, index (P)? */
 ac_status AC_KERNEL(q_sgd)(const ac_call *call) {
     const ac_attr_q_sgd *a = call->attr;
@@ -733,8 +808,8 @@ ac_status AC_KERNEL(q_sgd)(const ac_call *call) {
     const float *g = AC_IN(call, 1), *scale = AC_IN(call, 3);
     float *moment = AC_IN(call, 4);
     int8_t *rest = AC_IN(call, 5);
-    const rule r = {a, *(const float *)AC_IN(call, 2),
-                    step ? ac_hash_u32((uint32_t)step[0] * 0x9E3779B9u + (uint32_t)a->salt) : 0, t->dtype == AC_I32};
+    const rule r = {a->momentum, a->weight_decay, *(const float *)AC_IN(call, 2), a->nesterov, a->rounding, key_of(step, a->salt),
+                    t->dtype == AC_I32, NULL, NULL, NULL, NULL, 0};
     const size_t rows = t->rank ? (size_t)t->dim[0] : 1, row = t->size / rows, size = r.wide ? 4 : 1;
     const int each = AC_IN_T(call, 3)->size > 1, axis = index ? a->axis : 0;
     size_t blocks = 1, inner = row, parts = rows, done = 0; /* blocks of the first dimensions, parts of each, elements of each */
@@ -747,15 +822,31 @@ ac_status AC_KERNEL(q_sgd)(const ac_call *call) {
     for (size_t k = 0; k < blocks; k++)
         for (size_t i = 0; i < (index ? index->size : parts); i++, done += inner) {
             const size_t at = (k * parts + (index ? (size_t)channel[i] : i)) * inner;
-            void *w = (uint8_t *)AC_IN(call, 0) + at * size;
-            const float s = scale[each ? at / row : 0];
-            float *m = moment ? moment + done : NULL;
-            int8_t *e = rest ? rest + done : NULL;
-            if (e) learn_run(&r, w, g + done, s, m, e, (uint32_t)done, inner, 0, 0);
-            else if (r.wide && a->rounding) learn_run(&r, w, g + done, s, m, NULL, (uint32_t)done, inner, 1, 1);
-            else if (r.wide) learn_run(&r, w, g + done, s, m, NULL, (uint32_t)done, inner, 1, 0);
-            else if (a->rounding) learn_run(&r, w, g + done, s, m, NULL, (uint32_t)done, inner, 0, 1);
-            else learn_run(&r, w, g + done, s, m, NULL, (uint32_t)done, inner, 0, 0);
+            learn_run(&r, (uint8_t *)AC_IN(call, 0) + at * size, g + done, scale[each ? at / row : 0],
+                      moment ? moment + done : NULL, rest ? rest + done : NULL, (uint32_t)done, inner);
         }
+    return AC_OK;
+}
+
+static void put_gradient(const target *to, size_t at, const float *g, int count) {
+    const rule *r = to->learns;
+    if (r)
+        learn_run(r, r->w + at, g, r->scale[r->each ? at / r->each : 0], r->moment ? r->moment + at : NULL,
+                  r->rest ? r->rest + at : NULL, (uint32_t)at, (size_t)count);
+    else
+        for (int i = 0; i < count; i++) to->dw[at + (size_t)i] = g[i];
+}
+
+/* w (O, C / groups, kH, kW), x (N, C, H, W), d (N, O, P, Q), lr (1), scale (1 or O), momentum?, residual?, step (1)? */
+ac_status AC_KERNEL(q_conv_sgd)(const ac_call *call) {
+    const ac_attr_q_conv_sgd *a = call->attr;
+    const ac_tensor *t = AC_IN_T(call, 0);
+    const products m = {a->stride, a->before, a->dilation, a->groups, a->x_zero, a->x_scale, shape_of(AC_IN_T(call, 1)),
+                        shape_of(t), shape_of(AC_IN_T(call, 2)), AC_IN(call, 1), AC_IN(call, 2)};
+    const rule r = {a->momentum, a->weight_decay, *(const float *)AC_IN(call, 3), a->nesterov, a->rounding,
+                    key_of(AC_IN(call, 7), a->salt), 0, AC_IN(call, 0), AC_IN(call, 6), AC_IN(call, 4), AC_IN(call, 5),
+                    AC_IN_T(call, 4)->size > 1 ? t->size / (size_t)t->dim[0] : 0};
+    const target to = {NULL, &r};
+    weight_grad(&m, &to);
     return AC_OK;
 }

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0xE93CF1A4u
+#define AC_TABLE_HASH 0xA861C0AEu
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -116,23 +116,25 @@ typedef enum {
     AC_OP_Q_CONV_INPUT_GRAD = 106,
     AC_OP_Q_CONV_WEIGHT_GRAD = 107,
     AC_OP_Q_ADD = 108,
-    AC_OP_Q_RESCALE = 109,
-    AC_OP_Q_AVG_POOL = 110,
-    AC_OP_Q_TABLE = 111,
-    AC_OP_Q_TABLE_GRAD = 112,
-    AC_OP_Q_SGD = 113,
-    AC_OP_BF_PACK = 114,
-    AC_OP_BF_UNPACK = 115,
-    AC_OP_BF_GATE = 116,
-    AC_OP_BF_ALIGN = 117,
-    AC_OP_BF_CONV_INPUT_GRAD = 118,
-    AC_OP_BF_CONV_WEIGHT_GRAD = 119,
-    AC_OP_BF_SUM = 120,
-    AC_OP_BF_ADD = 121,
-    AC_OP_BF_KEEP_TOP = 122,
-    AC_OP_BF_AVG_POOL_GRAD = 123,
-    AC_OP_BF_RESHAPE = 124,
-    AC_OP_COUNT = 125
+    AC_OP_Q_BLOCK = 109,
+    AC_OP_Q_RESCALE = 110,
+    AC_OP_Q_AVG_POOL = 111,
+    AC_OP_Q_TABLE = 112,
+    AC_OP_Q_TABLE_GRAD = 113,
+    AC_OP_Q_SGD = 114,
+    AC_OP_Q_CONV_SGD = 115,
+    AC_OP_BF_PACK = 116,
+    AC_OP_BF_UNPACK = 117,
+    AC_OP_BF_GATE = 118,
+    AC_OP_BF_ALIGN = 119,
+    AC_OP_BF_CONV_INPUT_GRAD = 120,
+    AC_OP_BF_CONV_WEIGHT_GRAD = 121,
+    AC_OP_BF_SUM = 122,
+    AC_OP_BF_ADD = 123,
+    AC_OP_BF_KEEP_TOP = 124,
+    AC_OP_BF_AVG_POOL_GRAD = 125,
+    AC_OP_BF_RESHAPE = 126,
+    AC_OP_COUNT = 127
 } ac_op;
 
 typedef struct {
@@ -485,6 +487,14 @@ typedef struct {
 } ac_attr_q_add;
 
 typedef struct {
+    int32_t geometry[36];
+    int32_t scaling[24];
+    int32_t rows[6];
+    int32_t adds;
+    int32_t add[11];
+} ac_attr_q_block;
+
+typedef struct {
     int32_t x_zero;
     int32_t y_zero;
     int32_t multiplier;
@@ -511,6 +521,21 @@ typedef struct {
     int32_t rounding;
     int32_t salt;
 } ac_attr_q_sgd;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t x_zero;
+    float x_scale;
+    float momentum;
+    int32_t nesterov;
+    float weight_decay;
+    int32_t rounding;
+    int32_t salt;
+} ac_attr_q_conv_sgd;
 
 typedef struct {
     int32_t spare;
@@ -672,11 +697,13 @@ ac_status AC_KERNEL(q_conv)(const ac_call *call);
 ac_status AC_KERNEL(q_conv_input_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_conv_weight_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_add)(const ac_call *call);
+ac_status AC_KERNEL(q_block)(const ac_call *call);
 ac_status AC_KERNEL(q_rescale)(const ac_call *call);
 ac_status AC_KERNEL(q_avg_pool)(const ac_call *call);
 ac_status AC_KERNEL(q_table)(const ac_call *call);
 ac_status AC_KERNEL(q_table_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_sgd)(const ac_call *call);
+ac_status AC_KERNEL(q_conv_sgd)(const ac_call *call);
 ac_status AC_KERNEL(bf_pack)(const ac_call *call);
 ac_status AC_KERNEL(bf_unpack)(const ac_call *call);
 ac_status AC_KERNEL(bf_gate)(const ac_call *call);
@@ -741,11 +768,13 @@ ac_status ac_check_q_conv(const ac_call *call);
 ac_status ac_check_q_conv_input_grad(const ac_call *call);
 ac_status ac_check_q_conv_weight_grad(const ac_call *call);
 ac_status ac_check_q_add(const ac_call *call);
+ac_status ac_check_q_block(const ac_call *call);
 ac_status ac_check_q_rescale(const ac_call *call);
 ac_status ac_check_q_avg_pool(const ac_call *call);
 ac_status ac_check_q_table(const ac_call *call);
 ac_status ac_check_q_table_grad(const ac_call *call);
 ac_status ac_check_q_sgd(const ac_call *call);
+ac_status ac_check_q_conv_sgd(const ac_call *call);
 ac_status ac_check_bf_pack(const ac_call *call);
 ac_status ac_check_bf_unpack(const ac_call *call);
 ac_status ac_check_bf_gate(const ac_call *call);
