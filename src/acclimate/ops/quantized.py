@@ -287,7 +287,11 @@ def _conv_in_place(attrs: Any, x: Type, w: Type, *rest: Any) -> bool:
         return False
     k, (height, width) = w.shape[3], x.shape[2:]
     words = (_padded_width(width, k) + 1) // 2
-    return width <= ROW_SUMS and attrs["before"][1] + width <= 2 * words and (height + k - 1) * words <= ROW_WORDS
+    return (
+        width <= ROW_SUMS
+        and attrs["before"][1] + width <= 2 * words
+        and (height + k - 1) * words <= ROW_WORDS
+    )
 
 
 def _input_grad_in_place(attrs: Any, d: Type, w: Type, *rest: Any) -> bool:
@@ -807,8 +811,8 @@ ROWS = (
             )
             for (x, w, g), more, attrs in zip(
                 _CASES,
-                ((), (None, None, (1,)), (_CASES[2][1],), (None, _CASES[3][1]), (), (), (), (), (), ()),
-                ({}, {"rounding": 1, "salt": 5}, {"momentum": 0.9}, {}, {"weight_decay": 0.1}, *({},) * 5),
+                ((), (None, None, (1,)), (_CASES[2][1],), (None, _CASES[3][1]), *((),) * 8),
+                ({}, {"rounding": 1, "salt": 5}, {"momentum": 0.9}, {}, {"weight_decay": 0.1}, *({},) * 7),
                 strict=True,
             )
         ),
