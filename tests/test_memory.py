@@ -1,13 +1,16 @@
 """Memory of integer training: published update sets, tensors that the state holds a part of."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from cases import run_c
+from cases import run_c, run_poisoned
 from mcunet import mcunet, needs_mcunet
+from overlaps import assert_no_overlap
 from test_quantized import conv, small_net
 
 import acclimate
-from acclimate import blocks, delta, schemes
+from acclimate import blocks, delta, layout, passes, schemes
 from acclimate.errors import BadInput, WrongUse
 from acclimate.grad import Channels, UpdateSet
 from acclimate.ir import Dim, Graph, Quant
@@ -16,6 +19,7 @@ from acclimate.ops import TABLE, emit, evaluate, verify
 from acclimate.ops.quantized import add_attrs
 from acclimate.passes import freeze
 from acclimate.planner import compile_plan
+from acclimate.runtime import Session
 
 TTE = ("49kb", "74kb", "99kb", "124kb", "148kb")
 
@@ -205,8 +209,8 @@ def test_blocks_give_the_same_integers(seed, share):
     graph = freeze(chain_net(rng), set())
     plain = arrange(graph)
     fused = blocks.fuse(graph, int(plain.arena_bytes * share))
-    layout = arrange(fused)
-    assert layout.arena_bytes <= plain.arena_bytes
+    lean = arrange(fused)
+    assert lean.arena_bytes <= plain.arena_bytes
     assert (
         share
         or any(n.op == "q_block" for n in fused.nodes)
@@ -214,7 +218,7 @@ def test_blocks_give_the_same_integers(seed, share):
     )
     x = rng.integers(-128, 128, graph.shape("x")).astype(np.int8)
     want = evaluate(graph, {"x": x})[graph.outputs["output"]]
-    assert np.array_equal(run_c(fused, {"x": x}, layout=layout)["output"], want)
+    assert np.array_equal(run_c(fused, {"x": x}, layout=lean)["output"], want)
     assert np.array_equal(evaluate(fused, {"x": x})[fused.outputs["output"]], want)
 
 
@@ -230,3 +234,106 @@ def test_mcunet_in_blocks():
     want = run_c(graph, {"x": x}, layout=plain)["output"]
     assert np.array_equal(run_c(fused, {"x": x}, layout=rows)["output"], want)
     assert len(np.unique(want)) > 3
+
+
+# -- a whole step --------------------------------------------------------------------------------------------------
+
+
+def apart(monkeypatch):
+    """Plans as they would be without blocks, joint updates and convolutions in place."""
+    monkeypatch.setattr(blocks, "fuse", lambda graph, room_bytes=0: graph)
+    monkeypatch.setattr(passes, "PIPELINE", tuple(p for p in passes.PIPELINE if p is not passes.join_updates))
+    rows = {n: replace(r, in_place=() if r.in_place_if else r.in_place) for n, r in TABLE.items()}
+    monkeypatch.setattr(layout, "TABLE", rows)
+
+
+def compare_steps(monkeypatch, plan, x, y):
+    """Three steps leave the same bits in the state with all that saves memory and without it."""
+    lean = acclimate.Learner(plan, kernels="plain").partial_fit(x, y)
+    apart(monkeypatch)
+    plain = acclimate.Learner(replace(plan), kernels="plain").partial_fit(x, y)
+    assert plain.plan.arena_bytes >= plan.arena_bytes
+    assert lean.loss_history == plain.loss_history
+    for name, array in plain.parameters().items():
+        assert np.array_equal(lean.parameters()[name], array), name
+    assert lean._main.state.tobytes() == plain._main.state.tobytes()
+    first = acclimate.Learner(plan).gradients(x[:1], y[:1])
+    for name, g in acclimate.Learner(plain.plan).gradients(x[:1], y[:1]).items():
+        assert np.array_equal(first[name], g), name
+    return lean
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+        {"rounding": "residual"},
+        {"rounding": "stochastic"},
+    ],
+    ids=str,
+)
+def test_what_saves_memory_changes_no_bit(monkeypatch, options):
+    graph, rng = small_net(9, 4), np.random.default_rng(1)
+    optimizer = acclimate.SGD(lr=0.3, **options)
+    update = UpdateSet(
+        {"d.weight": None, "p.weight": Channels(1, (0, 3)), "p.bias": None, "head.weight": None}
+    )
+    plan = acclimate.plan(graph, scheme=update, batch_size=4, optimizer=optimizer)
+    assert any(n.op == "q_conv_sgd" for n in plan.layouts["step"].nodes)
+    x, y = rng.normal(0, 1, (12, 3, 8, 8)).astype(np.float32), rng.integers(0, 5, 12)
+    compare_steps(monkeypatch, plan, x, y)
+
+
+def photos(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(-128, 128, (count, 3, 128, 128)).astype(np.int8), rng.integers(0, 10, count)
+
+
+@needs_mcunet
+def test_mcunet_step_changes_no_bit(monkeypatch):
+    lean = compare_steps(monkeypatch, plan_of("49kb", optimizer=acclimate.SGD(lr=0.05)), *photos(3))
+    moved = lean.parameters()["9.pointwise1.weight"] != lean.plan.model.values["9.pointwise1.weight"].data
+    assert moved.any() and moved.any((0, 2, 3)).sum() <= 24
+    assert lean.plan.arena_bytes <= 91148
+
+
+@needs_mcunet
+@pytest.mark.parametrize("name", ["49kb", "148kb"])
+def test_no_dead_byte_is_read(name):
+    plan = plan_of(name, optimizer=acclimate.SGD(lr=0.05))
+    step = plan.layouts["step"]
+    assert_no_overlap(step)
+    (x, y), lr = photos(1), np.float32([0.05])
+    sessions = [Session(plan.program, kernels="plain") for _ in range(2)]
+    sessions[0].run("step", x=x, y=y, lr=lr)
+    run_poisoned(sessions[1], step, x=x, y=y, lr=lr)
+    assert sessions[0].state.tobytes() == sessions[1].state.tobytes()
+
+
+#: bytes of the arena and of all RAM on a Cortex-M7 that a step on one image of 128 x 128 may take
+BYTES = {
+    "49kb": (91148, 125304),
+    "74kb": (98828, 150968),
+    "99kb": (101004, 176344),
+    "124kb": (101644, 201112),
+    "148kb": (102284, 224344),
+}
+
+
+@needs_mcunet
+@pytest.mark.parametrize("name", TTE)
+def test_bytes_of_a_training_step(name):
+    plan = plan_of(name)
+    arena, total = BYTES[name]
+    assert plan.arena_bytes <= arena and plan.peak_bytes <= total
+    assert plan.peak_bytes == plan.arena_bytes + plan.state_bytes + plan.device.runtime_ram_bytes
+    assert total <= {"49kb": 160 << 10, "148kb": 256 << 10}.get(name, 256 << 10)
+    learner = acclimate.Learner(plan, kernels="plain")
+    assert learner.measured_peak_bytes(*photos(1)) <= arena
+
+
+@needs_mcunet
+def test_bytes_with_gradients_in_blocks():
+    plan = plan_of("49kb", gradients="int16")
+    assert plan.arena_bytes <= 77320 and plan.peak_bytes <= 111476

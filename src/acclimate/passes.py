@@ -250,7 +250,10 @@ def fuse(graph: Graph) -> Graph:
 
 
 def join_updates(graph: Graph) -> Graph:
-    """An update that alone reads a gradient makes it itself, so that the whole of it never exists (`row.joins`)."""
+    """An update that alone reads a gradient makes it itself, so that the whole of it never exists (`row.joins`).
+
+    It comes after all that reads the parameter, so what the gradient is made from lives longer: not where that is more.
+    """
     new, uses, kept = graph.copy(), graph.consumers(), set(graph.outputs.values())
     makers = graph.producers()
     gone: set[int] = set()
@@ -263,10 +266,27 @@ def join_updates(graph: Graph) -> Graph:
         inputs = (node.inputs[0], *maker.inputs, *node.inputs[2:])
         if len(inputs) > len(parse(TABLE[op].signature)[0]) or graph.type(node.inputs[0]).dtype != "i8":
             continue  # of some channels only, which the joint row does not take
+        longer = [n for n in maker.inputs if n and (len(uses[n]) == 1 or _overwritten(graph, uses[n], n))]
+        if sum(graph.type(n).size_bytes for n in longer) > graph.type(node.inputs[1]).size_bytes:
+            continue
         new.nodes[i] = Node(op, inputs, (), attrs, node.where or maker.where)
         gone.add(id(maker))
     new.nodes = [n for n in new.nodes if id(n) not in gone]
     return new
+
+
+def _overwritten(graph: Graph, users: list[Node], name: str) -> bool:
+    """Whether one of the nodes may write its first output over a value."""
+    for node in users:
+        types = [graph.type(n) if n else None for n in node.inputs]
+        over = [node.inputs[i] for i in TABLE[node.op].overwrites(node.attrs, types) if i < len(node.inputs)]
+        if (
+            name in over
+            and node.outputs
+            and graph.type(node.outputs[0]).size_bytes == graph.type(name).size_bytes
+        ):
+            return True
+    return False
 
 
 def segment_time(model: Graph, steps: int | None = None) -> Graph:

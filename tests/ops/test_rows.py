@@ -181,7 +181,7 @@ def test_overwriting_is_safe(row, example, over):
     if over >= len(inputs) or inputs[over] is None:
         pytest.skip("this example has no such input")
     graph, feeds = one_node(row, example, inputs)
-    if row.in_place_if is not None and not row.in_place_if(graph.nodes[0].attrs, *types_of(inputs)):
+    if not row.overwrites(graph.nodes[0].attrs, types_of(inputs)):
         pytest.skip("not with this geometry")
     first = graph.nodes[0].outputs[0]
     source = graph.nodes[0].inputs[over]

@@ -287,7 +287,11 @@ def _conv_in_place(attrs: Any, x: Type, w: Type, *rest: Any) -> bool:
         return False
     k, (height, width) = w.shape[3], x.shape[2:]
     words = (_padded_width(width, k) + 1) // 2
-    return width <= ROW_SUMS and attrs["before"][1] + width <= 2 * words and (height + k - 1) * words <= ROW_WORDS
+    return (
+        width <= ROW_SUMS
+        and attrs["before"][1] + width <= 2 * words
+        and (height + k - 1) * words <= ROW_WORDS
+    )
 
 
 def _input_grad_in_place(attrs: Any, d: Type, w: Type, *rest: Any) -> bool:
@@ -422,7 +426,8 @@ def _q_sgd(
         rest = (value - new * RESIDUAL).astype(np.int8)
     elif a["rounding"] == STOCHASTIC:
         u = uniform(int(step[0]), int(a["salt"]), p.size).reshape(p.shape).astype(np.float64)
-        new = p.astype(np.int64) - np.floor(by + u).astype(np.int64)
+        parts = np.floor(by * 2**24).astype(np.int64) + (u * 2**24).astype(np.int64)
+        new = p.astype(np.int64) - (parts >> 24)
     else:
         new = p.astype(np.int64) - half_away(by).astype(np.int64)
     low, high = (LOW, HIGH) if w.dtype == np.int8 else (-(2**31), 2**31 - 1)
@@ -806,8 +811,8 @@ ROWS = (
             )
             for (x, w, g), more, attrs in zip(
                 _CASES,
-                ((), (None, None, (1,)), (_CASES[2][1],), (None, _CASES[3][1]), (), (), (), (), (), ()),
-                ({}, {"rounding": 1, "salt": 5}, {"momentum": 0.9}, {}, {"weight_decay": 0.1}, *({},) * 5),
+                ((), (None, None, (1,)), (_CASES[2][1],), (None, _CASES[3][1]), *((),) * 8),
+                ({}, {"rounding": 1, "salt": 5}, {"momentum": 0.9}, {}, {"weight_decay": 0.1}, *({},) * 7),
                 strict=True,
             )
         ),

@@ -117,6 +117,10 @@ class Row:
     take: Callable[..., tuple[str, ...] | None] | None = None
     # (tape, node, axis, index) -> inputs that make this op compute only `index` along output `axis`
 
+    def overwrites(self, attrs: Mapping[str, Any], types: Sequence[Type | None]) -> tuple[int, ...]:
+        """Inputs, of those with the output's size, whose bytes the first output may take over."""
+        return self.in_place if self.in_place_if is None or self.in_place_if(attrs, *types) else ()
+
     def encoded(self) -> dict[str, Attr]:
         """The attributes that reach the kernel, in the order of its struct."""
         return {name: attr for name, attr in self.attrs.items() if attr.kind != "-"}
