@@ -180,6 +180,34 @@ AC_INLINE void ac_columns_of_planes(uint32_t *to, const int8_t *x, size_t plane,
 void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *columns, const int8_t *w, int groups,
                             int32_t start);
 
+/* ---- pairs of int16: what gradients in blocks are multiplied by ---- */
+
+#if AC_DSP
+/* sum[4 * k + p] += the products of column p of the k-th four columns and the first of two rows, sum[next + 4 * k + p] +=
+ * those of the second, up to `end`, at least one four; sums wrap. Columns: the pairs of four columns side by side; rows: those
+ * of two; at least one pair. */
+void AC_KERNEL(dot_pairs)(int32_t *sum, const uint32_t *columns, const uint32_t *rows, int pairs, const int32_t *end, int next);
+
+/* to[p] = (a[p], b[p]) of four int16 */
+AC_INLINE void ac_zip_four(uint32_t *to, const int16_t *a, const int16_t *b) {
+    const uint32_t a0 = ac_load4(a), b0 = ac_load4(b), a2 = ac_load4(a + 2), b2 = ac_load4(b + 2);
+    to[0] = ac_low_halves(a0, b0);
+    to[1] = ac_high_halves(a0, b0);
+    to[2] = ac_low_halves(a2, b2);
+    to[3] = ac_high_halves(a2, b2);
+}
+
+/* to[p] = (a[p], b[p]) of the first and second two of four int8, `step` words apart */
+AC_INLINE void ac_zip_bytes(uint32_t *to, size_t step, const int8_t *a, const int8_t *b) {
+    const uint32_t a4 = ac_load4(a), b4 = ac_load4(b);
+    const uint32_t a02 = ac_even_bytes(0, a4), b02 = ac_even_bytes(0, b4), a13 = ac_odd_bytes(0, a4), b13 = ac_odd_bytes(0, b4);
+    to[0] = ac_low_halves(a02, b02);
+    to[1] = ac_low_halves(a13, b13);
+    to[step] = ac_high_halves(a02, b02);
+    to[step + 1] = ac_high_halves(a13, b13);
+}
+#endif
+
 /* ---- rows: what the outputs of a depthwise convolution see ---- */
 
 /* x - zero as int16, wherever `to` points. */
