@@ -82,27 +82,32 @@ AC_INLINE int32_t as_mantissa(int32_t v, int32_t by, int narrow) {
     return ac_clamped(shifted(v, by), -top, top);
 }
 
-/* The largest |sum| of a block. */
-AC_INLINE uint32_t largest_of(const int32_t *sum, size_t count) {
-    uint32_t largest = 0;
-    for (size_t i = 0; i < count; i++) {
-        int32_t v;
-        AC_COPY(&v, sum + i, 4);
-        const uint32_t size = size_of(v);
-        largest = size > largest ? size : largest;
-    }
-    return largest;
+/* A number with as many bits as the largest |sum| of a block. */
+AC_INLINE uint32_t length_of(const int32_t *sum, size_t count) {
+    uint32_t any = 0;
+    size_t i = 0;
+#if AC_DSP
+    if (count >= 4) any = AC_KERNEL(or_of_fours)(sum, (int)(count / 4));
+    i = count & ~(size_t)3;
+#endif
+    for (; i < count; i++) any |= size_of(sum[i]);
+    return any;
 }
 
-/* Mantissas from m[at] on: sums shifted right, halves upwards; `clamps`: some may be too large by one then. m may lie where
- * the sums do, and start there or before. */
-AC_INLINE void put_some(void *m, int narrow, size_t at, const int32_t *sum, size_t count, int32_t by, int clamps) {
-    const int32_t before = by > 0 ? by - 1 : 0, half = by > 0, top = narrow ? INT8_MAX : INT16_MAX;
-    for (size_t i = 0; i < count; i++) {
+/* Mantissas from m[at] on: sums shifted right, halves upwards. m may lie where the sums do, and start there or before. */
+AC_INLINE void put_block(void *m, int narrow, size_t at, const int32_t *sum, size_t count, int32_t by) {
+    const int32_t before = by > 0 ? by - 1 : 0, last = by > 0, top = narrow ? INT8_MAX : INT16_MAX;
+    size_t i = 0;
+#if AC_DSP
+    if (!narrow && count >= 4) {
+        AC_KERNEL(put_fours)((int16_t *)m + at, sum, (int)(count / 4), by);
+        i = count & ~(size_t)3;
+    }
+#endif
+    for (; i < count; i++) {
         int32_t v;
         AC_COPY(&v, sum + i, 4);
-        v = ((v >> before) + half) >> half;
-        if (clamps) v = ac_clamped(v, -top, top);
+        v = ac_clamped(((v >> before) + last) >> last, -top, top);
         if (narrow) {
             ((int8_t *)m)[at + i] = (int8_t)v;
         } else {
@@ -110,15 +115,6 @@ AC_INLINE void put_some(void *m, int narrow, size_t at, const int32_t *sum, size
             AC_COPY((int16_t *)m + at + i, &wide, 2);
         }
     }
-}
-
-/* The same of sums whose largest is known, of which 2^times_2 make one. */
-AC_APART void put_block(void *m, int narrow, size_t at, const int32_t *sum, size_t count, uint32_t largest, int times_2) {
-    const int32_t by = excess(largest, narrow), top = narrow ? INT8_MAX : INT16_MAX;
-    const int clamps = by > 0 && ((largest >> (by - 1)) + 1) >> 1 > (uint32_t)top;
-    if (narrow) put_some(m, 1, at, sum, count, by + times_2, 1);
-    else if (clamps) put_some(m, 0, at, sum, count, by + times_2, 1);
-    else put_some(m, 0, at, sum, count, by + times_2, 0);
 }
 
 #endif

@@ -5,7 +5,7 @@
 #include <string.h>
 
 /* Scratch, in words: columns of pairs, rows of pairs against them, sums. */
-enum { COLUMN_WORDS = 512, ROW_WORDS = 128, SUMS = 512 };
+enum { COLUMN_WORDS = 768, ROW_WORDS = 192, SUMS = 256 };
 typedef struct {
     uint32_t columns[COLUMN_WORDS], rows[ROW_WORDS];
     int32_t sum[SUMS + 4];
@@ -25,9 +25,9 @@ typedef struct {
     int32_t *e, t;
 } view;
 
-/* Channel c's exponent. */
-static void put_exponent(const view *v, int c, uint32_t largest) {
-    v->e[c] = largest ? bounded(bounded(v->t) + excess(largest, v->narrow)) : EMPTY;
+/* Channel c's exponent, from what length_of says. */
+static void put_exponent(const view *v, int c, uint32_t length) {
+    v->e[c] = length ? bounded(bounded(v->t) + excess(length, v->narrow)) : EMPTY;
 }
 
 #if AC_DSP
@@ -38,12 +38,11 @@ AC_APART void fill_columns(const view *v, uint32_t *to, int o, int count, size_t
     const int8_t *narrow = (const int8_t *)v->g + (size_t)o * plane + p;
     for (int left = pixels; left > 0; left -= 4, wide += 4, narrow += 4) {
         int k = 0;
-        if (left >= 4 && !v->from_narrow) {
-            const int16_t *at = wide;
-            for (; k + 2 <= count; k += 2, at += 2 * plane, to += 4) ac_zip_four(to, at, at + plane);
-        } else if (left >= 4) {
-            const int8_t *at = narrow;
-            for (; k + 2 <= count; k += 2, at += 2 * plane, to += 4) ac_zip_bytes(to, 2, at, at + plane);
+        if (left >= 4 && count > 1) {
+            if (v->from_narrow) AC_KERNEL(zip_bytes)(to, narrow, plane, count / 2);
+            else AC_KERNEL(zip_halves)(to, wide, plane, count / 2);
+            to += count / 2 * 4;
+            k = count & ~1;
         }
         for (; k < count; k += 2, to += 4)
             for (int i = 0; i < 4; i++) {
@@ -56,51 +55,42 @@ AC_APART void fill_columns(const view *v, uint32_t *to, int o, int count, size_t
     }
 }
 
-/* Rows of pairs of outputs [o, o + count): of the weights of channels c and c + 1, and from `second` on of the next two; 0
- * for those that there are not. */
-AC_APART void fill_rows(const view *v, uint32_t *to, uint32_t *second, int o, int count, int c, int channels) {
-    const int8_t *from[4] = {0};
-    size_t step[4] = {0};
-    int next = 0, together = channels == 4;
+enum { MOST = ROW_WORDS / 4 * 2 }; /* outputs at once */
+
+/* Rows of pairs of outputs [o, o + count): of the weights of channels [c, c + channels), at most four. */
+AC_APART void fill_rows(const view *v, uint32_t *to, int o, int count, int c, int channels) {
+    if (!v->w.parts && channels == 4 && count % 2 == 0) {
+        AC_KERNEL(zip_bytes)(to, v->w.whole + (size_t)o * (size_t)v->w.channels + c, (size_t)v->w.channels, count / 2);
+        return;
+    }
+    int8_t four[MOST][4];
+    int next = 0;
+    if (channels < 4 || count % 2) memset(four, 0, sizeof four);
     for (int k = 0; k < channels; k++) {
-        from[k] = ac_weights_of(&v->w, o, c + k, &next);
-        step[k] = ac_weights_step(&v->w, c + k, next);
-        together = together && from[k] == from[0] + k;
+        const int8_t *from = ac_weights_of(&v->w, o, c + k, &next);
+        const size_t step = ac_weights_step(&v->w, c + k, next);
+        for (int i = 0; i < count; i++, from += step) four[i][k] = *from;
     }
-    if (together) {
-        const int8_t *at = from[0];
-        const size_t by = step[0];
-        for (; count >= 2; count -= 2, at += 2 * by, to += 2, second += 2) ac_zip_bytes(to, (size_t)(second - to), at, at + by);
-        for (int k = 0; k < 4; k++) from[k] = at + k;
-    }
-    for (; count > 0; count -= 2, to += 2, second += 2)
-        for (int k = 0; k < 4; k++) {
-            uint32_t pair = 0;
-            if (k < channels) {
-                pair = (uint32_t)*from[k] & 0xFFFFu;
-                if (count > 1) pair |= (uint32_t)from[k][step[k]] << 16;
-                from[k] += 2 * step[k];
-            }
-            (k < 2 ? to : second)[k & 1] = pair;
-        }
+    AC_KERNEL(zip_bytes)(to, four[0], 4, (count + 1) / 2);
 }
 
 /* sum[k * pitch + i] = what channel c + k has at pixel p + i, for k < channels and i < pixels; pitch is a multiple of four,
  * and there is place for a multiple of four channels. */
-static void sum_pointwise(const view *v, scratch *s, int32_t *sum, int pitch, int c, int channels, size_t p, int pixels) {
-    enum { TILE = 16, MOST = COLUMN_WORDS / TILE * 2 };
+AC_APART void sum_pointwise(const view *v, scratch *s, int32_t *sum, int pitch, int c, int channels, size_t p, int pixels) {
+    const int tile = pixels > 16 ? 32 : 16, room = smaller(MOST, COLUMN_WORDS / tile * 2);
+    const int rounds = (v->outputs + room - 1) / room, most = ((v->outputs + rounds - 1) / rounds + 1) & ~1;
     memset(sum, 0, (size_t)((channels + 3) / 4 * 4 * pitch) * sizeof *sum);
-    for (int o = 0; o < v->outputs; o += MOST) {
-        const int some = smaller(v->outputs - o, MOST), pairs = (some + 1) / 2;
-        for (int q = 0; q < pixels; q += TILE) {
-            const int now = smaller(pixels - q, TILE), fours = (now + 3) / 4 * 4;
+    for (int o = 0; o < v->outputs; o += most) {
+        const int some = smaller(v->outputs - o, most), pairs = (some + 1) / 2;
+        for (int q = 0; q < pixels; q += tile) {
+            const int now = smaller(pixels - q, tile), fours = (now + 3) / 4 * 4;
+            int32_t *to = sum + q;
             fill_columns(v, s->columns, o, some, p + (size_t)q, now);
-            for (int k = 0; k < channels; k += 4) {
-                int32_t *to = sum + k * pitch + q;
-                fill_rows(v, s->rows, s->rows + 2 * pairs, o, some, c + k, smaller(channels - k, 4));
+            for (int k = 0; k < channels; k += 4, to += 2 * pitch) {
+                fill_rows(v, s->rows, o, some, c + k, smaller(channels - k, 4));
                 AC_KERNEL(dot_pairs)(to, s->columns, s->rows, pairs, to + fours, pitch);
                 to += 2 * pitch;
-                if (channels - k > 2) AC_KERNEL(dot_pairs)(to, s->columns, s->rows + 2 * pairs, pairs, to + fours, pitch);
+                if (channels - k > 2) AC_KERNEL(dot_pairs)(to, s->columns, s->rows + 2, pairs, to + fours, pitch);
             }
         }
     }
@@ -158,26 +148,23 @@ AC_APART void pointwise(const view *v, scratch *s) {
             const int step = there ? (int)wide : pitch;
             sum_pointwise(v, s, sum, step, c, some, 0, (int)plane);
             for (int k = 0; k < some; k++, sum += step) {
-                const uint32_t largest = largest_of(sum, plane);
-                put_exponent(v, c + k, largest);
-                put_block(v->dx, v->narrow, (size_t)(c + k) * plane, sum, plane, largest, 0);
+                const uint32_t length = length_of(sum, plane);
+                put_exponent(v, c + k, length);
+                put_block(v->dx, v->narrow, (size_t)(c + k) * plane, sum, plane, excess(length, v->narrow));
             }
             continue;
         }
-        uint32_t largest[4] = {0};
+        uint32_t length[4] = {0};
         for (int pass = 0; pass < 2; pass++)
             for (size_t p = 0; p < plane; p += (size_t)pitch) {
                 const size_t count = plane - p < (size_t)pitch ? plane - p : (size_t)pitch;
                 sum_pointwise(v, s, sum, pitch, c, some, p, (int)count);
                 for (int k = 0; k < some; k++)
-                    if (pass) {
-                        put_block(v->dx, v->narrow, (size_t)(c + k) * plane + p, sum + k * pitch, count, largest[k], 0);
-                    } else {
-                        const uint32_t found = largest_of(sum + k * pitch, count);
-                        largest[k] = found > largest[k] ? found : largest[k];
-                    }
+                    if (pass)
+                        put_block(v->dx, v->narrow, (size_t)(c + k) * plane + p, sum + k * pitch, count, excess(length[k], v->narrow));
+                    else length[k] |= length_of(sum + k * pitch, count);
             }
-        for (int k = 0; k < some; k++) put_exponent(v, c + k, largest[k]);
+        for (int k = 0; k < some; k++) put_exponent(v, c + k, length[k]);
     }
 }
 
@@ -192,20 +179,35 @@ static int is_spread(const view *v) {
            && v->a->before[1] < k && v->in.w <= SUMS && k * spread_pitch(v) <= COLUMN_WORDS;
 }
 
+/* `rows` rows of `count` elements, `down` elements apart. */
+AC_APART void copy_rows(int16_t *to, int down, const int16_t *from, int width, int rows, int count) {
+    for (; rows > 0; rows--, to += down, from += width) {
+        int q = 0;
+        for (; q + 4 <= count; q += 4) {
+            AC_COPY(to + q, from + q, 4);
+            AC_COPY(to + q + 2, from + q + 2, 4);
+        }
+        for (; q < count; q++) to[q] = from[q];
+    }
+}
+
 /* What `rows` rows of windows of dx from `row` on see of g, whose pixels lie `stride` apart, with zeros between and around
  * them. `clean`: the zeros are there already. */
 AC_APART void spread(const view *v, uint32_t *to, int rows, int row, int clean) {
     const int down = v->a->stride[0], step = v->a->stride[1], pitch = spread_pitch(v);
-    const int first = v->kernel.w - 1 - v->a->before[1]; /* where column 0 of g goes */
-    const int right = end_inside(first, step, 2 * pitch, v->out.w);
+    const int left = v->kernel.w - 1 - v->a->before[1], above = v->kernel.h - 1 - v->a->before[0] - row; /* where g starts */
+    const int right = end_inside(left, step, 2 * pitch, v->out.w);
+    const int top = first_inside(above, down, v->out.h), bottom = end_inside(above, down, rows, v->out.h);
+    int16_t *line = (int16_t *)(void *)(to + (above + top * down) * pitch) + left;
+    const size_t from = (size_t)top * (size_t)v->out.w;
     if (!clean) memset(to, 0, (size_t)(rows * pitch) * sizeof *to);
-    for (int p = 0; p < v->out.h; p++) {
-        const int i = p * down + v->kernel.h - 1 - v->a->before[0] - row;
-        if (i < 0 || i >= rows) continue;
-        int16_t *line = (int16_t *)(void *)(to + i * pitch) + first;
-        const size_t at = (size_t)p * (size_t)v->out.w;
-        if (step == 1 && !v->from_narrow) memcpy(line, (const int16_t *)v->g + at, (size_t)right * sizeof *line);
-        else if (v->from_narrow)
+    if (step == 1 && !v->from_narrow) {
+        copy_rows(line, 2 * pitch * down, (const int16_t *)v->g + from, v->out.w, bottom - top, right);
+        return;
+    }
+    for (int p = 0; p < bottom - top; p++, line += 2 * pitch * down) {
+        const size_t at = from + (size_t)p * (size_t)v->out.w;
+        if (v->from_narrow)
             for (int q = 0; q < right; q++) line[q * step] = ((const int8_t *)v->g)[at + (size_t)q];
         else
             for (int q = 0; q < right; q++) line[q * step] = ((const int16_t *)v->g)[at + (size_t)q];
@@ -217,13 +219,12 @@ AC_APART void depthwise(const view *v, scratch *s, int clean) {
     const int size = v->kernel.w, area = size * size, pitch = spread_pitch(v), height = v->in.h, width = v->in.w;
     const int rows = smaller(COLUMN_WORDS / pitch - size + 1, smaller(height, SUMS / width)), whole = rows == height;
     ac_dot_windows *const dot = AC_KERNEL(dot_windows)[size / 2 - 1][0];
-    int8_t turned[49];
-    uint32_t w[7 * 6], largest = 0;
+    uint32_t w[7 * 6], length = 0;
     const ac_windows windows = ac_windows_of(0, w, pitch, size, 1);
     int next = 0;
-    const int8_t *by = ac_weights_of(&v->w, 0, 0, &next);
-    for (int k = 0; k < area; k++) turned[k] = by[area - 1 - k];
-    ac_put_window(w, turned, size);
+    const int8_t *turned = ac_weights_of(&v->w, 0, 0, &next) + area - 1;
+    if (size == 3) ac_put_window_by(w, turned, 3, -1);
+    else ac_put_window_by(w, turned, size, -1);
     for (int pass = whole; pass < 2; pass++)
         for (int row = 0; row < height; row += rows) {
             const int now = smaller(rows, height - row);
@@ -232,13 +233,11 @@ AC_APART void depthwise(const view *v, scratch *s, int clean) {
             int32_t *sum = s->sum;
             spread(v, s->columns, now + size - 1, row, clean && whole);
             for (int i = 0; i < now; i++, sum += width, x += pitch) dot(sum, sum + width, x, &windows);
-            if (whole || !pass) {
-                const uint32_t found = largest_of(s->sum, count) / 2;
-                largest = found > largest ? found : largest;
-            }
-            if (pass) put_block(v->dx, v->narrow, (size_t)row * (size_t)width, s->sum, count, largest, 1);
+            if (whole || !pass) length |= length_of(s->sum, count) / 2;
+            if (pass) /* the sums are doubled */
+                put_block(v->dx, v->narrow, (size_t)row * (size_t)width, s->sum, count, excess(length, v->narrow) + 1);
         }
-    put_exponent(v, 0, largest);
+    put_exponent(v, 0, length);
 }
 
 /* A part of an input plane: rows [row, row + rows), columns [col, col + cols), at most SUMS elements. */
@@ -278,21 +277,18 @@ AC_APART void input_grad_any(const view *v, scratch *s) {
     for (int c = 0, next = 0; c < v->kernel.c; c++) {
         const int8_t *by = ac_weights_of(&v->w, 0, c, &next);
         const size_t step = ac_weights_step(&v->w, c, next);
-        uint32_t largest = 0;
+        uint32_t length = 0;
         for (int pass = whole; pass < 2; pass++)
             for (int r = 0; r < v->in.h; r += rows)
                 for (int q = 0; q < width; q += cols) {
                     const part b = {r, q, smaller(rows, v->in.h - r), smaller(cols, width - q)};
                     sum_part(v, s->sum, by, step, &b);
-                    if (whole || !pass) {
-                        const uint32_t found = largest_of(s->sum, (size_t)(b.rows * b.cols));
-                        largest = found > largest ? found : largest;
-                    }
+                    if (whole || !pass) length |= length_of(s->sum, (size_t)(b.rows * b.cols));
                     for (int i = 0; pass && i < b.rows; i++)
                         put_block(v->dx, v->narrow, (size_t)c * v->in.plane + (size_t)(r + i) * (size_t)width + (size_t)q,
-                                  s->sum + i * b.cols, (size_t)b.cols, largest, 0);
+                                  s->sum + i * b.cols, (size_t)b.cols, excess(length, v->narrow));
                 }
-        put_exponent(v, c, largest);
+        put_exponent(v, c, length);
     }
 }
 
@@ -376,11 +372,11 @@ AC_INLINE void put_column(uint32_t *to, const int8_t *x, int count, int zero) {
         *to = ((uint32_t)(x[0] - zero) & 0xFFFFu) | (count > 1 ? (uint32_t)(x[1] - zero) << 16 : 0u);
 }
 
-/* to[2 * i] = pairs of mantissas from `at` on; their or. */
+/* to[4 * i] = pairs of mantissas from `at` on; their or. */
 AC_INLINE uint32_t put_row(uint32_t *to, const void *m, int narrow, size_t at, int count) {
     uint32_t any = 0;
-    for (; !narrow && count >= 2; count -= 2, at += 2, to += 2) any |= *to = ac_load4((const int16_t *)m + at);
-    for (; count > 0; count -= 2, at += 2, to += 2)
+    for (; !narrow && count >= 2; count -= 2, at += 2, to += 4) any |= *to = ac_load4((const int16_t *)m + at);
+    for (; count > 0; count -= 2, at += 2, to += 4)
         any |= *to = ((uint32_t)mantissa(m, narrow, at) & 0xFFFFu)
                      | (count > 1 ? (uint32_t)mantissa(m, narrow, at + 1) << 16 : 0u);
     return any;
@@ -396,7 +392,7 @@ static int is_outer(const products *a) {
  * there are several samples, sums wait in dw for those to come. */
 AC_APART void weight_grad_pointwise(const products *a, scratch *s, int first, int outputs) {
     const int plane = (int)a->in.plane, pairs = (plane + 1) / 2, channels = a->kernel.c;
-    const int most = ROW_WORDS / 2; /* pairs of rows in scratch */
+    const int most = ROW_WORDS / 4; /* pairs of rows in scratch */
     const int fours = smaller(FOURS, COLUMN_WORDS / 4 / pairs), pitch = 4 * fours;
     float g[4 * FOURS];
     for (int c = 0; c < channels; c += 4 * fours) {

@@ -68,10 +68,30 @@ ac_status AC_KERNEL(bf_gate)(const ac_call *call) {
     return AC_OK;
 }
 
+#if AC_DSP
+AC_APART void align_fours(int16_t *to, const int16_t *m, size_t fours, int32_t ratio, int32_t by) {
+    const int32_t half = 1 << (by - 1);
+    for (; fours; fours--, m += 4, to += 4)
+        for (int k = 0; k < 4; k += 2) {
+            const uint32_t pair = ac_load4(m + k);
+            const int32_t low = ac_low_low(pair, (uint32_t)ratio, half), high = ac_high_low(pair, (uint32_t)ratio, half);
+            const uint32_t both = ac_low_halves((uint32_t)(low >> by), (uint32_t)(high >> by));
+            AC_COPY(to + k, &both, 4);
+        }
+}
+#endif
+
 /* to[i] = m[i] * ratio * 2^-by; by from 15 to 31: no sum is 2^31, and none is more than a mantissa */
 AC_INLINE void align(void *to, const void *m, int narrow, size_t at, size_t count, int32_t ratio, int32_t by) {
     const int32_t half = 1 << (by - 1);
-    for (size_t i = at; i < at + count; i++) put_mantissa(to, narrow, i, (mantissa(m, narrow, i) * ratio + half) >> by);
+    size_t i = at;
+#if AC_DSP
+    if (!narrow && ratio < 32768) {
+        align_fours((int16_t *)to + at, (const int16_t *)m + at, count / 4, ratio, by);
+        i += count & ~(size_t)3;
+    }
+#endif
+    for (; i < at + count; i++) put_mantissa(to, narrow, i, (mantissa(m, narrow, i) * ratio + half) >> by);
 }
 
 /* m, e, ratio (O), power (O) -> g, t (N): g * 2^t = m * 2^e * ratio * 2^power, but for what is shifted out */
@@ -106,6 +126,8 @@ AC_INLINE int64_t sum_of(const void *m, int narrow, size_t at, size_t count) {
         const size_t stop = end - at < 32768 ? end : at + 32768;
         int32_t sum = 0;
 #if AC_DSP
+        for (; !narrow && at + 8 <= stop; at += 8)
+            for (int k = 0; k < 8; k += 2) sum = ac_pairs(ac_load4((const int16_t *)m + at + k), 0x00010001u, sum);
         for (; !narrow && at + 2 <= stop; at += 2) sum = ac_pairs(ac_load4((const int16_t *)m + at), 0x00010001u, sum);
 #endif
         for (; at < stop; at++) sum += mantissa(m, narrow, at);
@@ -172,19 +194,16 @@ ac_status AC_KERNEL(bf_add)(const ac_call *call) {
     for (size_t k = 0; k < blocks; k++) {
         const int32_t ea = bounded(e[k]), eb = bounded(f[k]), top = larger(ea, eb);
         const int32_t by_a = smaller(top - ea, GONE), by_b = smaller(top - eb, GONE);
-        uint32_t largest = 0;
+        uint32_t length = 0;
         for (int pass = each <= SOME; pass < 2; pass++) /* twice where the sums of a block are too many */
             for (size_t i = 0; i < each; i += SOME) {
                 const size_t count = each - i < SOME ? each - i : SOME, at = k * each + i;
                 if (narrow) add(sum, AC_IN(call, 0), by_a, AC_IN(call, 2), by_b, 1, at, count);
                 else add(sum, AC_IN(call, 0), by_a, AC_IN(call, 2), by_b, 0, at, count);
-                if (each <= SOME || !pass) {
-                    const uint32_t found = largest_of(sum, count);
-                    largest = found > largest ? found : largest;
-                }
-                if (pass) put_block(AC_OUT(call, 0), narrow, at, sum, count, largest, 0);
+                if (each <= SOME || !pass) length |= length_of(sum, count);
+                if (pass) put_block(AC_OUT(call, 0), narrow, at, sum, count, excess(length, narrow));
             }
-        out[k] = largest ? bounded(top + excess(largest, narrow)) : EMPTY;
+        out[k] = length ? bounded(top + excess(length, narrow)) : EMPTY;
     }
     return AC_OK;
 }
