@@ -119,36 +119,41 @@ ac_status AC_KERNEL(bf_align)(const ac_call *call) {
     return AC_OK;
 }
 
-/* The sum of a block. */
-AC_INLINE int64_t sum_of(const void *m, int narrow, size_t at, size_t count) {
-    int64_t all = 0;
-    for (size_t end = at + count; at < end;) {
-        const size_t stop = end - at < 32768 ? end : at + 32768;
-        int32_t sum = 0;
+/* The sum of at most 2^16 mantissas. */
+AC_INLINE int32_t sum_of(const void *m, int narrow, size_t at, size_t count) {
+    const size_t end = at + count;
+    int32_t sum = 0;
 #if AC_DSP
-        for (; !narrow && at + 8 <= stop; at += 8)
-            for (int k = 0; k < 8; k += 2) sum = ac_pairs(ac_load4((const int16_t *)m + at + k), 0x00010001u, sum);
-        for (; !narrow && at + 2 <= stop; at += 2) sum = ac_pairs(ac_load4((const int16_t *)m + at), 0x00010001u, sum);
+    const int16_t *from = (const int16_t *)m + at;
+    for (; !narrow && at + 16 <= end; at += 16, from += 16)
+        for (int k = 0; k < 16; k += 2) sum = ac_pairs(ac_load4(from + k), 0x00010001u, sum);
 #endif
-        for (; at < stop; at++) sum += mantissa(m, narrow, at);
-        all += sum;
-    }
-    return all;
+    for (; at < end; at++) sum += mantissa(m, narrow, at);
+    return sum;
 }
 
 /* m (N, C, ...), e (N, C) -> y (C) */
 ac_status AC_KERNEL(bf_sum)(const ac_call *call) {
+    enum { MOST = 1 << 16 };
     const shape in = shape_of(AC_IN_T(call, 0));
     const size_t channels = (size_t)in.c, each = AC_IN_T(call, 0)->size / ((size_t)in.n * channels);
     const int32_t *e = AC_IN(call, 1);
     float *y = AC_OUT(call, 0);
+    const void *m = AC_IN(call, 0);
     const int narrow = is_narrow(AC_IN_T(call, 0));
     for (size_t c = 0; c < channels; c++) {
         y[c] = 0;
         for (size_t n = 0; n < (size_t)in.n; n++) {
             const size_t at = (n * channels + c) * each;
-            const int64_t sum = narrow ? sum_of(AC_IN(call, 0), 1, at, each) : sum_of(AC_IN(call, 0), 0, at, each);
-            y[c] += scaled_by(sum == (int32_t)sum ? (float)(int32_t)sum : (float)sum, bounded(e[n * channels + c]));
+            float sum;
+            if (each <= MOST) {
+                sum = (float)(narrow ? sum_of(m, 1, at, each) : sum_of(m, 0, at, each));
+            } else {
+                int64_t all = 0;
+                for (size_t i = 0; i < each; i += MOST) all += sum_of(m, narrow, at + i, each - i < MOST ? each - i : MOST);
+                sum = (float)all;
+            }
+            y[c] += scaled_by(sum, bounded(e[n * channels + c]));
         }
     }
     return AC_OK;
