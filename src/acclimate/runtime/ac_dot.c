@@ -164,8 +164,8 @@ WINDOWS(7, 2)
 ac_dot_windows *const AC_KERNEL(dot_windows)[3][2] = {
     {windows_3_1, windows_3_2}, {windows_5_1, windows_5_2}, {windows_7_1, windows_7_2}};
 
-/* AC_KERNEL(requantize) of a multiple of four sums, where s->quick; full: low and high are int8's ends, keep: there are
- * bits, and at most 32 sums, whose bits it returns from above. */
+/* AC_KERNEL(requantize) of a multiple of four sums, where s->quick; full: low and high are int8's ends; keep: it returns
+ * the bits of the last 32, the last on top. */
 AC_INLINE uint32_t quick_run(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, int full, int keep) {
     const uint32_t low = ((uint32_t)s->low & 0xFFu) * 0x01010101u;
     const int32_t m = s->multiplier, offset = s->offset, right = -s->shift, range = s->high - s->low;
@@ -186,15 +186,55 @@ AC_INLINE uint32_t quick_run(int8_t *y, const int32_t *sum, int count, const ac_
     return within;
 }
 
-AC_INLINE void quick_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at, int full) {
-    if (!bits) {
-        quick_run(y, sum, count, s, full, 0);
-        return;
+#if AC_DSP
+/* In registers: r0 y, r1 sum, r2 its end, r3 255, r4 multiplier, r5 shift, r6 offset, r7 low in each byte, r8-r11 the four, lr
+ * their bits. One sum: where it is between low and high, counted from low. */
+#define PLACE(sum)                       \
+    "add r12, r6, " sum ", asr #31\n\t"  \
+    "smmlar " sum ", " sum ", r4, r12\n\t" \
+    "asr " sum ", " sum ", r5\n\t"
+#define KEEP(sum) "cmp r3, " sum "\n\trrx lr, lr\n\t"
+#define DROP(sum)
+#define BYTE(sum) "usat " sum ", #8, " sum "\n\t"
+#define FULL(name, keep)                                                                                                     \
+    __attribute__((naked)) static uint32_t name(int8_t *y __attribute__((unused)), const int32_t *sum __attribute__((unused)), \
+                                                int count __attribute__((unused)),                                           \
+                                                const ac_scaling *s __attribute__((unused))) {                               \
+        AC_ASM("push {r4-r11, lr}\n\t"                                                                                       \
+               "ldrd r4, r5, [r3, #4]\n\t"                                                                                   \
+               "ldr r6, [r3, #28]\n\t"                                                                                       \
+               "ldrb r7, [r3, #20]\n\t"                                                                                      \
+               "rsb r5, r5, #0\n\t"                                                                                          \
+               "orr r7, r7, r7, lsl #8\n\t"                                                                                  \
+               "orr r7, r7, r7, lsl #16\n\t"                                                                                 \
+               "mov r3, #255\n\t"                                                                                            \
+               "add r2, r1, r2, lsl #2\n\t"                                                                                  \
+               "1:\n\t"                                                                                                      \
+               "ldmia r1!, {r8, r9, r10, r11}\n\t" PLACE("r8") keep("r8") BYTE("r8") PLACE("r9") keep("r9") BYTE("r9")        \
+                   PLACE("r10") keep("r10") BYTE("r10") PLACE("r11") keep("r11") BYTE("r11")                                 \
+               "orr r8, r8, r9, lsl #8\n\t"                                                                                  \
+               "orr r10, r10, r11, lsl #8\n\t"                                                                               \
+               "orr r8, r8, r10, lsl #16\n\t"                                                                                \
+               "uadd8 r8, r8, r7\n\t"                                                                                        \
+               "cmp r1, r2\n\t"                                                                                              \
+               "str r8, [r0], #4\n\t"                                                                                        \
+               "bne 1b\n\t"                                                                                                  \
+               "mov r0, lr\n\t"                                                                                              \
+               "pop {r4-r11, pc}");                                                                                          \
     }
-    for (int i = 0; i < count; i += 32) {
-        const int some = count - i < 32 ? count - i : 32;
-        ac_add_bits(bits, at + (size_t)i, quick_run(y + i, sum + i, some, s, full, 1) >> (32 - some), some);
-    }
+FULL(full_run, DROP)
+FULL(full_run_bits, KEEP)
+#else
+static uint32_t full_run(int8_t *y, const int32_t *sum, int count, const ac_scaling *s) {
+    return quick_run(y, sum, count, s, 1, 0);
+}
+static uint32_t full_run_bits(int8_t *y, const int32_t *sum, int count, const ac_scaling *s) {
+    return quick_run(y, sum, count, s, 1, 1);
+}
+#endif
+
+AC_APART uint32_t part_run(int8_t *y, const int32_t *sum, int count, const ac_scaling *s) {
+    return quick_run(y, sum, count, s, 0, 1);
 }
 
 AC_APART void exact_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
@@ -207,8 +247,15 @@ AC_APART void exact_row(int8_t *y, const int32_t *sum, int count, const ac_scali
 }
 
 void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
-    const int fours = s->quick ? count & ~3 : 0;
-    if (fours && s->high - s->low == 255) quick_row(y, sum, fours, s, bits, at, 1);
-    else if (fours) quick_row(y, sum, fours, s, bits, at, 0);
+    const int fours = s->quick ? count & ~3 : 0, full = s->high - s->low == 255;
+    if (fours && full && !bits) {
+        full_run(y, sum, fours, s);
+    } else {
+        for (int i = 0; i < fours; i += 32) {
+            const int some = fours - i < 32 ? fours - i : 32;
+            const uint32_t within = (full ? full_run_bits : part_run)(y + i, sum + i, some, s);
+            if (bits) ac_add_bits(bits, at + (size_t)i, within >> (32 - some), some);
+        }
+    }
     if (fours < count) exact_row(y + fours, sum + fours, count - fours, s, bits, at + (size_t)fours);
 }

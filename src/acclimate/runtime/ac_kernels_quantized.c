@@ -143,34 +143,33 @@ typedef struct {
 AC_APART void gather(const view *v, uint32_t *columns, int first, int count, int at, int pixels) {
     const ac_attr_q_conv *a = v->a;
     const int step = a->stride[1], twice = 2 * a->x_zero, row = at / v->out.w * a->stride[0] - a->before[0],
-              col = at % v->out.w * step - a->before[1];
+              col = at % v->out.w * step - a->before[1], width = v->kernel.w, right = a->dilation[1];
     const int together = pixels == 4 && at % v->out.w + 4 <= v->out.w && col >= 0
-                         && col + 3 * step + (v->kernel.w - 1) * a->dilation[1] < v->in.w; /* one row, no edge */
-    const int area = (int)v->kernel.plane;
-    int i = first % area / v->kernel.w, j = first % v->kernel.w;
-    const int8_t *plane = v->x + (size_t)(first / area) * v->in.plane;
+                         && col + 3 * step + (width - 1) * right < v->in.w; /* one row, no edge */
     int16_t *to = (int16_t *)(void *)columns;
-    for (int k = 0; k < count; plane += v->in.plane, i = 0)
-        for (; i < v->kernel.h && k < count; i++, j = 0) {
-            const int h = row + i * a->dilation[0];
-            for (; j < v->kernel.w && k < count; j++, k++) {
+    int c = first / (int)v->kernel.plane, i = first % (int)v->kernel.plane / width, j = first % width;
+    for (int k = 0; k < count; j = 0) {
+        const int end = smaller(width, j + count - k), h = row + i * a->dilation[0];
+        const int8_t *plane = v->x + (size_t)c * v->in.plane;
+        if (together && h >= 0 && h < v->in.h) {
+            const int8_t *from = plane + h * v->in.w + col + j * right;
+            for (; j < end; j++, k++, from += right) {
                 int16_t *put = to + k / 4 * 16 + ac_in_group(k & 3, 0);
-                if (together && h >= 0 && h < v->in.h) {
-                    const int8_t *from = plane + h * v->in.w + col + j * a->dilation[1];
-                    put[0] = (int16_t)(2 * from[0] - twice);
-                    put[2] = (int16_t)(2 * from[step] - twice);
-                    put[4] = (int16_t)(2 * from[2 * step] - twice);
-                    put[6] = (int16_t)(2 * from[3 * step] - twice);
-                } else {
-                    for (int p = 0; p < 4; p++) {
-                        const int y = (at + p) / v->out.w * a->stride[0] - a->before[0] + i * a->dilation[0],
-                                  x = (at + p) % v->out.w * step - a->before[1] + j * a->dilation[1];
-                        const int inside = p < pixels && y >= 0 && y < v->in.h && x >= 0 && x < v->in.w;
-                        put[2 * p] = (int16_t)(inside ? 2 * plane[y * v->in.w + x] - twice : 0);
-                    }
-                }
+                put[0] = (int16_t)(2 * from[0] - twice);
+                put[2] = (int16_t)(2 * from[step] - twice);
+                put[4] = (int16_t)(2 * from[2 * step] - twice);
+                put[6] = (int16_t)(2 * from[3 * step] - twice);
             }
         }
+        for (; j < end; j++, k++)
+            for (int p = 0; p < 4; p++) {
+                const int y = (at + p) / v->out.w * a->stride[0] - a->before[0] + i * a->dilation[0],
+                          x = (at + p) % v->out.w * step - a->before[1] + j * right;
+                const int inside = p < pixels && y >= 0 && y < v->in.h && x >= 0 && x < v->in.w;
+                to[k / 4 * 16 + ac_in_group(k & 3, p)] = (int16_t)(inside ? 2 * plane[y * v->in.w + x] - twice : 0);
+            }
+        if (++i == v->kernel.h) i = 0, c++;
+    }
     for (int k = count; k & 3; k++)
         for (int p = 0; p < 4; p++) to[k / 4 * 16 + ac_in_group(k & 3, p)] = 0;
 }
@@ -201,10 +200,13 @@ static ac_scaling scaling_of(const ac_q_image *m, int o) {
 static const int8_t *copy_weights(int8_t *to, const ac_weights *w, int o, int first, int count) {
     const int plane = (int)w->plane, end = first + count;
     memcpy(to, w->whole + (size_t)o * (size_t)w->channels * w->plane + first, (size_t)count);
+    if (plane == 1 && count == w->channels) {
+        const int8_t *part = w->part + (size_t)o * (size_t)w->parts;
+        for (int k = 0; k < w->parts; k++) to[w->index[k]] = part[k];
+    } else
     for (int k = 0; k < w->parts; k++) {
         const int at = w->index[k] * plane, from = larger(at, first), to_end = smaller(at + plane, end);
-        if (plane == 1 && from < to_end) to[at - first] = w->part[(size_t)o * (size_t)w->parts + (size_t)k];
-        else if (from < to_end)
+        if (from < to_end)
             memcpy(to + from - first, w->part + ((size_t)o * (size_t)w->parts + (size_t)k) * w->plane + (from - at),
                    (size_t)(to_end - from));
     }
@@ -422,44 +424,62 @@ AC_APART void input_grad_pointwise(const input_view *v, int outputs) {
     }
 }
 
-/* to[i][j] = what the window of x at (row + i, col + j) would see of d, whose pixels lie `stride` apart, with zeros between
- * and around them: `rows` rows of `pitch`. */
-AC_APART void spread(const input_view *v, float *to, int rows, int pitch, int row, int o) {
-    const int down = v->a->stride[0], step = v->a->stride[1];
-    const int first = v->kernel.w - 1 - v->a->before[1]; /* where column 0 of d goes */
-    const int left = first_inside(first, step, v->out.w), right = end_inside(first, step, pitch, v->out.w);
+/* Floats of a row of d with what four windows may see around it. */
+static int spread_pitch(const input_view *v) { return (v->in.w + 3) / 4 * 4 + v->kernel.w - 1; }
+
+/* Rows [first, first + rows) of channel o of d, pixels `stride` apart, with zeros between and around them. */
+AC_APART void spread(const input_view *v, float *to, int pitch, int first, int rows, int o) {
+    const int step = v->a->stride[1], start = v->kernel.w - 1 - v->a->before[1]; /* where column 0 of d goes */
+    const int left = first_inside(start, step, v->out.w), right = end_inside(start, step, pitch, v->out.w), some = right - left;
     memset(to, 0, (size_t)(rows * pitch) * sizeof(float));
-    for (int p = 0; p < v->out.h; p++) {
-        const int i = p * down + v->kernel.h - 1 - v->a->before[0] - row;
-        if (i < 0 || i >= rows || left >= right) continue;
+    for (int p = first; p < first + rows && some > 0; p++, to += pitch) {
         const size_t at = ((size_t)o * (size_t)v->out.h + (size_t)p) * (size_t)v->out.w + (size_t)left;
-        float *line = to + i * pitch + first + left * step;
-        scale_gradient(line, v->d + at, right - left, v->scale[o], v->bits, v->at + at);
-        for (int q = right - left - 1; step > 1 && q > 0; q--) {
+        float *line = to + start + left * step;
+        scale_gradient(line, v->d + at, some, v->scale[o], v->bits, v->at + at);
+        for (int q = some - 1; step > 1 && q > 0; q--) {
             line[q * step] = line[q];
             line[q] = 0.0f;
         }
     }
 }
 
-/* sum[k] += the products of four windows of rows of d and w */
-AC_INLINE void add_windows(float sum[4], const float *d, int pitch, const float *w, int height, int width) {
-    float s0 = sum[0], s1 = sum[1], s2 = sum[2], s3 = sum[3];
-    for (int i = 0; i < height; i++, d += pitch, w += width)
-        for (int j = 0; j < width; j++) {
-            s0 += d[j] * w[j];
-            s1 += d[j + 1] * w[j];
-            s2 += d[j + 2] * w[j];
-            s3 += d[j + 3] * w[j];
+/* dx[k] (+)= the products of window k of `rows` rows of d, `pitch` apart, and as many of w, `down` apart */
+AC_INLINE void add_windows(float *dx, int count, const float *d, int pitch, const float *w, int down, int rows, int width,
+                           int add) {
+    for (; count > 0; count -= 4, d += 4, dx += 4) {
+        float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
+        if (add) {
+            s0 = dx[0];
+            if (count > 1) s1 = dx[1];
+            if (count > 2) s2 = dx[2];
+            if (count > 3) s3 = dx[3];
         }
-    sum[0] = s0;
-    sum[1] = s1;
-    sum[2] = s2;
-    sum[3] = s3;
+        const float *line = d, *by = w;
+        for (int i = 0; i < rows; i++, line += pitch, by += down)
+            for (int j = 0; j < width; j++) {
+                s0 += line[j] * by[j];
+                s1 += line[j + 1] * by[j];
+                s2 += line[j + 2] * by[j];
+                s3 += line[j + 3] * by[j];
+            }
+        dx[0] = s0;
+        if (count > 1) dx[1] = s1;
+        if (count > 2) dx[2] = s2;
+        if (count > 3) dx[3] = s3;
+    }
 }
 
-/* Floats of a row of d with what four windows may see around it. */
-static int spread_pitch(const input_view *v) { return (v->in.w + 3) / 4 * 4 + v->kernel.w - 1; }
+typedef void adder(float *dx, int count, const float *d, int pitch, const float *w, int down, int rows, int width, int add);
+
+#define ADDER(name, constant)                                                                                                \
+    AC_APART void name(float *dx, int count, const float *d, int pitch, const float *w, int down, int rows, int width, int add) { \
+        (void)width;                                                                                                         \
+        add_windows(dx, count, d, pitch, w, down, rows, constant, add);                                                      \
+    }
+ADDER(add_windows_3, 3)
+ADDER(add_windows_5, 5)
+ADDER(add_windows_7, 7)
+ADDER(add_windows_any, width)
 
 /* Whether input_grad_depthwise takes it. */
 static int is_spread(const input_view *v) {
@@ -469,28 +489,23 @@ static int is_spread(const input_view *v) {
 
 /* A depthwise convolution: dx correlates the spread d with the weights turned by half a turn. */
 AC_APART void input_grad_depthwise(const input_view *v, int outputs) {
-    const int height = v->kernel.h, width = v->kernel.w, area = height * width, pitch = spread_pitch(v);
-    const int most = FLOATS / pitch - height + 1; /* rows of dx at once */
-    float d[FLOATS], w[49], sum[4];
+    const int height = v->kernel.h, width = v->kernel.w, area = height * width, pitch = spread_pitch(v), down = v->a->stride[0];
+    const int room = FLOATS / pitch, start = height - 1 - v->a->before[0]; /* rows of d at once; turned row of w for the first */
+    adder *const add = width == 3 ? add_windows_3 : width == 5 ? add_windows_5 : width == 7 ? add_windows_7 : add_windows_any;
+    float d[FLOATS], w[49];
     for (int o = 0; o < outputs; o++) {
-        int next = 0;
-        const int8_t *by = ac_weights_of(&v->w, o, 0, &next);
-        for (int k = 0; k < area; k++) w[k] = (float)by[area - 1 - k];
-        for (int row = 0; row < v->in.h; row += most) {
-            const int rows = smaller(most, v->in.h - row);
-            spread(v, d, rows + height - 1, pitch, row, o);
-            for (int i = 0; i < rows; i++)
-                for (int col = 0; col < v->in.w; col += 4) {
-                    const int some = smaller(4, v->in.w - col);
-                    const float *from = d + i * pitch + col;
-                    float *to = v->dx + (size_t)(row + i) * (size_t)v->in.w + (size_t)col;
-                    for (int k = 0; k < 4; k++) sum[k] = o && k < some ? to[k] : 0.0f;
-                    if (width == 3) add_windows(sum, from, pitch, w, height, 3);
-                    else if (width == 5) add_windows(sum, from, pitch, w, height, 5);
-                    else if (width == 7) add_windows(sum, from, pitch, w, height, 7);
-                    else add_windows(sum, from, pitch, w, height, width);
-                    for (int k = 0; k < some; k++) to[k] = sum[k];
-                }
+        int next = 0, held = 0, end = 0; /* rows of d in scratch */
+        const int8_t *from = ac_weights_of(&v->w, o, 0, &next);
+        for (int k = 0; k < area; k++) w[k] = (float)from[area - 1 - k];
+        for (int i = 0; i < v->in.h; i++) {
+            const int p = first_inside(start - i, down, v->out.h), last = end_inside(start - i, down, height, v->out.h);
+            if (last > end) {
+                held = p;
+                end = smaller(p + room, v->out.h);
+                spread(v, d, pitch, held, end - held, o);
+            }
+            add(v->dx + (size_t)i * (size_t)v->in.w, v->in.w, d + (p - held) * pitch, pitch,
+                w + (p * down + start - i) * width, down * width, larger(last - p, 0), width, o);
         }
     }
 }
