@@ -184,17 +184,17 @@ void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *co
 
 /* x - zero as int16, wherever `to` points. */
 AC_INLINE void ac_widen(int16_t *to, const int8_t *x, int count, int zero) {
-    int i = 0;
+    const int8_t *const end = x + count;
 #if AC_DSP
     const uint32_t minus = ((uint32_t)-zero & 0xFFFFu) * 0x10001u;
-    for (; i + 4 <= count; i += 4) {
-        const uint32_t word = ac_load4(x + i), even = ac_even_bytes(minus, word), odd = ac_odd_bytes(minus, word);
+    for (const int8_t *const fours = x + (count & ~3); x != fours; x += 4, to += 4) {
+        const uint32_t word = ac_load4(x), even = ac_even_bytes(minus, word), odd = ac_odd_bytes(minus, word);
         const uint32_t low = ac_low_halves(even, odd), high = ac_high_halves(even, odd);
-        AC_COPY(to + i, &low, 4);
-        AC_COPY(to + i + 2, &high, 4);
+        AC_COPY(to, &low, 4);
+        AC_COPY(to + 2, &high, 4);
     }
 #endif
-    for (; i < count; i++) to[i] = (int16_t)(x[i] - zero);
+    for (; x != end; x++, to++) *to = (int16_t)(*x - zero);
 }
 
 /* Doubled weights of a window: each row's pairs of neighbours. */

@@ -214,6 +214,22 @@ static const int8_t *copy_weights(int8_t *to, const ac_weights *w, int o, int fi
     return to;
 }
 
+/* Outputs [first, last) of `count` pixels from p on, whose columns are in scratch; `copied`: where weights must be copied to,
+ * or NULL. */
+AC_APART void dot_outputs(const view *v, const ac_q_image *to, scratch *s, int p, int count, int first, int last,
+                          int8_t *copied) {
+    const int taps = v->kernel.c * (int)v->kernel.plane;
+    int32_t *const end = s->sum + (count + 3) / 4 * 4;
+    const int8_t *by = to->w.whole + (size_t)first * (size_t)taps;
+    size_t at = (size_t)first * v->out.plane + (size_t)p;
+    for (int o = first; o < last; o++, by += taps, at += v->out.plane) {
+        const ac_scaling scale = scaling_of(to, o);
+        const int8_t *w = copied ? copy_weights(copied, &to->w, o, 0, taps) : by;
+        AC_KERNEL(dot_columns)(s->sum, end, s->words, w, AC_GROUPS(taps), scale.start);
+        AC_KERNEL(requantize)(to->y + at, s->sum, count, &scale, to->bits, to->at + at);
+    }
+}
+
 /* Outputs [first, last) from the channels of one group. */
 AC_APART void q_conv_dense(const view *v, const ac_q_image *to, scratch *s, int first, int last) {
     const int taps = v->kernel.c * (int)v->kernel.plane, pixels = v->out.h * v->out.w;
@@ -222,15 +238,18 @@ AC_APART void q_conv_dense(const view *v, const ac_q_image *to, scratch *s, int 
     const int part = smaller(taps, most), square = AC_COLUMN_WORDS(part); /* taps at once; words of four pixels */
     int8_t *padded = (int8_t *)(s->words + WORDS - AC_GROUPS(part));
     const int squares = smaller((WORDS - (copied ? AC_GROUPS(part) : 0)) / square, SUMS / 4);
-    const int together = part < taps ? SUMS / 4 : 1; /* outputs */
     for (int p = 0, count; p < pixels; p += count) {
         count = smaller(part < taps ? 4 : 4 * squares, pixels - p);
+        if (part == taps) {
+            fill(v, s->words, square, 0, taps, p, count);
+            dot_outputs(v, to, s, p, count, first, last, copied ? padded : NULL);
+            continue;
+        }
         for (int o = first, end; o < last; o = end) {
-            end = smaller(o + together, last);
+            end = smaller(o + SUMS / 4, last);
             for (int t = 0; t < taps; t += part) {
                 const int size = smaller(part, taps - t);
-                if (part < taps || o == first)
-                    fill(v, s->words, square, t, size, p, count);
+                fill(v, s->words, square, t, size, p, count);
                 for (int k = o; k < end; k++) {
                     const ac_scaling scale = scaling_of(to, k);
                     int32_t *sum = s->sum + (k - o) * 4, some[4];
@@ -427,11 +446,12 @@ AC_APART void input_grad_pointwise(const input_view *v, int outputs) {
 /* Floats of a row of d with what four windows may see around it. */
 static int spread_pitch(const input_view *v) { return (v->in.w + 3) / 4 * 4 + v->kernel.w - 1; }
 
-/* Rows [first, first + rows) of channel o of d, pixels `stride` apart, with zeros between and around them. */
-AC_APART void spread(const input_view *v, float *to, int pitch, int first, int rows, int o) {
+/* Rows [first, first + rows) of channel o of d, pixels `stride` apart, with zeros between and around them; `clean` says that
+ * those are there already. */
+AC_APART void spread(const input_view *v, float *to, int pitch, int first, int rows, int o, int clean) {
     const int step = v->a->stride[1], start = v->kernel.w - 1 - v->a->before[1]; /* where column 0 of d goes */
     const int left = first_inside(start, step, v->out.w), right = end_inside(start, step, pitch, v->out.w), some = right - left;
-    memset(to, 0, (size_t)(rows * pitch) * sizeof(float));
+    if (!clean) memset(to, 0, (size_t)(rows * pitch) * sizeof(float));
     for (int p = first; p < first + rows && some > 0; p++, to += pitch) {
         const size_t at = ((size_t)o * (size_t)v->out.h + (size_t)p) * (size_t)v->out.w + (size_t)left;
         float *line = to + start + left * step;
@@ -502,10 +522,11 @@ AC_APART void input_grad_depthwise(const input_view *v, int outputs) {
             if (last > end) {
                 held = p;
                 end = smaller(p + room, v->out.h);
-                spread(v, d, pitch, held, end - held, o);
+                spread(v, d, pitch, held, end - held, o, o && end - held == v->out.h);
             }
-            add(v->dx + (size_t)i * (size_t)v->in.w, v->in.w, d + (p - held) * pitch, pitch,
-                w + (p * down + start - i) * width, down * width, larger(last - p, 0), width, o);
+            const int rows = larger(last - p, 0), turned = rows ? p * down + start - i : 0;
+            add(v->dx + (size_t)i * (size_t)v->in.w, v->in.w, d + (rows ? p - held : 0) * pitch, pitch, w + turned * width,
+                down * width, rows, width, o);
         }
     }
 }
@@ -759,9 +780,9 @@ AC_INLINE int32_t floor_of(float x, uint32_t k) {
 }
 
 AC_INLINE float at_most_2_30(float x) {
-    x = x > 1073741824.0f ? 1073741824.0f : x;
-    x = x < -1073741824.0f ? -1073741824.0f : x;
-    return x == x ? x : 0.0f;
+    const float most = 1073741824.0f;
+    if (x > -most && x < most) return x;
+    return x >= most ? most : x <= -most ? -most : 0.0f;
 }
 
 /* w[i] -= rounded(lr * g[i] / scale) for i < count; of `moment` and `rest` either may be NULL; `at` counts elements.
