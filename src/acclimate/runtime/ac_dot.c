@@ -237,12 +237,15 @@ AC_APART uint32_t part_run(int8_t *y, const int32_t *sum, int count, const ac_sc
     return quick_run(y, sum, count, s, 0, 1);
 }
 
+/* AC_KERNEL(requantize) of any sums. */
 AC_APART void exact_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
+    const int32_t bias = s->quick ? 0 : s->bias, m = s->multiplier, shift = s->shift, zero = s->zero, low = s->low,
+                  high = s->high;
     for (int i = 0; i < count; i++) {
-        const int32_t all = s->quick ? sum[i] / 2 : ac_wrap_add(sum[i] / 2, s->bias);
-        const int32_t v = ac_wrap_add(ac_scaled(all, s->multiplier, s->shift), s->zero);
-        y[i] = (int8_t)ac_clamped(v, s->low, s->high);
-        if (bits && v == y[i]) ac_add_bits(bits, at + (size_t)i, 1, 1);
+        const int32_t v = ac_wrap_add(ac_scaled(ac_wrap_add(sum[i] / 2, bias), m, shift), zero);
+        const int32_t clamped = ac_clamped(v, low, high);
+        y[i] = (int8_t)clamped;
+        if (bits && v == clamped) ac_add_bits(bits, at + (size_t)i, 1, 1);
     }
 }
 

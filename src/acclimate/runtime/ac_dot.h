@@ -184,17 +184,28 @@ void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *co
 
 /* x - zero as int16, wherever `to` points. */
 AC_INLINE void ac_widen(int16_t *to, const int8_t *x, int count, int zero) {
-    const int8_t *const end = x + count;
+    int rest = count;
 #if AC_DSP
-    const uint32_t minus = ((uint32_t)-zero & 0xFFFFu) * 0x10001u;
-    for (const int8_t *const fours = x + (count & ~3); x != fours; x += 4, to += 4) {
-        const uint32_t word = ac_load4(x), even = ac_even_bytes(minus, word), odd = ac_odd_bytes(minus, word);
-        const uint32_t low = ac_low_halves(even, odd), high = ac_high_halves(even, odd);
-        AC_COPY(to, &low, 4);
-        AC_COPY(to + 2, &high, 4);
+    int fours = count >> 2;
+    if (fours) {
+        uint32_t word, even, low;
+        AC_ASM("1:\n\t"
+               "ldr %[word], [%[x]], #4\n\t"
+               "sxtab16 %[even], %[minus], %[word]\n\t"
+               "sxtab16 %[word], %[minus], %[word], ror #8\n\t"
+               "pkhbt %[low], %[even], %[word], lsl #16\n\t"
+               "pkhtb %[word], %[word], %[even], asr #16\n\t"
+               "str %[low], [%[to]], #4\n\t"
+               "str %[word], [%[to]], #4\n\t"
+               "subs %[fours], %[fours], #1\n\t"
+               "bne 1b"
+               : [to] "+r"(to), [x] "+r"(x), [fours] "+r"(fours), [word] "=&r"(word), [even] "=&r"(even), [low] "=&r"(low)
+               : [minus] "r"(((uint32_t)-zero & 0xFFFFu) * 0x10001u)
+               : "cc", "memory");
     }
+    rest &= 3;
 #endif
-    for (; x != end; x++, to++) *to = (int16_t)(*x - zero);
+    for (int i = 0; i < rest; i++) to[i] = (int16_t)(x[i] - zero);
 }
 
 /* Doubled weights of a window: each row's pairs of neighbours. */

@@ -142,19 +142,21 @@ typedef struct {
 /* Columns of taps [first, first + count) for `pixels` outputs (1 to 4) from `at` on. */
 AC_APART void gather(const view *v, uint32_t *columns, int first, int count, int at, int pixels) {
     const ac_attr_q_conv *a = v->a;
-    const int step = a->stride[1], twice = 2 * a->x_zero, row = at / v->out.w * a->stride[0] - a->before[0],
-              col = at % v->out.w * step - a->before[1], width = v->kernel.w, right = a->dilation[1];
-    const int together = pixels == 4 && at % v->out.w + 4 <= v->out.w && col >= 0
-                         && col + 3 * step + (width - 1) * right < v->in.w; /* one row, no edge */
+    const int down = a->stride[0], step = a->stride[1], twice = 2 * a->x_zero, width = v->kernel.w, height = v->kernel.h,
+              below = a->dilation[0], right = a->dilation[1], in_h = v->in.h, in_w = v->in.w, out_w = v->out.w,
+              row = at / out_w * down - a->before[0], col = at % out_w * step - a->before[1];
+    const int together = pixels == 4 && at % out_w + 4 <= out_w && col >= 0
+                         && col + 3 * step + (width - 1) * right < in_w; /* one row, no edge */
+    const size_t area = v->in.plane;
     int16_t *to = (int16_t *)(void *)columns;
-    int c = first / (int)v->kernel.plane, i = first % (int)v->kernel.plane / width, j = first % width;
+    int i = first % (width * height) / width, j = first % width;
+    const int8_t *plane = v->x + (size_t)(first / (width * height)) * area;
     for (int k = 0; k < count; j = 0) {
-        const int end = smaller(width, j + count - k), h = row + i * a->dilation[0];
-        const int8_t *plane = v->x + (size_t)c * v->in.plane;
-        if (together && h >= 0 && h < v->in.h) {
-            const int8_t *from = plane + h * v->in.w + col + j * right;
+        const int end = smaller(width, j + count - k), h = row + i * below;
+        if (together && h >= 0 && h < in_h) {
+            const int8_t *from = plane + h * in_w + col + j * right;
             for (; j < end; j++, k++, from += right) {
-                int16_t *put = to + k / 4 * 16 + ac_in_group(k & 3, 0);
+                int16_t *put = to + (unsigned)k / 4 * 16 + ac_in_group(k & 3, 0);
                 put[0] = (int16_t)(2 * from[0] - twice);
                 put[2] = (int16_t)(2 * from[step] - twice);
                 put[4] = (int16_t)(2 * from[2 * step] - twice);
@@ -163,12 +165,12 @@ AC_APART void gather(const view *v, uint32_t *columns, int first, int count, int
         }
         for (; j < end; j++, k++)
             for (int p = 0; p < 4; p++) {
-                const int y = (at + p) / v->out.w * a->stride[0] - a->before[0] + i * a->dilation[0],
-                          x = (at + p) % v->out.w * step - a->before[1] + j * right;
-                const int inside = p < pixels && y >= 0 && y < v->in.h && x >= 0 && x < v->in.w;
-                to[k / 4 * 16 + ac_in_group(k & 3, p)] = (int16_t)(inside ? 2 * plane[y * v->in.w + x] - twice : 0);
+                const int y = (at + p) / out_w * down - a->before[0] + i * below,
+                          x = (at + p) % out_w * step - a->before[1] + j * right;
+                const int inside = p < pixels && y >= 0 && y < in_h && x >= 0 && x < in_w;
+                to[k / 4 * 16 + ac_in_group(k & 3, p)] = (int16_t)(inside ? 2 * plane[y * in_w + x] - twice : 0);
             }
-        if (++i == v->kernel.h) i = 0, c++;
+        if (++i == height) i = 0, plane += area;
     }
     for (int k = count; k & 3; k++)
         for (int p = 0; p < 4; p++) to[k / 4 * 16 + ac_in_group(k & 3, p)] = 0;
@@ -285,10 +287,11 @@ static int is_depthwise(const view *v) {
 
 /* Rows [first, first + rows) of a channel, with zeros where it has none: `clean` says that those are there already. */
 AC_APART void widen(const view *v, uint32_t *line, int pitch, int first, int rows, int clean) {
+    const int height = v->in.h, width = v->in.w, before = v->a->before[1], zero = v->a->x_zero;
+    const int8_t *const x = v->x;
     for (int i = first; i < first + rows; i++, line += pitch) {
         if (!clean) memset(line, 0, (size_t)pitch * 4);
-        if (i >= 0 && i < v->in.h)
-            ac_widen((int16_t *)(void *)line + v->a->before[1], v->x + (size_t)i * (size_t)v->in.w, v->in.w, v->a->x_zero);
+        if (i >= 0 && i < height) ac_widen((int16_t *)(void *)line + before, x + (size_t)i * (size_t)width, width, zero);
     }
 }
 
@@ -305,7 +308,10 @@ AC_APART void q_conv_depthwise(view *v, const ac_q_image *to, scratch *s) {
         const ac_windows windows = ac_windows_of(scale.start, w, pitch, size, step);
         size_t at = (size_t)o * v->out.plane;
         int next = 0;
-        ac_put_window(w, ac_weights_of(&to->w, o, 0, &next), size);
+        const int8_t *from = ac_weights_of(&to->w, o, 0, &next);
+        if (size == 3) ac_put_window(w, from, 3);
+        else if (size == 5) ac_put_window(w, from, 5);
+        else ac_put_window(w, from, 7);
         for (int p = 0; p < v->out.h; p += most) {
             const int rows = smaller(most, v->out.h - p);
             const uint32_t *x = s->words;
@@ -381,11 +387,12 @@ enum { FLOATS = 1024, SIDE = 16 };
     s[(at) + 7] += x7 * (by)
 
 /* to[i] = scale * d[i], 0 where bit at + i is not set; bits may be NULL */
-static void scale_gradient(float *to, const float *d, int count, float scale, const uint32_t *bits, size_t at) {
-    if (bits)
+AC_APART void scale_gradient(float *to, const float *d, int count, float scale, const uint32_t *bits, size_t at) {
+    if (bits) {
         for (int i = 0; i < count; i++, at++) to[i] = bits[at >> 5] >> (at & 31u) & 1u ? d[i] * scale : 0.0f;
-    else
+    } else {
         for (int i = 0; i < count; i++) to[i] = d[i] * scale;
+    }
 }
 
 /* What q_conv_input_grad works on: one group of channels of one image. */
