@@ -114,7 +114,16 @@ def run(capsys, tmp_path, monkeypatch):
 
 def test_the_verbs_are_these():
     assert set(VERBS) == {
-        "demo", "inspect", "plan", "export", "adapt", "evaluate", "emulate", "check", "report", "devices"
+        "demo",
+        "inspect",
+        "plan",
+        "export",
+        "adapt",
+        "evaluate",
+        "emulate",
+        "check",
+        "report",
+        "devices",
     }
 
 
