@@ -603,7 +603,7 @@ CpuName = Annotated[
     typer.Option(
         "--cpu",
         metavar="C",
-        help="Processor to build for, by default the device's: cortex-m0plus, -m4, -m7, -m33 or riscv32.",
+        help="Processor to build for, by default the device's: cortex-m0plus, -m4, -m7, -m33, -m55 (QEMU) or riscv32.",
         show_default=False,
     ),
 ]

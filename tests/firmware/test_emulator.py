@@ -12,7 +12,7 @@ import pytest
 from test_quantized import small_net
 
 import acclimate
-from acclimate import cli, device
+from acclimate import device
 from acclimate.data import digits
 from acclimate.errors import AcclimateError, CannotFit, WrongUse
 from acclimate.firmware import emulator, toolchain, trial
@@ -165,7 +165,7 @@ def _pairs():
             yield pytest.param(cpu, compiler, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("cpu", "compiler"), _pairs())
+@pytest.mark.parametrize(("cpu", "compiler"), list(_pairs()))
 def test_qemu_agrees(cpu, compiler, int8_plan, tmp_path):
     machine = toolchain.MACHINES[cpu]
     cross = "arm-none-eabi-gcc" if cpu.startswith("cortex") else "riscv64-unknown-elf-gcc"
@@ -183,19 +183,23 @@ def test_qemu_agrees(cpu, compiler, int8_plan, tmp_path):
 
 
 def test_the_verbs(tmp_path, float_plan, project, monkeypatch, capsys):
-    onnx = pytest.importorskip("onnx")
-    del onnx
-    from test_cli import as_onnx
+    for package in ("typer", "torch"):
+        pytest.importorskip(package)
+    import torch
+
+    from acclimate import cli
 
     monkeypatch.chdir(tmp_path)
     data = digits()
-    as_onnx(mlp(), tmp_path / "mlp.onnx")
+    dense = [torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)]
+    net = torch.nn.Sequential(*dense).eval()
+    torch.export.save(torch.export.export(net, (torch.zeros(1, 1, 8, 8),)), "mlp.pt2")
     np.savez("mine.npz", x=data.x[:120], y=data.y[:120], x_val=data.x_val[:24], y_val=data.y_val[:24])
     common = ["--data", "mine.npz", "--steps", "3", "--json"]
     for arguments, key in (
-        (["emulate", "mlp.onnx", "--device", "stm32f7", "--scheme", "last"], "instructions_per_step"),
+        (["emulate", "mlp.pt2", "--device", "stm32f7", "--scheme", "last"], "instructions_per_step"),
         (["emulate", str(project)], "instructions_per_step"),
-        (["check", "mlp.onnx", "--device", "stm32f7"], "equal"),
+        (["check", "mlp.pt2", "--device", "stm32f7"], "equal"),
     ):
         assert cli.main([*arguments, *common]) == 0
         found = json.loads(capsys.readouterr().out)

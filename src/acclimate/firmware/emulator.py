@@ -92,7 +92,9 @@ class _Watch(ctypes.Structure):
 
 
 def _pointer(array: np.ndarray | Any) -> int:
-    return array.ctypes.data if isinstance(array, np.ndarray) else ctypes.cast(array, ctypes.c_void_p).value
+    return (
+        array.ctypes.data if isinstance(array, np.ndarray) else ctypes.cast(array, ctypes.c_void_p).value or 0
+    )
 
 
 class Watch:
@@ -203,6 +205,7 @@ def read_elf(path: Path, flash_at: int = FLASH, ram_at: int = RAM) -> Image:
     """The loadable bytes and the symbols of an ELF file whose code lies from flash_at on and whose data from ram_at."""
     try:
         from elftools.elf.elffile import ELFFile
+        from elftools.elf.sections import SymbolTableSection
     except ImportError:
         raise missing_extra("pyelftools", "emulate") from None
     flash, ram_bytes = bytearray(), 0
@@ -218,7 +221,7 @@ def read_elf(path: Path, flash_at: int = FLASH, ram_at: int = RAM) -> Image:
         table = elf.get_section_by_name(".symtab")
         symbols = {
             s.name: (int(s["st_value"]), int(s["st_size"]))
-            for s in table.iter_symbols()
+            for s in (table.iter_symbols() if isinstance(table, SymbolTableSection) else ())
             if s["st_info"]["type"] in ("STT_FUNC", "STT_OBJECT", "STT_NOTYPE") and not s.name.startswith("$")
         }
         return Image(bytes(flash), ram_bytes, symbols, int(elf["e_entry"]))
@@ -710,7 +713,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
     harness = Harness(args.program.read_bytes(), args.cpu, args.device, args.flags.split())
-    run = harness.run(args.entry, **default_feeds(harness.program, args.entry))
+    feeds: dict[str, Any] = default_feeds(harness.program, args.entry)
+    run = harness.run(args.entry, **feeds)
     figures = {
         "cpu": harness.cpu.name,
         "instructions": run.instructions,

@@ -94,7 +94,7 @@ def cache_folder() -> Path:
 def zig() -> tuple[str, ...]:
     """The command that starts zig's C compiler. Raises WrongUse with the install hint where it is not installed."""
     if importlib.util.find_spec("ziglang") is None:
-        raise WrongUse(missing_extra("ziglang", "emulate"))
+        raise missing_extra("ziglang", "emulate")
     return (sys.executable, "-m", "ziglang", "cc")
 
 
@@ -189,8 +189,8 @@ def link(
 class Machine:
     """A board that QEMU emulates, and where its memory lies; the emulated board has as much of it as the real one.
 
-    flash, ram: first addresses. vectors: of the vector table, where that must lie elsewhere. per_tick: instructions
-    in a tick of its counter under QEMU (`-icount shift=3`: 8 ns each).
+    flash, ram: first addresses. source: its machine layer. per_tick: instructions in a tick of its counter under QEMU
+    (`-icount shift=3`: 8 ns each). uart, timer: first addresses of their registers.
     """
 
     cpu: str
@@ -202,12 +202,21 @@ class Machine:
     per_tick: float
     uart: int
     timer: int
-    vectors: int | None = None
     defines: tuple[str, ...] = ()
 
 
-def _mps(cpu: str, machine: str, flash: int, ram: int, uart: int, timer: int, **more: int) -> Machine:
-    defines = (f"-DAC_UART={uart:#x}u", f"-DAC_TIMER={timer:#x}u")
+def _mps(
+    cpu: str,
+    machine: str,
+    flash: int,
+    ram: int,
+    uart: int,
+    timer: int,
+    timer_hz: int = 25_000_000,
+    *more: str,
+) -> Machine:
+    defines = (f"-DAC_UART={uart:#x}u", f"-DAC_TIMER={timer:#x}u", *more)
+    per_tick = 125e6 / timer_hz
     return Machine(
         cpu,
         "qemu-system-arm",
@@ -215,11 +224,10 @@ def _mps(cpu: str, machine: str, flash: int, ram: int, uart: int, timer: int, **
         flash,
         ram,
         "ac_board_mps2.c",
-        5.0,
+        per_tick,
         uart,
         timer,
         defines=defines,
-        **more,
     )
 
 
@@ -230,7 +238,17 @@ MACHINES = {
         _mps("cortex-m0plus", "mps2-an385", 0, 0x20000000, 0x40004000, 0x40000000),
         _mps("cortex-m4", "mps2-an386", 0, 0x20000000, 0x40004000, 0x40000000),
         _mps("cortex-m7", "mps2-an500", 0, 0x20000000, 0x40004000, 0x40000000),
-        _mps("cortex-m33", "mps2-an505", 0x10000000, 0x38000000, 0x50200000, 0x50000000),
+        _mps("cortex-m33", "mps2-an505", 0x10000000, 0x38000000, 0x50200000, 0x50000000, 20_000_000),
+        _mps(
+            "cortex-m55",
+            "mps3-an547",
+            0x10000000,
+            0x30000000,
+            0x59303000,
+            0x58100000,
+            32_000_000,
+            "-DAC_SYSTEM_COUNTER",
+        ),
         Machine(
             "riscv32",
             "qemu-system-riscv32",

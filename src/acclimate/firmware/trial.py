@@ -315,8 +315,8 @@ def _first_on(
         made = [board.tensor(r) for r, t in zip(op.records, op.outputs, strict=True) if t] or [board.state()]
         for name, ours, theirs in zip(names, values[i], made, strict=False):
             if ours != theirs:
-                a, b = (np.frombuffer(raw, np.uint8) for raw in (ours, theirs))
-                at = int(np.flatnonzero(a != b)[0])
+                pair = [np.frombuffer(raw, np.uint8) for raw in (ours, theirs)]
+                at = int(np.flatnonzero(pair[0] != pair[1])[0])
                 return {"tensor": name, "op": op.op, "index": i, "shapes": op.shapes, "byte": at}
     return {
         "tensor": "",

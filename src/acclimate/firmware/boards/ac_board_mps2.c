@@ -75,7 +75,11 @@ static int write(void *user, const uint8_t *bytes, int n) {
 
 static uint32_t counter(void *user) {
     (void)user;
+#ifdef AC_SYSTEM_COUNTER /* the M55's board has no CMSDK timer: AC_TIMER reads its system counter */
+    return AT(AC_TIMER + 8);
+#else
     return 0xFFFFFFFFu - AT(AC_TIMER + 4);
+#endif
 }
 
 static uint32_t stack_used(void *user) {
@@ -90,9 +94,13 @@ const ac_board *ac_board_open(void) {
                                    .receive_bytes = 1u << 16};
     AT(AC_UART + 16) = 16; /* the fastest rate */
     AT(AC_UART + 8) = 3;   /* transmit, receive */
+#ifdef AC_SYSTEM_COUNTER
+    AT(AC_TIMER) = 1;
+#else
     AT(AC_TIMER + 8) = 0xFFFFFFFFu;
     AT(AC_TIMER + 4) = 0xFFFFFFFFu;
     AT(AC_TIMER) = 1;
+#endif
     return &board;
 }
 
