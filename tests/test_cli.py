@@ -118,6 +118,7 @@ def test_the_verbs_are_these():
         "inspect",
         "plan",
         "export",
+        "quantize",
         "adapt",
         "evaluate",
         "emulate",

@@ -22,6 +22,9 @@ _PUBLIC = {
     "Prototypes": "prototypes",
     "reserve_classes": "classes",
     "load": "frontend",
+    "save": "frontend",
+    "quantize": "quantizer",
+    "quantization_report": "quantizer",
     "from_torch": "frontend",
     "devices": "device",
     "Device": "device",
@@ -66,7 +69,7 @@ if TYPE_CHECKING:
     from .device import Device, devices
     from .errors import AcclimateError, BadInput, CannotFit, Refused, Unsupported, WrongUse
     from .firmware.export import export
-    from .frontend import from_torch, load
+    from .frontend import from_torch, load, save
     from .grad import Channels, UpdateSet
     from .ir import Graph
     from .learner import Learner
@@ -93,6 +96,7 @@ if TYPE_CHECKING:
     from .planner import Plan
     from .prototypes import Prototypes
     from .replay import Replay
+    from .quantizer import quantization_report, quantize
 
 
 def __getattr__(name: str) -> Any:
