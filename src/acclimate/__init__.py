@@ -95,8 +95,8 @@ if TYPE_CHECKING:
     )
     from .planner import Plan
     from .prototypes import Prototypes
-    from .replay import Replay
     from .quantizer import quantization_report, quantize
+    from .replay import Replay
 
 
 def __getattr__(name: str) -> Any:
