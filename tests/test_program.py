@@ -289,7 +289,7 @@ def test_counts_that_add_up_but_shift_the_sections(program):
 @pytest.mark.parametrize(
     ("at", "form", "values"),
     [
-        (0, "B", (6,)),
+        (0, "B", (7,)),
         (0, "B", (255,)),  # dtype
         (1, "B", (7,)),
         (1, "B", (0,)),  # rank; with rank 0 the dims must be one

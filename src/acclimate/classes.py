@@ -46,7 +46,7 @@ def _head(model: Graph) -> _Head:
         node is None
         or weight not in known
         or not classes
-        or (node.op == "conv" and classes != len(known[weight].data))
+        or (node.op == "conv" and classes != known[weight].shape[0])
     ):
         raise WrongUse(
             "the model does not end in a linear or convolutional layer of its own with an output (n, classes)",

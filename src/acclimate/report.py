@@ -250,10 +250,10 @@ def report_of(data: Mapping[str, Any]) -> Report:
         "evaluate": _evaluate,
         "demo": _demo,
         "devices": _devices,
+        "quantize": _quantize,
         "emulate": _emulate,
         "check": _check,
         "export": _export,
-        "quantize": _quantize,
     }
     kind = data.get("kind") if isinstance(data, Mapping) else None
     if not isinstance(kind, str) or kind not in makers:
