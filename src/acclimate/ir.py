@@ -90,6 +90,7 @@ class Value:
     type: Type
     kind: str = "temp"
     data: np.ndarray | None = None  # what a constant holds, what a persistent value starts from
+    sparse: bool = False  # of a parameter: connections were pruned, its zeros stay zero
 
     @property
     def shape(self) -> tuple[int, ...]:

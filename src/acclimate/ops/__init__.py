@@ -165,7 +165,7 @@ def with_batch(graph: Graph, batch: int) -> Graph:
     for value in graph.values.values():
         if value.kind != "temp":
             shape = rebatch(value.type.shape, batch)
-            new.values[value.name] = Value(value.name, Type(shape, value.type.dtype), value.kind, value.data)
+            new.values[value.name] = replace(value, type=Type(shape, value.type.dtype))
     for node in graph.nodes:
         attrs = {k: rebatch(v, batch) for k, v in node.attrs.items()}
         types = infer(TABLE[node.op], attrs, [new.type(n) if n else None for n in node.inputs], node.where)
