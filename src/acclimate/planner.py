@@ -178,7 +178,7 @@ class Plan:
     @property
     def update_bytes(self) -> int:
         """Bytes of the weights that learn, as a delta sends them."""
-        return 4 * self.update_set.size(self.model)
+        return self.update_set.size_bytes(self.model)
 
     # -- cost ----------------------------------------------------------------------------------------------------
     @cached_property

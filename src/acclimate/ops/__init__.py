@@ -23,6 +23,7 @@ from . import (
     matrix,
     normalization,
     pooling,
+    quantized,
     random,
     recurrent,
     reshaping,
@@ -45,6 +46,7 @@ TABLE: dict[str, Row] = {
         reshaping,
         loss,
         update,
+        quantized,
     )
     for row in family.ROWS
 }

@@ -618,6 +618,7 @@ static void pool_segment(const ac_attr_max_pool *a, const shape *x, const float 
 
 /* x (N, C, H, W) -> y (N, C, P, Q), index (N, C, P, Q)? of the first largest element, row by row in its window */
 ac_status AC_KERNEL(max_pool)(const ac_call *c) {
+    if (AC_IN_T(c, 0)->dtype == AC_I8) return AC_KERNEL(max_pool_i8)(c);
     const ac_attr_max_pool *a = c->attr;
     shape x = shape_of(AC_IN_T(c, 0)), y = shape_of(AC_OUT_T(c, 0));
     const float *plane = AC_IN(c, 0);

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x5B8A1F6Bu
+#define AC_TABLE_HASH 0x51C9982Cu
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -109,7 +109,18 @@ typedef enum {
     AC_OP_INCREMENT = 99,
     AC_OP_SUM_SQUARES = 100,
     AC_OP_CLIP_SCALE = 101,
-    AC_OP_COUNT = 102
+    AC_OP_QUANTIZE = 102,
+    AC_OP_DEQUANTIZE = 103,
+    AC_OP_Q_CONV = 104,
+    AC_OP_Q_CONV_INPUT_GRAD = 105,
+    AC_OP_Q_CONV_WEIGHT_GRAD = 106,
+    AC_OP_Q_ADD = 107,
+    AC_OP_Q_RESCALE = 108,
+    AC_OP_Q_AVG_POOL = 109,
+    AC_OP_Q_TABLE = 110,
+    AC_OP_Q_TABLE_GRAD = 111,
+    AC_OP_Q_SGD = 112,
+    AC_OP_COUNT = 113
 } ac_op;
 
 typedef struct {
@@ -401,6 +412,90 @@ typedef struct {
     float max_norm;
 } ac_attr_clip_scale;
 
+typedef struct {
+    float scale;
+    int32_t zero;
+} ac_attr_quantize;
+
+typedef struct {
+    float scale;
+    int32_t zero;
+} ac_attr_dequantize;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t x_zero;
+    int32_t y_zero;
+    int32_t low;
+    int32_t high;
+} ac_attr_q_conv;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t size[2];
+} ac_attr_q_conv_input_grad;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t kernel[2];
+    int32_t x_zero;
+    float x_scale;
+} ac_attr_q_conv_weight_grad;
+
+typedef struct {
+    int32_t a_zero;
+    int32_t b_zero;
+    int32_t y_zero;
+    int32_t a_multiplier;
+    int32_t a_shift;
+    int32_t b_multiplier;
+    int32_t b_shift;
+    int32_t y_multiplier;
+    int32_t y_shift;
+    int32_t low;
+    int32_t high;
+} ac_attr_q_add;
+
+typedef struct {
+    int32_t x_zero;
+    int32_t y_zero;
+    int32_t multiplier;
+    int32_t shift;
+    int32_t low;
+    int32_t high;
+} ac_attr_q_rescale;
+
+typedef struct {
+    int32_t kernel[2];
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t extra[2];
+    int32_t low;
+    int32_t high;
+} ac_attr_q_avg_pool;
+
+typedef struct {
+    int32_t axis;
+    float momentum;
+    int32_t nesterov;
+    float weight_decay;
+    int32_t rounding;
+    int32_t salt;
+} ac_attr_q_sgd;
+
 ac_status AC_KERNEL(relu)(const ac_call *call);
 ac_status AC_FAST_KERNEL(relu)(const ac_call *call);
 ac_status AC_KERNEL(hard_tanh)(const ac_call *call);
@@ -518,6 +613,17 @@ ac_status AC_KERNEL(clear)(const ac_call *call);
 ac_status AC_KERNEL(increment)(const ac_call *call);
 ac_status AC_KERNEL(sum_squares)(const ac_call *call);
 ac_status AC_KERNEL(clip_scale)(const ac_call *call);
+ac_status AC_KERNEL(quantize)(const ac_call *call);
+ac_status AC_KERNEL(dequantize)(const ac_call *call);
+ac_status AC_KERNEL(q_conv)(const ac_call *call);
+ac_status AC_KERNEL(q_conv_input_grad)(const ac_call *call);
+ac_status AC_KERNEL(q_conv_weight_grad)(const ac_call *call);
+ac_status AC_KERNEL(q_add)(const ac_call *call);
+ac_status AC_KERNEL(q_rescale)(const ac_call *call);
+ac_status AC_KERNEL(q_avg_pool)(const ac_call *call);
+ac_status AC_KERNEL(q_table)(const ac_call *call);
+ac_status AC_KERNEL(q_table_grad)(const ac_call *call);
+ac_status AC_KERNEL(q_sgd)(const ac_call *call);
 ac_status ac_check_round(const ac_call *call);
 ac_status ac_check_add(const ac_call *call);
 ac_status ac_check_sub(const ac_call *call);
@@ -564,5 +670,16 @@ ac_status ac_check_embedding(const ac_call *call);
 ac_status ac_check_embedding_grad(const ac_call *call);
 ac_status ac_check_sgd(const ac_call *call);
 ac_status ac_check_adam(const ac_call *call);
+ac_status ac_check_quantize(const ac_call *call);
+ac_status ac_check_dequantize(const ac_call *call);
+ac_status ac_check_q_conv(const ac_call *call);
+ac_status ac_check_q_conv_input_grad(const ac_call *call);
+ac_status ac_check_q_conv_weight_grad(const ac_call *call);
+ac_status ac_check_q_add(const ac_call *call);
+ac_status ac_check_q_rescale(const ac_call *call);
+ac_status ac_check_q_avg_pool(const ac_call *call);
+ac_status ac_check_q_table(const ac_call *call);
+ac_status ac_check_q_table_grad(const ac_call *call);
+ac_status ac_check_q_sgd(const ac_call *call);
 
 #endif
