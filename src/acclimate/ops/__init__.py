@@ -19,6 +19,7 @@ from . import (
     activation,
     arithmetic,
     convolution,
+    fake,
     loss,
     matrix,
     normalization,
@@ -47,6 +48,7 @@ TABLE: dict[str, Row] = {
         loss,
         update,
         quantized,
+        fake,
     )
     for row in family.ROWS
 }

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x51C9982Cu
+#define AC_TABLE_HASH 0x4E76C7AEu
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -120,7 +120,9 @@ typedef enum {
     AC_OP_Q_TABLE = 110,
     AC_OP_Q_TABLE_GRAD = 111,
     AC_OP_Q_SGD = 112,
-    AC_OP_COUNT = 113
+    AC_OP_FAKE_QUANT = 113,
+    AC_OP_FAKE_QUANT_SCALE_GRAD = 114,
+    AC_OP_COUNT = 115
 } ac_op;
 
 typedef struct {
@@ -496,6 +498,20 @@ typedef struct {
     int32_t salt;
 } ac_attr_q_sgd;
 
+typedef struct {
+    int32_t axis;
+    int32_t low;
+    int32_t high;
+    int32_t zero;
+} ac_attr_fake_quant;
+
+typedef struct {
+    int32_t axis;
+    int32_t low;
+    int32_t high;
+    int32_t zero;
+} ac_attr_fake_quant_scale_grad;
+
 ac_status AC_KERNEL(relu)(const ac_call *call);
 ac_status AC_FAST_KERNEL(relu)(const ac_call *call);
 ac_status AC_KERNEL(hard_tanh)(const ac_call *call);
@@ -624,6 +640,8 @@ ac_status AC_KERNEL(q_avg_pool)(const ac_call *call);
 ac_status AC_KERNEL(q_table)(const ac_call *call);
 ac_status AC_KERNEL(q_table_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_sgd)(const ac_call *call);
+ac_status AC_KERNEL(fake_quant)(const ac_call *call);
+ac_status AC_KERNEL(fake_quant_scale_grad)(const ac_call *call);
 ac_status ac_check_round(const ac_call *call);
 ac_status ac_check_add(const ac_call *call);
 ac_status ac_check_sub(const ac_call *call);
@@ -681,5 +699,7 @@ ac_status ac_check_q_avg_pool(const ac_call *call);
 ac_status ac_check_q_table(const ac_call *call);
 ac_status ac_check_q_table_grad(const ac_call *call);
 ac_status ac_check_q_sgd(const ac_call *call);
+ac_status ac_check_fake_quant(const ac_call *call);
+ac_status ac_check_fake_quant_scale_grad(const ac_call *call);
 
 #endif

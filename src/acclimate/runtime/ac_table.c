@@ -116,4 +116,6 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"q_table", "*:i8, T:i8 -> *:i8", 2, 1, 0, 0, AC_KERNEL(q_table), ac_check_q_table},
     {"q_table_grad", "*, *:i8, T -> *", 3, 1, 0, 0, AC_KERNEL(q_table_grad), ac_check_q_table_grad},
     {"q_sgd", "~:i8/i32, ~, 1, S, ~?, ~:i8?, 1:i32?, P:i32? ->", 8, 0, 6, 49, AC_KERNEL(q_sgd), ac_check_q_sgd},
+    {"fake_quant", "*, S -> *, *:bit?", 2, 2, 4, 0, AC_KERNEL(fake_quant), ac_check_fake_quant},
+    {"fake_quant_scale_grad", "*, *, S -> S", 3, 1, 4, 0, AC_KERNEL(fake_quant_scale_grad), ac_check_fake_quant_scale_grad},
 };
