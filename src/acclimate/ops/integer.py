@@ -206,13 +206,21 @@ def lower(graph: Graph) -> Graph:
     int32 under their own names and shapes, with a `quant`; the weight of a product x @ w is stored as (O, K). An input
     that is only read quantised is int8 itself. Outputs are float.
     """
-    if not any(node.op == "quantize" for node in graph.nodes):
-        return graph
-    return _Lowering(graph).run()
+    if any(node.op == "quantize" for node in graph.nodes):
+        return _Lowering(graph).run()
+    if any(v.quant is not None and v.type.dtype == "f32" for v in graph.values.values()):  # weights alone
+        graph = graph.copy()
+        graph.values = {
+            n: replace(v, quant=None) if v.type.dtype == "f32" else v for n, v in graph.values.items()
+        }
+    return graph
 
 
 class _Sink(NamedTuple):
-    """Where a node's result is quantised: after clamps `through`, by `node`, as int8 from low to high."""
+    """Where a node's result is quantised: after clamps and views `through`, by `node`, as int8 from low to high.
+
+    `name`: of the value that is quantised there.
+    """
 
     through: tuple[Node, ...]
     node: Node
@@ -325,16 +333,20 @@ class _Lowering:
                 return _Sink(
                     tuple(through), node, y, int(max(bounds[0], LOW)), int(min(bounds[1], HIGH)), name
                 )
-            bounds_of = TABLE[node.op].bounds
-            if bounds_of is None or any(node.outputs[1:]):
+            row = TABLE[node.op]
+            if any(node.outputs[1:]) or (row.bounds is None and not row.view):
                 return None
-            more = bounds_of(node.attrs)
-            low, high = max(low, more[0]), min(high, more[1])
+            if row.bounds is not None:
+                more = row.bounds(node.attrs)
+                low, high = max(low, more[0]), min(high, more[1])
             through.append(node)
             name = node.outputs[0]
         return None
 
     def _drain(self, sink: _Sink, made: Int) -> bool:
+        shape = self.old.shape(sink.name)
+        if tuple(self.new.shape(made.name)) != tuple(shape):
+            made = made._replace(name=emit(self.new, "reshape", made.name, name=sink.name, shape=shape))
         self.q[sink.node.outputs[0]] = made
         self.done |= {id(n) for n in (*sink.through, sink.node)}
         return True
@@ -345,35 +357,28 @@ class _Lowering:
         if sink is None or weight.quant is None:
             return False
         axis = channel_axis(node)
+        if weight.quant.scale.size not in (1, weight.shape[axis]):
+            return False
         w, scale = self._weight(weight, axis)
         bias = None
         if len(node.inputs) > 2 and node.inputs[2]:
             bias = self._bias(self.old.values[node.inputs[2]], x.scale * scale.astype(np.float64), node)
-        made_in = (node.inputs[1], w, scale)
-        if w.ndim > 2:
-            return self._drain(
-                sink,
-                conv(
-                    self.new, x, made_in, bias, sink.y, sink.name, node.attrs, sink.low, sink.high, node.where
-                ),
-            )
-        shape = self.new.shape(x.name)
-        flat = x._replace(name=emit(self.new, "reshape", x.name, name=f"{x.name}.column", shape=(*shape, 1)))
-        geometry = {"stride": (1,), "before": (0,), "after": (0,), "dilation": (1,), "groups": 1}
+        geometry: Mapping[str, Any] = node.attrs
+        if w.ndim == 2:
+            column = (*self.new.shape(x.name), 1)
+            x = x._replace(name=emit(self.new, "reshape", x.name, name=f"{x.name}.column", shape=column))
+            geometry = {"stride": (1,), "before": (0,), "after": (0,), "dilation": (1,), "groups": 1}
+        name = self._stem(sink, node)
+        clamp = sink.low, sink.high
         y = conv(
-            self.new,
-            flat,
-            made_in,
-            bias,
-            sink.y,
-            f"{sink.name}.column",
-            geometry,
-            sink.low,
-            sink.high,
-            node.where,
+            self.new, x, (node.inputs[1], w, scale), bias, sink.y, name, geometry, *clamp, where=node.where
         )
-        out = emit(self.new, "reshape", y.name, name=sink.name, shape=(shape[0], w.shape[0]))
-        return self._drain(sink, y._replace(name=out))
+        return self._drain(sink, y)
+
+    def _stem(self, sink: _Sink, node: Node) -> str:
+        """The name of an integer node: its sink's, which a reshape may need for itself."""
+        views = any(TABLE[n.op].view for n in sink.through)
+        return node.outputs[0] if views and sink.name != node.outputs[0] else sink.name
 
     def _weight(self, value: Value, axis: int) -> tuple[np.ndarray, np.ndarray]:
         """(int8 (O, ...), scale) of a weight."""
@@ -401,7 +406,7 @@ class _Lowering:
             return False
         a, b = (self.ints[n] for n in node.inputs)
         return self._drain(
-            sink, add(self.new, a, b, sink.y, sink.name, sink.low, sink.high, node.where)
+            sink, add(self.new, a, b, sink.y, self._stem(sink, node), sink.low, sink.high, node.where)
         )
 
     def _table(self, node: Node) -> bool:
@@ -415,7 +420,7 @@ class _Lowering:
             with np.errstate(all="ignore"):
                 y: np.ndarray = TABLE[node.op].ref(node.attrs, at)[0]
                 for clamp in sink.through:
-                    y = TABLE[clamp.op].ref(clamp.attrs, y)[0]
+                    y = y if TABLE[clamp.op].view else TABLE[clamp.op].ref(clamp.attrs, y)[0]
             return y
 
         y = reals(every)
@@ -430,7 +435,7 @@ class _Lowering:
             "q_table",
             x.name,
             name,
-            name=sink.name,
+            name=self._stem(sink, node),
             where=node.where,
             slopes=tuple(float(s) for s in np.float32(slopes)),
         )
@@ -439,7 +444,7 @@ class _Lowering:
     def _join(self, node: Node) -> bool:
         sink = self._sink(node.outputs[0])
         xs = [self.ints[n] for n in node.inputs]
-        y = sink.y if sink is not None and not sink.through else (xs[0].scale, xs[0].zero)
+        y = sink.y if sink is not None and sink.name == node.outputs[0] else (xs[0].scale, xs[0].zero)
         same = [rescale(self.new, x, y, f"{x.name}.rescaled") for x in xs]
         made = emit(
             self.new, node.op, *(x.name for x in same), name=node.outputs[0], where=node.where, **node.attrs

@@ -148,7 +148,7 @@ def _norms_as_convolutions(graph: Graph) -> Graph:
         if len(shape) == 2:
             out = emit(new, "reshape", out, shape=shape)
         last = new.nodes[-1]
-        new.nodes[-1] = replace(last, outputs=node.outputs)
+        new.nodes[-1] = replace(last, outputs=(node.outputs[0], *last.outputs[1:]))
         new.values[node.outputs[0]] = replace(new.values.pop(out), name=node.outputs[0])
     return prune(new)
 
@@ -194,8 +194,8 @@ def _feeds_weights(graph: Graph, uses: Mapping[str, list[Node]], name: str, kept
     return False
 
 
-def _layers(graph: Graph, keep_float: Sequence[str]) -> tuple[list[Layer], set[int]]:
-    """(what runs on int8, ids of the nodes that were asked to stay float)."""
+def _layers(graph: Graph, keep_float: Sequence[str]) -> tuple[list[Layer], set[str], set[int]]:
+    """(what runs on int8, the inputs that are int8, ids of the nodes that were asked to stay float)."""
     uses = graph.consumers()
     kept: set[int] = set()
     for wanted in keep_float:
@@ -208,11 +208,8 @@ def _layers(graph: Graph, keep_float: Sequence[str]) -> tuple[list[Layer], set[i
                 "keep_float names no layer", number=repr(wanted), action=f"one of {', '.join(layers[:12])}"
             )
         kept |= {id(n) for n in found}
-    ints = {
-        n
-        for n in graph.inputs.values()
-        if graph.type(n).dtype == "f32" and _feeds_weights(graph, uses, n, kept)
-    }
+    inputs_of_graph = {n for n in graph.inputs.values() if _feeds_weights(graph, uses, n, kept)}
+    ints = set(inputs_of_graph)
     layers: list[Layer] = []
     passed: set[int] = set()
     for node in graph.nodes:
@@ -228,7 +225,7 @@ def _layers(graph: Graph, keep_float: Sequence[str]) -> tuple[list[Layer], set[i
             passed |= {id(n) for n in through}
         ints.add(output)
         layers.append(Layer(_layer_name(graph, node), node, inputs, "" if kind == "keep" else output))
-    return layers, kept
+    return layers, inputs_of_graph, kept
 
 
 def _points(graph: Graph, layers: Sequence[Layer]) -> dict[str, str]:
@@ -299,12 +296,17 @@ def _inputs_of(graph: Graph, given: Any) -> dict[str, np.ndarray]:
     return out
 
 
-def _values(graph: Graph, names: Sequence[str], data: Mapping[str, np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """The values `names` of a graph, batch after batch, by the C runtime."""
-    count = len(next(iter(data.values())))
+def _batch(graph: Graph, names: Sequence[str]) -> int:
+    """Samples to look at together."""
     one = with_batch(graph, 1)
-    size = sum(one.type(n).size_bytes for n in names) or 1
-    batch = int(np.clip(BATCH_BYTES // size, 1, min(MOST_BATCH, count)))
+    return int(np.clip(BATCH_BYTES // max(1, sum(one.type(n).size_bytes for n in names)), 1, MOST_BATCH))
+
+
+def _values(
+    graph: Graph, names: Sequence[str], data: Mapping[str, np.ndarray], batch: int = 0
+) -> Iterator[list[np.ndarray]]:
+    """The values `names` of a graph, batch after batch, by the C runtime."""
+    count, batch = len(next(iter(data.values()))), batch or _batch(graph, names)
     inner = [n for n in dict.fromkeys(names) if graph.values[n].kind == "temp"]
     roles = {n: role for role, n in graph.inputs.items()}
     sessions: dict[int, Session] = {}
@@ -325,8 +327,8 @@ def quantized(value: Value, x: np.ndarray) -> np.ndarray:
     """Float data as an input takes them: int8 where it has a `quant`."""
     if value.quant is None or value.type.dtype != "i8" or x.dtype == np.int8:
         return x
-    q = half_away((x / value.quant.scale[0]).astype(np.float64)) + value.quant.zero
-    return np.clip(q, LOW, HIGH).astype(np.int8)
+    attrs = {"scale": float(value.quant.scale[0]), "zero": value.quant.zero}
+    return np.asarray(TABLE["quantize"].ref(attrs, x)[0])
 
 
 def calibrate(
@@ -447,7 +449,7 @@ class Quantization:
         if any(v.quant is not None for v in self.model.values.values()):
             raise WrongUse("this graph is quantised already", action="give the float model")
         self.float_graph = fold(self.model)
-        self.layers, self._kept = _layers(self.float_graph, self.keep_float)
+        self.layers, self._int8_inputs, self._kept = _layers(self.float_graph, self.keep_float)
         if not self.layers:
             raise BadInput(
                 "no layer of this model has an integer form",
@@ -462,7 +464,7 @@ class Quantization:
         self.ranges = {name: affine(*ends[name]) for name in names}
         _share_joined(self.float_graph, self.layers, self.ranges)
         self.weights = self._weights()
-        self.graph = lower(self.fake(self.layers))
+        self.graph = lower(self.fake())
 
     def _weights(self) -> dict[str, Quant]:
         """The scales of every weight; one that several layers share gets the widest."""
@@ -479,46 +481,34 @@ class Quantization:
             scales[name] = np.maximum(scales[name], s) if name in scales else s
         return {name: Quant(s) for name, s in scales.items()}
 
-    def fake(self, layers: Sequence[Layer]) -> Graph:
-        """The float graph with the numbers of some layers rounded to what int8 can hold: it runs as it is."""
-        old = self.float_graph
+    def fake(self, only: Layer | None = None) -> Graph:
+        """The float graph with its numbers rounded to what int8 can hold, everywhere or in one layer: it runs as it is."""
+        old, layers = self.float_graph, self.layers if only is None else [only]
         chosen = {id(layer.node): layer for layer in layers}
         ends = {layer.output for layer in layers if layer.output}
         new = old.copy()
         new.nodes = []
-        held: dict[str, str] = {}  # value -> its rounded twin, which everybody reads
-        here: dict[str, str] = {}  # the same for what is made in float: only integer layers read it
 
         def rounded(name: str) -> str:
             scale, zero = self.ranges[self._root[name]]
             q = emit(new, "quantize", name, name=f"{name}.q", scale=scale, zero=zero)
             return str(emit(new, "dequantize", q, name=f"{name}.dq", scale=scale, zero=zero))
 
+        # value -> its rounded twin; what is made in float is rounded for the integer layers only
+        held = {n: rounded(n) for n in self._int8_inputs if only is None}
+        here: dict[str, str] = {}
         keeps = {layer.node.outputs[0] for layer in layers if not layer.output}
         for node in old.nodes:
-            layer = chosen.get(id(node))
             names = dict(held)
-            for name in layer.inputs if layer else ():
-                if name not in held and name not in keeps:
-                    here[name] = here.get(name) or rounded(name)
-                    names[name] = here[name]
-            inputs = tuple(names.get(n, n) for n in node.inputs)
-            if layer and form(old, node) == "weighted":
-                self._round_weight(new, node)
-            new.nodes.append(replace(node, inputs=inputs))
-            for name in node.outputs:
-                if name in ends:
-                    held[name] = rounded(name)
-        # an input that is quantised anywhere is int8: everything reads what is left of it
-        whole = {n: here[n] for n in old.inputs.values() if n in here} if len(layers) == len(self.layers) else {}
-        new.nodes = [
-            n if n.op == "quantize" else replace(n, inputs=tuple(whole.get(i, i) for i in n.inputs))
-            for n in new.nodes
-        ]
-        if whole:
-            first = [n for n in new.nodes if {*n.outputs} & {*whole.values()} or {*n.inputs} & {*whole}]
-            new.nodes = first + [n for n in new.nodes if n not in first]
-        new.outputs = {role: held.get(n, whole.get(n, n)) for role, n in old.outputs.items()}
+            layer = chosen.get(id(node))
+            if layer is not None:
+                for name in {*layer.inputs} - held.keys() - keeps:
+                    here[name] = names[name] = here.get(name) or rounded(name)
+                if form(old, node) == "weighted":
+                    self._round_weight(new, node)
+            new.nodes.append(replace(node, inputs=tuple(names.get(n, n) for n in node.inputs)))
+            held.update({name: rounded(name) for name in node.outputs if name in ends})
+        new.outputs = {role: held.get(n, n) for role, n in old.outputs.items()}
         return verify(new, "fake quantisation")
 
     def _round_weight(self, graph: Graph, node: Node) -> None:
@@ -560,7 +550,9 @@ class Quantization:
         count = len(next(iter(data.values())))
         target = None
         if y is not None:
-            target = resolve(loss, LOSSES, "loss").check(y, count, self.model.type(self.model.outputs["output"]))
+            target = resolve(loss, LOSSES, "loss").check(
+                np.asarray(y), self.model.type(self.model.outputs["output"])
+            )
 
         def accuracy(graph: Graph) -> float:
             logits = np.concatenate([a for (a,) in _values(graph, [graph.outputs["output"]], data)])
@@ -589,7 +581,7 @@ class Quantization:
             chosen = [layer for layer in self.layers if layer.output]
             for i, (row, layer) in enumerate(zip(rows, chosen, strict=True)):
                 tell("layers", i, len(rows), layer.name)
-                row["accuracy_alone"] = accuracy(self.fake([layer]))
+                row["accuracy_alone"] = accuracy(self.fake(layer))
                 row["cost"] = whole - row["accuracy_alone"]
             tell("layers", len(rows), len(rows), "")
         return out
@@ -597,7 +589,8 @@ class Quantization:
     def _qualities(self, names: Sequence[str], data: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
         """Signal-to-noise ratio and cosine of values of the int8 graph against the float ones."""
         signal, noise, other, product = np.zeros((4, len(names)))
-        pairs = zip(_values(self.float_graph, names, data), _values(self.graph, names, data), strict=False)
+        batch = _batch(self.float_graph, names)
+        pairs = zip(*(_values(g, names, data, batch) for g in (self.float_graph, self.graph)), strict=True)
         for real, found in pairs:
             for i, (name, a, q) in enumerate(zip(names, real, found, strict=True)):
                 b = q
