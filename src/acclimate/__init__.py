@@ -20,6 +20,8 @@ _PUBLIC = {
     "load": "frontend",
     "save": "frontend",
     "quantize": "quantizer",
+    "fake_quantize": "quantizer",
+    "prune": "pruning",
     "quantization_report": "quantizer",
     "from_torch": "frontend",
     "devices": "device",
@@ -88,7 +90,8 @@ if TYPE_CHECKING:
         ThresholdedDistillation,
     )
     from .planner import Plan
-    from .quantizer import quantization_report, quantize
+    from .pruning import prune
+    from .quantizer import fake_quantize, quantization_report, quantize
 
 
 def __getattr__(name: str) -> Any:

@@ -71,7 +71,7 @@ def coupling(graph: Graph) -> Coupling:
         types = [graph.type(n) if n else None for n in node.outputs]
         call = Call(units, row, node.attrs, node.inputs, [labels[n] for n in node.inputs], types)
         labels.update(zip(node.outputs, outputs_of(call), strict=True))
-        if row.view or row.moves:
+        if row.view or row.moves or row.fakes:
             home[node.outputs[0]] = home.get(node.inputs[0], "")
     units.fix(*(axis for name in graph.outputs.values() for axis in labels[name]))
     found = {name: [units.find(axis) for axis in axes] for name, axes in labels.items() if name}

@@ -96,6 +96,7 @@ ROWS = (
         grad=_grad,
         couple=_couple,
         fakes=True,
+        roles={0: "weight", 1: "scale"},
         in_place=(0,),
         check=True,
         cost=lambda a, i, o: Cost(elementwise=4 * o[0].size),

@@ -1,7 +1,7 @@
 """From a float graph with quantised points to int8: which integer row stands in for which float row.
 
 A graph says what is quantised by itself: where a value passes `quantize` and `dequantize`, and where a weight has a
-`quant`. Such a graph runs as it is (fake quantisation); `lower` turns whatever lies between two such points and has an
+`quant`, or passes a row that `fakes` one while it learns. Such a graph runs as it is (fake quantisation); `lower` turns whatever lies between two such points and has an
 integer form into integer rows, and leaves the rest in float. Calibration and files of other tools both end here.
 """
 
@@ -206,6 +206,7 @@ def lower(graph: Graph) -> Graph:
     int32 under their own names and shapes, with a `quant`; the weight of a product x @ w is stored as (O, K). An input
     that is only read quantised is int8 itself. Outputs are float.
     """
+    graph = settled(graph)
     if any(node.op == "quantize" for node in graph.nodes):
         return _Lowering(graph).run()
     if any(v.quant is not None and v.type.dtype == "f32" for v in graph.values.values()):  # weights alone
@@ -214,6 +215,23 @@ def lower(graph: Graph) -> Graph:
             n: replace(v, quant=None) if v.type.dtype == "f32" else v for n, v in graph.values.items()
         }
     return graph
+
+
+def settled(graph: Graph) -> Graph:
+    """The graph with each weight that a row `fakes` rounded for good, and its `quant` beside it."""
+    new = graph.copy()
+    new.nodes = []
+    names: dict[str, str] = {}
+    for node in graph.nodes:
+        if TABLE[node.op].fakes:
+            value, scale = (graph.values[n] for n in node.inputs)
+            assert value.data is not None and scale.data is not None
+            real = TABLE[node.op].ref(node.attrs, value.data.astype(np.float64), scale.data)[0]
+            new.values[value.name] = replace(value, data=real.astype(np.float32), quant=Quant(scale.data))
+            names[node.outputs[0]] = value.name
+        else:
+            new.nodes.append(replace(node, inputs=tuple(names.get(n, n) for n in node.inputs)))
+    return new
 
 
 class _Sink(NamedTuple):
