@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from .auto import plan as make_plan
-from .errors import BadInput, WrongUse
+from . import passes
+from .errors import WrongUse
 from .grad import predict_graph
 from .ir import Dim, Graph, Node, Value
-from .ops import TABLE, cost, infer, verify
-from .ops.coupling import Call, Labels, Units, fixed, outputs_of
-from .planner import Plan
+from .layout import arrange
 from .learner import Learner
+from .ops import TABLE, cost, infer, verify, with_batch
+from .ops.coupling import Call, Labels, Units, fixed, outputs_of
+from .planner import compile_plan
 from .schemes import layers
 
 #: criterion -> what it is. The last two need data: per sample, g is the gradient of the loss.
@@ -150,7 +151,7 @@ def _samples(
         yield {n: random.random(w.shape) for n, w in values.items()}
     else:
         x, y = np.asarray(data[0]), np.asarray(data[1])
-        learner = Learner(make_plan(predict_graph(graph), scheme=dict.fromkeys(names), loss=loss))
+        learner = Learner(compile_plan(predict_graph(graph), scheme=dict.fromkeys(names), loss=loss, must_fit=False))
         for i in np.random.default_rng(seed).permutation(len(x))[:SAMPLES]:
             grads = learner.gradients(x[i : i + 1], y[i : i + 1])
             yield {n: values[n] * grads[n] for n in names}
@@ -232,6 +233,38 @@ def least(coupled: Coupling, shares: list[float], scores: np.ndarray) -> np.ndar
         count = min(round(share * len(group.units)), len(group.units) - 1)
         out.append(group.units[np.argsort(scores[group.units], kind="stable")[:count]])
     return np.concatenate(out)
+
+
+def each_alone(
+    model: Graph, share: float, criterion: str = "l2", data: Any = None, loss: Any = "cross_entropy", seed: int = 0
+) -> Iterator[tuple[Group, Graph]]:
+    """For each group of layers the model without this share of that group alone: how much each can spare."""
+    coupled = coupling(model)
+    scores = unit_scores(model, coupled, criterion, data, loss, seed)
+    for group in coupled.groups:
+        only = _shares({group.name: share}, [group.weights], "channels")
+        yield group, without(model, coupled, least(replace(coupled, groups=(group,)), only, scores))
+
+
+def size(graph: Graph) -> dict[str, int]:
+    """`parameters`; `nonzero` of them; `macs` to predict one sample, and `nonzero_macs` without those by a zero weight,
+    which dense kernels do all the same; `predict_arena_bytes`."""
+    predicts = predict_graph(with_batch(graph, 1))
+    values = [v for v in graph.parameters().values()]
+    macs = nonzero = 0
+    for node in predicts.nodes:
+        work = cost(predicts, node)
+        macs += work.mac + work.dw_mac
+        weights = [graph.values[n].data for n in node.inputs if n in graph.values and graph.values[n].sparse]
+        share = np.count_nonzero(weights[0]) / weights[0].size if weights and weights[0] is not None else 1.0
+        nonzero += round(share * (work.mac + work.dw_mac))
+    return {
+        "parameters": sum(v.type.size for v in values),
+        "nonzero": sum(int(np.count_nonzero(v.data)) if v.sparse and v.data is not None else v.type.size for v in values),
+        "macs": macs,
+        "nonzero_macs": nonzero,
+        "predict_arena_bytes": arrange(passes.run(passes.prepare(predicts, set()))).arena_bytes,
+    }
 
 
 def _disconnected(model: Graph, connections: Any, criterion: str, data: Any, loss: Any, seed: int) -> Graph:
