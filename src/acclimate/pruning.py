@@ -26,8 +26,8 @@ from .schemes import layers
 
 #: criterion -> what it is. The last two need data: per sample, g is the gradient of the loss.
 CRITERIA: Mapping[str, str] = {
-    "l1": "sum of |w| (Li et al. 2017, arXiv:1608.08710)",
-    "l2": "sum of w^2 over all weights that go with a channel (Fang et al. 2023, arXiv:2301.12900)",
+    "l1": "sum of |w| of what makes a channel (Li et al. 2017, arXiv:1608.08710) times that of what it meets",
+    "l2": "sum of w^2 of what makes a channel times that of what it meets",
     "random": "nothing: what any other criterion has to beat",
     "taylor": "mean over samples of |sum of w g| (Molchanov et al. 2019, arXiv:1906.10771)",
     "fisher": "mean over samples of (sum of w g)^2 / 2 (Theis et al. 2018, arXiv:1801.05787)",
@@ -55,6 +55,7 @@ class Coupling:
 
     labels: Mapping[str, Labels]
     groups: tuple[Group, ...]
+    made: Mapping[str, tuple[int, ...]]  # weight -> axes along which its layer makes channels
     met: Mapping[str, tuple[int, ...]]  # weight -> axes over which its layer sums
 
 
@@ -85,14 +86,18 @@ def coupling(graph: Graph) -> Coupling:
     for unit, names in sorted(makers.items()):
         if names:
             groups.setdefault(tuple(names), []).append(unit)
-    met: dict[str, tuple[int, ...]] = {}
-    for name, axis in units.met:
-        weight, summed = home.get(name), set(units.find(axis).tolist()) - {0}
-        if weight:
-            axes = [i for i, own in enumerate(found[weight]) if summed & set(own.tolist())]
-            met[weight] = tuple(sorted({*met.get(weight, ()), *axes}))
+
+    def axes_of(noted: list[tuple[str, np.ndarray]]) -> dict[str, tuple[int, ...]]:
+        out: dict[str, tuple[int, ...]] = {}
+        for name, axis in noted:
+            weight, its = home.get(name), set(units.find(axis).tolist()) - {0}
+            if weight:
+                axes = [i for i, own in enumerate(found[weight]) if its & set(own.tolist())]
+                out[weight] = tuple(sorted({*out.get(weight, ()), *axes}))
+        return out
+
     whole = tuple(Group(names, np.array(units_)) for names, units_ in groups.items() if len(units_) > 1)
-    return Coupling(found, whole, met)
+    return Coupling(found, whole, axes_of(units.made), axes_of(units.met))
 
 
 def without(graph: Graph, coupled: Coupling, removed: np.ndarray) -> Graph:
@@ -144,11 +149,8 @@ def _samples(
 ) -> Iterator[dict[str, np.ndarray]]:
     """For each sample (once, where the criterion needs none) an array for each weight, to be summed over what is removed."""
     values = {n: np.asarray(graph.values[n].data, np.float64) for n in names}
-    if criterion == "l1" or criterion == "l2":
+    if criterion not in WITH_DATA:
         yield {n: np.abs(w) if criterion == "l1" else w * w for n, w in values.items()}
-    elif criterion == "random":
-        random = np.random.default_rng(seed)
-        yield {n: random.random(w.shape) for n, w in values.items()}
     else:
         x, y = np.asarray(data[0]), np.asarray(data[1])
         learner = Learner(compile_plan(predict_graph(graph), scheme=dict.fromkeys(names), loss=loss, must_fit=False))
@@ -165,21 +167,27 @@ def unit_scores(
 ) -> np.ndarray:
     """A score for each label; the least is removed first.
 
-    Of data, the sums run over the weights that a channel meets: w g there is what the loss loses, to first order,
-    when the channel is scaled down.
+    Of weights alone, the product of both sides is what no rescaling of one against the other changes. Of data, the sum
+    over the weights that a channel meets: w g there is what the loss loses, to first order, when the channel is scaled
+    down.
     """
-    names = [n for n in _weights(graph) if criterion not in WITH_DATA or coupled.met.get(n)]
-    total = np.zeros(1 + max(int(a.max(initial=0)) for axes in coupled.labels.values() for a in axes))
-    count = 0
-    for sample in _samples(graph, names, criterion, data, loss, seed):
-        one = np.zeros_like(total)
-        for name, array in sample.items():
-            for i in coupled.met[name] if criterion in WITH_DATA else range(array.ndim):
-                others = tuple(j for j in range(array.ndim) if j != i)
-                np.add.at(one, coupled.labels[name][i], array.sum(others))
-        total += _PER_SAMPLE.get(criterion, np.asarray)(one)
-        count += 1
-    return total / max(count, 1)
+    count = 1 + max(int(a.max(initial=0)) for axes in coupled.labels.values() for a in axes)
+    if criterion == "random":
+        return np.random.default_rng(seed).random(count)
+
+    def summed(arrays: Mapping[str, np.ndarray], side: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+        out = np.zeros(count)
+        for name, array in arrays.items():
+            for i in side.get(name, ()):
+                np.add.at(out, coupled.labels[name][i], array.sum(tuple(j for j in range(array.ndim) if j != i)))
+        return out
+
+    names = [n for n in _weights(graph) if n in coupled.met or n in coupled.made and criterion not in WITH_DATA]
+    samples = _samples(graph, names, criterion, data, loss, seed)
+    if criterion not in WITH_DATA:
+        (weights,) = samples
+        return summed(weights, coupled.made) * summed(weights, coupled.met)
+    return np.mean([_PER_SAMPLE[criterion](summed(one, coupled.met)) for one in samples], 0)
 
 
 # -- pruning -------------------------------------------------------------------------------------------------------
@@ -270,8 +278,9 @@ def size(graph: Graph) -> dict[str, int]:
 def _disconnected(model: Graph, connections: Any, criterion: str, data: Any, loss: Any, seed: int) -> Graph:
     names = _weights(model)
     shares = _shares(connections, [(n,) for n in names], "connections")
-    total = {n: np.zeros(model.shape(n)) for n in names}
-    for sample in _samples(model, names, criterion, data, loss, seed):
+    random = np.random.default_rng(seed)
+    total = {n: random.random(model.shape(n)) if criterion == "random" else np.zeros(model.shape(n)) for n in names}
+    for sample in () if criterion == "random" else _samples(model, names, criterion, data, loss, seed):
         for name, array in sample.items():
             total[name] += _PER_SAMPLE.get(criterion, np.asarray)(array)
     new = model.copy()

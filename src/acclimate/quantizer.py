@@ -139,8 +139,10 @@ def fold(model: Graph) -> Graph:
                 names[old] = new
     values = {names.get(n, n): replace(v, name=names.get(n, n)) for n, v in graph.values.items()}
     learned = {*model.parameters(), *names.values()}
+    sparse = {n for n, v in model.parameters().items() if v.sparse}
     graph.values = {
-        n: replace(v, kind="parameter") if v.kind == "constant" and n in learned else v for n, v in values.items()
+        n: replace(v, kind="parameter", sparse=n in sparse) if v.kind == "constant" and n in learned else v
+        for n, v in values.items()
     }
     graph.nodes = [replace(n, inputs=tuple(names.get(i, i) for i in n.inputs)) for n in graph.nodes]
     graph.aliases = {a: n for a, n in model.aliases.items() if n in graph.values}
