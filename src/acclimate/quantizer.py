@@ -1,8 +1,8 @@
 """A float model becomes int8: ranges from calibration data, then `ops.integer.lower`.
 
-Activations are affine, one scale a tensor; weights symmetric, one scale an output channel; biases int32 at the scale of
-the sums. Batch norms fold into the layer before; one that stands alone becomes a depthwise 1 x 1 convolution. What has no
-integer form runs in float, between conversions, and is listed by `quantization_report`.
+Activations are affine, one scale a tensor; weights symmetric, one scale an output channel; biases int32 at the scale
+of the sums. Batch norms fold into the layer before; one that stands alone becomes a depthwise 1 x 1 convolution. What
+has no integer form runs in float, between conversions, and is listed by `quantization_report`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,22 @@ from . import passes
 from .data import Dataset
 from .errors import BadInput, WrongUse
 from .grad import predict_graph, prune
-from .ir import Graph, Node, Quant, Type, Value
+from .ir import Graph, Node, Quant, Value
 from .layout import arrange
 from .objective import LOSSES, Loss, resolve
 from .ops import TABLE, emit, verify, with_batch
-from .ops.integer import HIGH, LOW, MOST, affine, channel_axis, float_nodes, form, lower, sources
+from .ops.integer import (
+    HIGH,
+    LOW,
+    MOST,
+    affine,
+    channel_axis,
+    float_nodes,
+    form,
+    lower,
+    norms_as_convolutions,
+    sources,
+)
 from .ops.quantized import half_away
 from .program import build
 from .runtime import Session
@@ -124,9 +135,12 @@ def quantization_report(
 def fold(model: Graph) -> Graph:
     """The model as it predicts, batch norms folded or made depthwise convolutions; parameters keep their names."""
     before = predict_graph(model)
-    biases = {n.inputs[1]: n.inputs[2] for n in before.nodes if TABLE[n.op].roles.get(2) and len(n.inputs) > 2}
+    biases = {
+        n.inputs[1]: n.inputs[2] for n in before.nodes if TABLE[n.op].roles.get(2) and len(n.inputs) > 2
+    }
     graph = prune(passes.prepare(before, set()))
     names: dict[str, str] = {}
+    pairs: list[tuple[str, str]] = []  # a folded weight and its bias
     for node in graph.nodes:
         if TABLE[node.op].roles.get(1) != "weight" or len(node.inputs) < 3 or ".folded" not in node.inputs[1]:
             continue
@@ -134,7 +148,8 @@ def fold(model: Graph) -> Graph:
         bias = biases.get(weight) or (
             weight.removesuffix("weight") + "bias" if weight.endswith("weight") else f"{weight}.bias"
         )
-        for old, new in ((node.inputs[1], weight), (node.inputs[2], bias)):
+        pairs.append((node.inputs[1], node.inputs[2]))
+        for old, new in zip(pairs[-1], (weight, bias), strict=True):
             if new not in graph.values and new not in names.values():
                 names[old] = new
     values = {names.get(n, n): replace(v, name=names.get(n, n)) for n, v in graph.values.items()}
@@ -146,38 +161,14 @@ def fold(model: Graph) -> Graph:
     }
     graph.nodes = [replace(n, inputs=tuple(names.get(i, i) for i in n.inputs)) for n in graph.nodes]
     graph.aliases = {a: n for a, n in model.aliases.items() if n in graph.values}
-    return verify(_norms_as_convolutions(graph), "folding")
+    order: list[str] = []  # a bias that is new stands behind its weight
+    for name in before.values:
+        order += [name, *(names[b] for w, b in pairs if names.get(w) == name and b in names)]
+    graph.values = {n: graph.values[n] for n in dict.fromkeys([*order, *graph.values]) if n in graph.values}
+    return norms_as_convolutions(graph)
 
 
-def _norms_as_convolutions(graph: Graph) -> Graph:
-    new = graph.copy()
-    new.nodes = []
-    for node in graph.nodes:
-        if node.op != "batch_norm" or any(graph.values[n].data is None for n in node.inputs[1:]):
-            new.nodes.append(node)
-            continue
-        x, gamma, beta, mean, var = node.inputs
-        data = {n: np.asarray(graph.values[n].data, np.float64) for n in node.inputs[1:]}
-        scale = data[gamma] / np.sqrt(data[var] + node.attrs["eps"])
-        shape = graph.shape(x)
-        rank = max(len(shape) - 2, 1)
-        parts = {gamma: scale.reshape(-1, *(1,) * (rank + 1)), beta: data[beta] - data[mean] * scale}
-        for name, array in parts.items():
-            array = array.astype(np.float32)
-            new.values[name] = Value(name, Type(array.shape), "parameter", array)
-        geometry = {"stride": (1,) * rank, "before": (0,) * rank, "after": (0,) * rank, "dilation": (1,) * rank}
-        if len(shape) == 2:
-            x = emit(new, "reshape", x, shape=(*shape, 1))
-        out = emit(new, "conv", x, gamma, beta, where=node.where, groups=len(scale), **geometry)
-        if len(shape) == 2:
-            out = emit(new, "reshape", out, shape=shape)
-        last = new.nodes[-1]
-        new.nodes[-1] = replace(last, outputs=(node.outputs[0], *last.outputs[1:]))
-        new.values[node.outputs[0]] = replace(new.values.pop(out), name=node.outputs[0])
-    return prune(new)
-
-
-# -- which nodes, and where their values are quantised -------------------------------------------------------------------
+# -- which nodes, and where their values are quantised ----------------------------------------------------------------
 
 
 def _layer_name(graph: Graph, node: Node) -> str:
@@ -207,7 +198,7 @@ def _end(graph: Graph, uses: Mapping[str, list[Node]], name: str) -> tuple[str, 
     return name, through
 
 
-def _feeds_weights(graph: Graph, uses: Mapping[str, list[Node]], name: str, kept: set[int]) -> bool:
+def _feeds_weights(graph: Graph, uses: Mapping[str, list[Node]], name: str, kept: Mapping[int, str]) -> bool:
     """Is a value read by a layer with weights, at once or after ops that keep its scale?"""
     for node in uses[name]:
         kind = form(graph, node)
@@ -218,10 +209,10 @@ def _feeds_weights(graph: Graph, uses: Mapping[str, list[Node]], name: str, kept
     return False
 
 
-def _layers(graph: Graph, keep_float: Sequence[str]) -> tuple[list[Layer], set[str], set[int]]:
-    """(what runs on int8, the inputs that are int8, ids of the nodes that were asked to stay float)."""
+def _layers(graph: Graph, keep_float: Sequence[str]) -> tuple[list[Layer], set[str], dict[int, str]]:
+    """(what runs on int8, the inputs that are int8, why other nodes do not, by their ids)."""
     uses = graph.consumers()
-    kept: set[int] = set()
+    kept: dict[int, str] = {}
     for wanted in keep_float:
         found = [
             n for n in graph.nodes if any(s == wanted or s.startswith(f"{wanted}.") for s in _named(graph, n))
@@ -231,14 +222,21 @@ def _layers(graph: Graph, keep_float: Sequence[str]) -> tuple[list[Layer], set[s
             raise WrongUse(
                 "keep_float names no layer", number=repr(wanted), action=f"one of {', '.join(layers[:12])}"
             )
-        kept |= {id(n) for n in found}
+        kept |= {id(n): "kept by keep_float" for n in found}
+    for name in graph.parameters():
+        users = uses[name]
+        if (
+            len({(form(graph, n), channel_axis(n), n.inputs[1:2] == (name,), id(n) in kept) for n in users})
+            > 1
+        ):
+            kept |= {id(n): "its weight is shared by layers that need it otherwise" for n in users}
     inputs_of_graph = {n for n in graph.inputs.values() if _feeds_weights(graph, uses, n, kept)}
     ints = set(inputs_of_graph)
     layers: list[Layer] = []
     passed: set[int] = set()
     for node in graph.nodes:
         kind = form(graph, node)
-        if not kind or id(node) in kept | passed or not node.outputs:
+        if not kind or id(node) in kept or id(node) in passed:
             continue
         inputs = sources(graph, node)
         if kind != "weighted" and not all(n in ints for n in inputs):
@@ -356,13 +354,21 @@ def quantized(value: Value, x: np.ndarray) -> np.ndarray:
 
 
 def calibrate(
-    graph: Graph, names: Sequence[str], data: Mapping[str, np.ndarray], method: str, percentile: float = PERCENTILE
+    graph: Graph,
+    names: Sequence[str],
+    data: Mapping[str, np.ndarray],
+    method: str,
+    percentile: float = PERCENTILE,
 ) -> dict[str, tuple[float, float]]:
     """(low, high) of each of some values of a float graph on samples; see `quantize` for the methods."""
     if method not in METHODS:
-        raise WrongUse("no calibration is called that", number=repr(method), action=f"one of {', '.join(METHODS)}")
+        raise WrongUse(
+            "no calibration is called that", number=repr(method), action=f"one of {', '.join(METHODS)}"
+        )
     if not 50 < percentile <= 100:
-        raise WrongUse("percentile must be above 50, at most 100", number=repr(percentile), action="percentile=99.99")
+        raise WrongUse(
+            "percentile must be above 50, at most 100", number=repr(percentile), action="percentile=99.99"
+        )
     low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
     for arrays in _values(graph, names, data):
         low = np.minimum(low, [a.min() for a in arrays])
@@ -571,12 +577,12 @@ class Quantization:
     # -- what it costs -----------------------------------------------------------------------------------------------
     def float_layers(self) -> list[dict[str, str]]:
         """The nodes that run in float, and why."""
-        asked = {n.outputs[0] for n in self.float_graph.nodes if id(n) in self._kept}
+        kept = {n.outputs[0]: self._kept[id(n)] for n in self.float_graph.nodes if id(n) in self._kept}
         rows = []
         for node in float_nodes(self.graph):
-            why = "no integer form"
-            if node.outputs[0] in asked:
-                why = "kept by keep_float"
+            why = kept.get(node.outputs[0], "no integer form")
+            if node.outputs[0] in kept:
+                pass
             elif node.op == "quantize":
                 why = "conversion to int8"
             elif form(self.graph, node):

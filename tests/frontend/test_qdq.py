@@ -47,7 +47,9 @@ class Build:
     def weight(self, name, shape, axis=0, per_channel=True):
         """A stored int8 weight, de-quantised."""
         o = shape[axis] if per_channel else 1
-        scale = self.rng.uniform(0.5, 1.5, o).astype(np.float32) * np.float32(0.5 / np.prod(shape) ** 0.3 / 40)
+        scale = self.rng.uniform(0.5, 1.5, o).astype(np.float32) * np.float32(
+            0.5 / np.prod(shape) ** 0.3 / 40
+        )
         q = self.rng.integers(-127, 128, shape).astype(np.int8)
         self.tensor(f"{name}_quantized", q)
         pair = [
@@ -119,7 +121,13 @@ CASES = {
     "average that counts zeros": (
         (3, 8, 8),
         lambda b: b.qdq(
-            b.node("AveragePool", b.qdq("x", 0.02, 9), kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1),
+            b.node(
+                "AveragePool",
+                b.qdq("x", 0.02, 9),
+                kernel_shape=[3, 3],
+                pads=[1, 1, 1, 1],
+                count_include_pad=1,
+            ),
             0.02,
             9,
         ),
@@ -159,7 +167,9 @@ def test_a_whole_net(tmp_path):
     b = Build((3, 8, 8))
     x = b.qdq("x", 0.03, 5)
     w, _, s = b.weight("a.weight", (8, 3, 3, 3))
-    a = b.qdq(b.node("Relu", b.node("Conv", x, w, b.bias("a.bias", 0.03, s, 8), pads=[1, 1, 1, 1])), 0.02, -128)
+    a = b.qdq(
+        b.node("Relu", b.node("Conv", x, w, b.bias("a.bias", 0.03, s, 8), pads=[1, 1, 1, 1])), 0.02, -128
+    )
     w, _, s = b.weight("d.weight", (8, 1, 3, 3))
     d = b.qdq(b.node("Conv", a, w, b.bias("d.bias", 0.02, s, 8), pads=[1, 1, 1, 1], group=8), 0.02, 7)
     r = b.qdq(b.node("Add", a, d), 0.03, -40)
@@ -198,7 +208,9 @@ def test_rounded_float_weights_count_as_stored(tmp_path):
     pair = [b.tensor("ws", np.float32(0.01)), b.tensor("wz", np.int8(0))]
     w = b.node("DequantizeLinear", b.node("QuantizeLinear", b.tensor("a.weight", real), *pair), *pair)
     graph, steps = differ(b, b.qdq(b.node("Gemm", b.qdq("x", 0.03, 5), w, transB=1), 0.02, 0), tmp_path)
-    assert np.array_equal(graph.parameters()["a.weight"].data, np.clip(np.rint(real / np.float32(0.01)), -128, 127))
+    assert np.array_equal(
+        graph.parameters()["a.weight"].data, np.clip(np.rint(real / np.float32(0.01)), -128, 127)
+    )
     assert steps.max() <= 1.01 and not float_nodes(graph)
 
 

@@ -125,7 +125,9 @@ def load_archive(path: str | PathLike[str], classes: int | None = None, seed: in
         error.where = f"{file}: {error.where}" if error.where else str(file)
         error.action = error.action or _HINT
         raise
-    except Exception as error:  # what a damaged text leads to: json, numpy and shape rules raise what they like
+    except (
+        Exception
+    ) as error:  # what a damaged text leads to: json, numpy and shape rules raise what they like
         raise BadInput(
             "this graph file is damaged", where=str(file), number=c.first_line(error), action=_HINT
         ) from error
@@ -168,7 +170,9 @@ def _graph(told: Any, arrays: Mapping[str, np.ndarray]) -> Graph:
             action="save it again with this version",
         )
     batch = _whole(told["batch"], 1, MOST_BATCH, "the batch")
-    graph = Graph(batch, inputs=_roles(told["inputs"], "an input"), outputs=_roles(told["outputs"], "an output"))
+    graph = Graph(
+        batch, inputs=_roles(told["inputs"], "an input"), outputs=_roles(told["outputs"], "an output")
+    )
     if len(told["values"]) > 4 * MOST_NODES or len(told["nodes"]) > MOST_NODES:
         raise BadInput("the graph is too large", number=f"{len(told['nodes'])} nodes, at most {MOST_NODES}")
     for v in told["values"]:
@@ -178,9 +182,15 @@ def _graph(told: Any, arrays: Mapping[str, np.ndarray]) -> Graph:
     graph.aliases = _roles(told["aliases"], "an alias")
     inputs = {n for n, v in graph.values.items() if v.kind == "input"}
     if inputs != set(graph.inputs.values()) or not inputs or "output" not in graph.outputs:
-        raise BadInput("a graph's inputs and output must be named", number=f"{graph.inputs} {graph.outputs}"[:200])
-    if any(not v.shape or not isinstance(v.shape[0], Dim) for v in graph.values.values() if v.kind == "input"):
-        raise BadInput("axis 0 of an input must be the batch", number=str([str(graph.type(n)) for n in inputs]))
+        raise BadInput(
+            "a graph's inputs and output must be named", number=f"{graph.inputs} {graph.outputs}"[:200]
+        )
+    if any(
+        not v.shape or not isinstance(v.shape[0], Dim) for v in graph.values.values() if v.kind == "input"
+    ):
+        raise BadInput(
+            "axis 0 of an input must be the batch", number=str([str(graph.type(n)) for n in inputs])
+        )
     if any(graph.values[n].kind != "parameter" for n in graph.aliases.values()):
         raise BadInput("an alias must name a parameter", number=str(graph.aliases)[:100])
     made = {n for node in graph.nodes for n in node.outputs}
@@ -205,7 +215,9 @@ def _value(told: Any, batch: int, arrays: Mapping[str, np.ndarray]) -> Value:
     if told["data"] is not None:
         data = arrays[_text(told["data"], "data")]
         if data.dtype != np.dtype(DTYPES[dtype]) or data.shape != tuple(int(s) for s in shape):
-            raise BadInput("a value's data are of another type", where=name, number=f"{data.dtype}{data.shape}")
+            raise BadInput(
+                "a value's data are of another type", where=name, number=f"{data.dtype}{data.shape}"
+            )
         data = np.array(data, order="C")
     quant = None
     if told["quant"] is not None:
@@ -214,7 +226,9 @@ def _value(told: Any, batch: int, arrays: Mapping[str, np.ndarray]) -> Value:
         one_each = shape[0] if shape and kind != "input" else 1
         good = scale.dtype == np.float32 and scale.ndim == 1 and scale.size in (1, one_each)
         if dtype not in ("i8", "i32") or not good or not (np.isfinite(scale) & (scale > 0)).all():
-            raise BadInput("a scale must be positive, one or one a channel", where=name, number=f"{scale.shape}")
+            raise BadInput(
+                "a scale must be positive, one or one a channel", where=name, number=f"{scale.shape}"
+            )
         quant = Quant(scale, zero)
     elif kind in ("input", "parameter") and dtype == "i8":
         raise BadInput("an int8 value has no scale", where=name)
@@ -239,7 +253,11 @@ def _node(told: Any, batch: int) -> Node:
         elif attr.kind == "-":
             fits = True
         else:
-            fits = isinstance(value, tuple) and len(value) <= attr.words and all(isinstance(v, int) for v in value)
+            fits = (
+                isinstance(value, tuple)
+                and len(value) <= attr.words
+                and all(isinstance(v, int) for v in value)
+            )
         if not fits:
             raise BadInput(f"attribute {name} of {op} is of another kind", number=repr(value)[:60])
     inputs, outputs = (tuple(_text(n, f"{op}'s {k}") for n in told[k]) for k in ("inputs", "outputs"))

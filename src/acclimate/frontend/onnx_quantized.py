@@ -65,7 +65,9 @@ def read_weights(nodes: list[Any], tensors: dict[str, np.ndarray], source: str) 
         readers = [n for n in nodes if node.outputs[0] in n.inputs]
         for other in readers:
             other.inputs = [name if i == node.outputs[0] else i for i in other.inputs]
-        if stored.dtype in _SHIFT and any(_is_weight(n, name, axis, stored.ndim, scale.size) for n in readers):
+        if stored.dtype in _SHIFT and any(
+            _is_weight(n, name, axis, stored.ndim, scale.size) for n in readers
+        ):
             if (zero != _SHIFT[stored.dtype]).any():
                 raise Unsupported(
                     "weights are quantised with a zero point",
@@ -87,7 +89,11 @@ def _is_weight(node: Any, name: str, axis: int, rank: int, scales: int) -> bool:
     """Is `name` the weight of a node, with its scales along the output channels?"""
     if len(node.inputs) < 2 or node.inputs[1] != name:
         return False
-    channels: Mapping[str, int] = {"Conv": 0, "Gemm": 0 if node.attrs.get("transB") else 1, "MatMul": rank - 1}
+    channels: Mapping[str, int] = {
+        "Conv": 0,
+        "Gemm": 0 if node.attrs.get("transB") else 1,
+        "MatMul": rank - 1,
+    }
     return node.op in channels and (scales == 1 or channels[node.op] == axis)
 
 

@@ -26,7 +26,9 @@ MOST_SIDE = 4096
 PARTS = ("pointwise1", "depthwise", "pointwise2")
 
 
-def published(told: Any, arrays: Mapping[str, np.ndarray], classes: int | None = None, seed: int = 0) -> Graph:
+def published(
+    told: Any, arrays: Mapping[str, np.ndarray], classes: int | None = None, seed: int = 0
+) -> Graph:
     """The int8 Graph of a published network.
 
     classes: replace the 1000-class classifier by a fresh one: float weights uniform within 1 / sqrt(features) from
@@ -56,7 +58,11 @@ def published(told: Any, arrays: Mapping[str, np.ndarray], classes: int | None =
         x = net.conv(graph, x, told["feature_mix"], "feature_mix")
     x = q.mean(graph, x, "pool")
     head = told["classifier"]
-    x = net.conv(graph, x, head, "classifier") if classes is None else net.fresh(graph, x, head, classes, seed)
+    x = (
+        net.conv(graph, x, head, "classifier")
+        if classes is None
+        else net.fresh(graph, x, head, classes, seed)
+    )
     logits = emit(graph, "reshape", x.name, name="logits", shape=(Dim(1, 1), graph.shape(x.name)[1]))
     graph.outputs["output"] = emit(graph, "dequantize", logits, name="output", scale=x.scale, zero=x.zero)
     return verify(graph, "loading")
@@ -89,7 +95,9 @@ class _Net:
     def same(self, x: q.Int, y: tuple[float, int], where: str) -> None:
         if x[1:] != y:
             raise BadInput(
-                "a layer reads another scale than the one before it writes", where=where, number=f"{x[1:]}, {y}"
+                "a layer reads another scale than the one before it writes",
+                where=where,
+                number=f"{x[1:]}, {y}",
             )
 
     def conv(self, graph: Graph, x: q.Int, told: Any, name: str) -> q.Int:
@@ -100,12 +108,18 @@ class _Net:
         size = w.shape[:1]
         if w.ndim != 4 or bias.shape != size or scales.shape != size or not size[0]:
             raise BadInput(
-                "a convolution's arrays do not fit", where=name, number=f"{w.shape} {bias.shape} {scales.shape}"
+                "a convolution's arrays do not fit",
+                where=name,
+                number=f"{w.shape} {bias.shape} {scales.shape}",
             )
         if not (np.isfinite(scales) & (scales > 0)).all():
             raise BadInput("a scale must be positive", where=name, number=f"{scales.min()}")
         kernel = tuple(int(k) for k in w.shape[2:])
-        if told["kernel_size"] != list(kernel) or any(k % 2 == 0 for k in kernel) or told.get("act") is not None:
+        if (
+            told["kernel_size"] != list(kernel)
+            or any(k % 2 == 0 for k in kernel)
+            or told.get("act") is not None
+        ):
             raise BadInput("a kernel must be odd, and of the weight's size", where=name, number=str(kernel))
         self.same(x, self.scale(params, "x", name), name)
         stride = self.whole(told["stride"], 1, 64, name)
@@ -125,7 +139,13 @@ class _Net:
         groups: int = 1,
     ) -> q.Int:
         around = tuple((int(k) - 1) // 2 for k in w.shape[2:])
-        geometry = {"stride": (stride,) * 2, "before": around, "after": around, "dilation": (1, 1), "groups": groups}
+        geometry = {
+            "stride": (stride,) * 2,
+            "before": around,
+            "after": around,
+            "dilation": (1, 1),
+            "groups": groups,
+        }
         weight = (f"{name}.weight", w, scales)
         return q.conv(graph, x, weight, (f"{name}.bias", bias), y, name, geometry)
 

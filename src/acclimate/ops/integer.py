@@ -8,14 +8,14 @@ integer form into integer rows, and leaves the rest in float. Calibration and fi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import BadInput
-from ..ir import Graph, Node, Quant, Value
+from ..ir import Graph, Node, Quant, Type, Value
 from . import TABLE, emit, parse, verify
 from .arithmetic import axes_of
 from .quantized import HIGH, LOW, add_attrs, conv_attrs, half_away, multiplier
@@ -149,7 +149,9 @@ def conv(
     if w.ndim != len(graph.shape(x.name)):
         w_name = emit(graph, "reshape", w_name, name=f"{w_name}.view", shape=(*w.shape, 1))
     attrs, *ratios = conv_attrs(x[1:], scales, y)
-    pair = [graph.constant(f"{name}.{s}", r, "i32") for s, r in zip(("multiplier", "shift"), ratios, strict=True)]
+    pair = [
+        graph.constant(f"{name}.{s}", r, "i32") for s, r in zip(("multiplier", "shift"), ratios, strict=True)
+    ]
     attrs |= {k: geometry[k] for k in ("stride", "before", "after", "dilation", "groups")}
     attrs |= {"low": low, "high": high}
     return Int(emit(graph, "q_conv", x.name, w_name, b_name, *pair, name=name, where=where, **attrs), *y)
@@ -208,7 +210,7 @@ def lower(graph: Graph) -> Graph:
     """
     graph = settled(graph)
     if any(node.op == "quantize" for node in graph.nodes):
-        return _Lowering(graph).run()
+        return _Lowering(norms_as_convolutions(graph)).run()
     if any(v.quant is not None and v.type.dtype == "f32" for v in graph.values.values()):  # weights alone
         graph = graph.copy()
         graph.values = {
@@ -232,6 +234,49 @@ def settled(graph: Graph) -> Graph:
         else:
             new.nodes.append(replace(node, inputs=tuple(names.get(n, n) for n in node.inputs)))
     return new
+
+
+def norms_as_convolutions(graph: Graph) -> Graph:
+    """The graph with each batch norm whose statistics are given as a depthwise 1 x 1 convolution.
+
+    Its weight and bias have the names of the norm's, unless others use them too; each weight is the one number of its
+    channel, so that it is exact.
+    """
+    new, uses = graph.copy(), graph.consumers()
+    new.nodes = []
+    for node in graph.nodes:
+        if node.op != "batch_norm" or not all(_known(graph, n) for n in node.inputs[1:]):
+            new.nodes.append(node)
+            continue
+        x, gamma, beta, mean, var = node.inputs
+        data = {n: np.asarray(graph.values[n].data, np.float64) for n in node.inputs[1:]}
+        factor = data[gamma] / np.sqrt(data[var] + node.attrs["eps"])
+        column, shape = len(graph.shape(x)) == 2, graph.shape(x)
+        rank = max(len(shape) - 2, 1)
+        names = [
+            n if len(uses[n]) == 1 and gamma != beta else new.fresh(f"{node.outputs[0]}.{part}")
+            for n, part in ((gamma, "weight"), (beta, "bias"))
+        ]
+        arrays = [factor.reshape(-1, *(1,) * (rank + 1)), data[beta] - data[mean] * factor]
+        scale = np.where(factor == 0, 1.0, np.abs(factor)) / HIGH
+        for name, array, quant in zip(names, arrays, (Quant(scale), None), strict=True):
+            array = array.astype(np.float32)
+            new.values[name] = Value(name, Type(array.shape), "parameter", array, quant)
+        geometry = {
+            "stride": (1,) * rank,
+            "before": (0,) * rank,
+            "after": (0,) * rank,
+            "dilation": (1,) * rank,
+        }
+        if column:
+            x = emit(new, "reshape", x, name=f"{node.outputs[0]}.column", shape=(*shape, 1))
+        out = emit(new, "conv", x, *names, where=node.where, groups=len(factor), **geometry)
+        if column:
+            out = emit(new, "reshape", out, shape=shape)
+        last = new.nodes[-1]
+        new.nodes[-1] = replace(last, outputs=(node.outputs[0], *last.outputs[1:]))
+        del new.values[out]
+    return verify(new, "making convolutions of batch norms")
 
 
 class _Sink(NamedTuple):
