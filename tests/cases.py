@@ -43,6 +43,12 @@ def arrays(row: Row, example: Example, seed: int = 0, dtype=np.float64) -> list[
             out.append(rng.permutation(int(domain[6:]))[: shape[0]].astype(np.int32))
         elif domain == "step":
             out.append(rng.integers(0, 9, shape).astype(np.int32))
+        elif domain == "i16":
+            out.append(rng.integers(-20000, 20001, shape).astype(np.int16))
+        elif domain == "exponent":
+            out.append(np.where(rng.random(shape) < 0.1, -512, rng.integers(-20, 5, shape)).astype(np.int32))
+        elif domain == "ratio":
+            out.append(rng.integers(2**14, 2**15, shape).astype(np.int32))
         elif domain == "bias":
             out.append(rng.integers(-9000, 9000, shape).astype(np.int32))
         elif domain == "multiplier":

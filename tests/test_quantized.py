@@ -230,3 +230,43 @@ def test_multiplier_against_exact_arithmetic():
         x = rng.integers(-(2**20), 2**20, 50)
         assert np.abs(scaled(x, m, shift) - x * real).max() <= 1.0
     assert half_away(np.array([0.5, -0.5, 1.5, 2.4999, -2.5])).tolist() == [1, -1, 2, 2, -3]
+
+
+@pytest.mark.parametrize(("gradients", "tolerance"), [("int16", 2e-4), ("int8", 6e-2)])
+@pytest.mark.parametrize("update", ["full", "p"])
+def test_integer_gradients_are_close_to_float_ones(gradients, tolerance, update):
+    graph = small_net(1)
+    rng = np.random.default_rng(4)
+    x, y = rng.integers(-128, 128, (2, 3, 8, 8)).astype(np.int8), rng.integers(0, 5, 2)
+    scheme = "full" if update == "full" else UpdateSet({"p.weight": Channels(1, (1, 4, 6)), "a.bias": None})
+    args = {"scheme": scheme, "batch_size": 2}
+    want = acclimate.Learner(acclimate.plan(graph, **args)).gradients(x, y)
+    plan = acclimate.plan(graph, gradients=gradients, **args)
+    found = acclimate.Learner(plan).gradients(x, y)
+    for name, w in want.items():
+        error = np.linalg.norm(found[name] - w) / np.linalg.norm(w)
+        assert error <= tolerance, (name, error)
+    layout = plan.layouts["step"]
+    ops = [n.op for n in layout.nodes]
+    assert "q_conv_input_grad" not in ops and "bf_conv_input_grad" in ops and "bf_unpack" not in ops
+    learner = acclimate.Learner(plan)
+    for _ in range(5):
+        learner.partial_fit(x, y)
+    assert np.isfinite(learner.loss_history).all()
+
+
+@pytest.mark.parametrize("gradients", ["float32", "int16"])
+def test_only_the_channels_with_the_largest_gradients_move(gradients):
+    graph = small_net(2, batch=1)
+    rng = np.random.default_rng(4)
+    x, y = rng.integers(-128, 128, (1, 3, 8, 8)).astype(np.int8), np.array([1])
+    update = UpdateSet({"p.weight": None})
+    full = acclimate.Learner(acclimate.plan(graph, scheme=update))
+    gradient = full.gradients(x, y)["p.weight"]
+    optimizer = acclimate.SGD(lr=1e4 / np.abs(gradient).max(), share=0.25)
+    learner = acclimate.Learner(
+        acclimate.plan(graph, scheme=update, optimizer=optimizer, gradients=gradients)
+    )
+    learner.partial_fit(x, y)
+    moved = (learner.parameters()["p.weight"] != graph.values["p.weight"].data).reshape(8, -1).any(1)
+    assert moved.sum() == 2  # a quarter of eight channels

@@ -701,7 +701,9 @@ class SGD:
     `accumulate`: micro-batches whose mean gradient makes one step. `rounding`: how a step is taken on integer weights,
     which move by whole numbers: "nearest" (half away from zero; what is below half a step is lost), "stochastic" (up
     or down, so that the mean is right; a replayable sequence), or "residual" (nearest, and what it loses is kept for
-    the next step in one more byte for each int8 weight that learns).
+    the next step in one more byte for each int8 weight that learns). `share`: of each convolution's output channels (of
+    integer linear layers too) a step updates only those with the largest gradients, so many of them (Deutel et al.,
+    "On-Device Training of Fully Quantized Deep Neural Networks on Cortex-M Microcontrollers", 2024).
     """
 
     lr: float = 0.01
@@ -711,6 +713,7 @@ class SGD:
     clip_norm: float | None = None
     accumulate: int = 1
     rounding: str = "stochastic"
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         _check_optimizer(self)
@@ -718,6 +721,8 @@ class SGD:
             raise WrongUse(
                 "no rounding is called that", number=repr(self.rounding), action=f"one of {ROUNDINGS}"
             )
+        if not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
+            raise WrongUse("share is a number in (0, 1]", number=repr(self.share), action="share=0.25")
         if self.nesterov and not self.momentum:
             raise WrongUse("Nesterov's method needs a momentum", action="SGD(momentum=0.9, nesterov=True)")
 

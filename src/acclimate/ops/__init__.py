@@ -18,6 +18,7 @@ from ..ir import DTYPES, PERSISTENT, Graph, Node, Type, Value, rebatch
 from . import (
     activation,
     arithmetic,
+    blockfloat,
     convolution,
     fake,
     loss,
@@ -48,6 +49,7 @@ TABLE: dict[str, Row] = {
         loss,
         update,
         quantized,
+        blockfloat,
         fake,
     )
     for row in family.ROWS

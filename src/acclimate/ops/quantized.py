@@ -216,6 +216,18 @@ def _input_grad(a: Any, d: Any, w: Any, scale: Any, bits: Any = None) -> list[An
     return _conv_input_grad(a, d, real)
 
 
+def _input_grad_types(attrs: Any, d: Type, w: Type, scale: Type, bits: Type | None) -> list[Type]:
+    if bits is not None and tuple(bits.shape) != tuple(d.shape):
+        raise BadInput("there is one bit an element", where=f"{d}, {bits}")
+    return _input_grad_shape(attrs, d, w)
+
+
+def _like_first(attrs: Any, x: Type, *rest: Type) -> list[Type]:
+    if rest[-1].shape != (256,):
+        raise BadInput("a table has an entry for each int8", where=str(rest[-1]))
+    return [x]
+
+
 def _weight_grad(a: Any, x: Any, d: Any) -> list[Any]:
     real = (x.astype(d.dtype) - a["x_zero"]) * d.dtype.type(np.float32(a["x_scale"]))
     return _conv_weight_grad(a, real, d)
@@ -282,7 +294,7 @@ def _q_sgd_check(a: Any, w: Type, g: Type, lr: Type, scale: Type, *rest: Type | 
         raise BadInput("there is one scale, or one an output channel", where=f"{w}, scale {scale}")
     if residual is not None and w.dtype != "i8":
         raise BadInput("only int8 weights have a residual", where=str(w))
-    if a["rounding"] == STOCHASTIC and step is None:
+    if a["rounding"] and step is None:
         raise BadInput("stochastic rounding needs a step counter", where=str(w))
     return []
 
@@ -372,7 +384,7 @@ ROWS = (
             for i, (x, w, g) in enumerate(_CASES)
         ),
         attrs={**_GEOMETRY, "size": Attr("i2", pad=1)},
-        shape=lambda a, d, w, scale, bits: _input_grad_shape(a, d, w),
+        shape=_input_grad_types,
         gated=3,
         check=True,
         no_grad=_NO_SECOND,
@@ -390,6 +402,7 @@ ROWS = (
         attrs={**_GEOMETRY, "kernel": Attr("i2", pad=1), "x_zero": Attr("i", 0), "x_scale": Attr("f", 1.0)},
         shape=_weight_grad_shape,
         take=_take_weight_grad,
+        channel_of=1,
         check=True,
         no_grad=_NO_SECOND,
         cost=lambda a, i, o: _macs(a, i[1].size, o[0].shape),
@@ -452,6 +465,7 @@ ROWS = (
         _table,
         tuple(Example((*e.inputs, (256,))) for e in _SHAPES),
         attrs={"slopes": Attr("-", ())},
+        shape=_like_first,
         in_place=(0,),
         check=True,
         grad=lambda tape, node, d: [
@@ -470,6 +484,7 @@ ROWS = (
         "d * slopes[x + 128].",
         lambda a, d, x, slopes: [d * slopes[x.astype(np.int64) - LOW]],
         tuple(Example((*e.inputs * 2, (256,))) for e in _SHAPES),
+        shape=_like_first,
         in_place=(0,),
         check=True,
         no_grad=_NO_SECOND,

@@ -107,6 +107,7 @@ class Row:
         False  # all that the row does, with slope 0, is to keep of input 0 where the bits of input 1 are set
     )
     gated: int | None = None  # the optional input whose bits do the same to input 0 before anything else
+    channel_of: int | None = None  # the input along whose axis 1 lie the channels of the output's axis 0
     accumulate: str = ""  # row that adds this op's result to an existing gradient instead of making a new one
     take: Callable[..., tuple[str, ...] | None] | None = None
     # (tape, node, axis, index) -> inputs that make this op compute only `index` along output `axis`

@@ -181,6 +181,10 @@ ac_status ac_check_learned(const ac_call *call, int32_t axis, int first, int mom
     return AC_OK;
 }
 
+ac_status ac_check_keep_top(const ac_call *call) {
+    const ac_tensor *d = AC_IN_T(call, 0);
+    return fits(d->rank >= 2 && same_shape(d, AC_OUT_T(call, 0)));
+}
 ac_status ac_check_sgd(const ac_call *call) {
     return ac_check_learned(call, ((const ac_attr_sgd *)call->attr)->axis, 3, 1);
 }

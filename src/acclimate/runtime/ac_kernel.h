@@ -39,6 +39,10 @@ typedef ac_status (*ac_kernel)(const ac_call *call);
 /* Channels [first, last) of a batch_norm_grad, for kernels that divide it. */
 void AC_KERNEL(batch_norm_grad_of)(const ac_call *call, size_t first, size_t last);
 
+/* The k-th largest of numbers that are not negative; how many of some channels a share is. */
+float AC_KERNEL(kth_largest)(const float *v, size_t count, size_t k);
+size_t AC_KERNEL(count_kept)(float share, size_t channels);
+
 /* max_pool where its input is int8. */
 ac_status AC_KERNEL(max_pool_i8)(const ac_call *call);
 

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x4E76C7AEu
+#define AC_TABLE_HASH 0x2D344A43u
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -103,26 +103,38 @@ typedef enum {
     AC_OP_MSE_GRAD = 93,
     AC_OP_SGD = 94,
     AC_OP_ADAM = 95,
-    AC_OP_EMA = 96,
-    AC_OP_ACCUMULATE = 97,
-    AC_OP_CLEAR = 98,
-    AC_OP_INCREMENT = 99,
-    AC_OP_SUM_SQUARES = 100,
-    AC_OP_CLIP_SCALE = 101,
-    AC_OP_QUANTIZE = 102,
-    AC_OP_DEQUANTIZE = 103,
-    AC_OP_Q_CONV = 104,
-    AC_OP_Q_CONV_INPUT_GRAD = 105,
-    AC_OP_Q_CONV_WEIGHT_GRAD = 106,
-    AC_OP_Q_ADD = 107,
-    AC_OP_Q_RESCALE = 108,
-    AC_OP_Q_AVG_POOL = 109,
-    AC_OP_Q_TABLE = 110,
-    AC_OP_Q_TABLE_GRAD = 111,
-    AC_OP_Q_SGD = 112,
-    AC_OP_FAKE_QUANT = 113,
-    AC_OP_FAKE_QUANT_SCALE_GRAD = 114,
-    AC_OP_COUNT = 115
+    AC_OP_KEEP_TOP = 96,
+    AC_OP_EMA = 97,
+    AC_OP_ACCUMULATE = 98,
+    AC_OP_CLEAR = 99,
+    AC_OP_INCREMENT = 100,
+    AC_OP_SUM_SQUARES = 101,
+    AC_OP_CLIP_SCALE = 102,
+    AC_OP_QUANTIZE = 103,
+    AC_OP_DEQUANTIZE = 104,
+    AC_OP_Q_CONV = 105,
+    AC_OP_Q_CONV_INPUT_GRAD = 106,
+    AC_OP_Q_CONV_WEIGHT_GRAD = 107,
+    AC_OP_Q_ADD = 108,
+    AC_OP_Q_RESCALE = 109,
+    AC_OP_Q_AVG_POOL = 110,
+    AC_OP_Q_TABLE = 111,
+    AC_OP_Q_TABLE_GRAD = 112,
+    AC_OP_Q_SGD = 113,
+    AC_OP_BF_PACK = 114,
+    AC_OP_BF_UNPACK = 115,
+    AC_OP_BF_GATE = 116,
+    AC_OP_BF_ALIGN = 117,
+    AC_OP_BF_CONV_INPUT_GRAD = 118,
+    AC_OP_BF_CONV_WEIGHT_GRAD = 119,
+    AC_OP_BF_SUM = 120,
+    AC_OP_BF_ADD = 121,
+    AC_OP_BF_KEEP_TOP = 122,
+    AC_OP_BF_AVG_POOL_GRAD = 123,
+    AC_OP_BF_RESHAPE = 124,
+    AC_OP_FAKE_QUANT = 125,
+    AC_OP_FAKE_QUANT_SCALE_GRAD = 126,
+    AC_OP_COUNT = 127
 } ac_op;
 
 typedef struct {
@@ -406,6 +418,10 @@ typedef struct {
 } ac_attr_adam;
 
 typedef struct {
+    float share;
+} ac_attr_keep_top;
+
+typedef struct {
     float momentum;
     float scale;
 } ac_attr_ema;
@@ -497,6 +513,42 @@ typedef struct {
     int32_t rounding;
     int32_t salt;
 } ac_attr_q_sgd;
+
+typedef struct {
+    int32_t spare;
+} ac_attr_bf_align;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t size[2];
+} ac_attr_bf_conv_input_grad;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t kernel[2];
+    int32_t x_zero;
+    float x_scale;
+} ac_attr_bf_conv_weight_grad;
+
+typedef struct {
+    float share;
+} ac_attr_bf_keep_top;
+
+typedef struct {
+    int32_t kernel[2];
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t extra[2];
+} ac_attr_bf_avg_pool_grad;
 
 typedef struct {
     int32_t axis;
@@ -623,6 +675,7 @@ ac_status AC_KERNEL(mse)(const ac_call *call);
 ac_status AC_KERNEL(mse_grad)(const ac_call *call);
 ac_status AC_KERNEL(sgd)(const ac_call *call);
 ac_status AC_KERNEL(adam)(const ac_call *call);
+ac_status AC_KERNEL(keep_top)(const ac_call *call);
 ac_status AC_KERNEL(ema)(const ac_call *call);
 ac_status AC_KERNEL(accumulate)(const ac_call *call);
 ac_status AC_KERNEL(clear)(const ac_call *call);
@@ -640,6 +693,17 @@ ac_status AC_KERNEL(q_avg_pool)(const ac_call *call);
 ac_status AC_KERNEL(q_table)(const ac_call *call);
 ac_status AC_KERNEL(q_table_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_sgd)(const ac_call *call);
+ac_status AC_KERNEL(bf_pack)(const ac_call *call);
+ac_status AC_KERNEL(bf_unpack)(const ac_call *call);
+ac_status AC_KERNEL(bf_gate)(const ac_call *call);
+ac_status AC_KERNEL(bf_align)(const ac_call *call);
+ac_status AC_KERNEL(bf_conv_input_grad)(const ac_call *call);
+ac_status AC_KERNEL(bf_conv_weight_grad)(const ac_call *call);
+ac_status AC_KERNEL(bf_sum)(const ac_call *call);
+ac_status AC_KERNEL(bf_add)(const ac_call *call);
+ac_status AC_KERNEL(bf_keep_top)(const ac_call *call);
+ac_status AC_KERNEL(bf_avg_pool_grad)(const ac_call *call);
+ac_status AC_KERNEL(bf_reshape)(const ac_call *call);
 ac_status AC_KERNEL(fake_quant)(const ac_call *call);
 ac_status AC_KERNEL(fake_quant_scale_grad)(const ac_call *call);
 ac_status ac_check_round(const ac_call *call);
@@ -688,6 +752,7 @@ ac_status ac_check_embedding(const ac_call *call);
 ac_status ac_check_embedding_grad(const ac_call *call);
 ac_status ac_check_sgd(const ac_call *call);
 ac_status ac_check_adam(const ac_call *call);
+ac_status ac_check_keep_top(const ac_call *call);
 ac_status ac_check_quantize(const ac_call *call);
 ac_status ac_check_dequantize(const ac_call *call);
 ac_status ac_check_q_conv(const ac_call *call);
@@ -699,6 +764,17 @@ ac_status ac_check_q_avg_pool(const ac_call *call);
 ac_status ac_check_q_table(const ac_call *call);
 ac_status ac_check_q_table_grad(const ac_call *call);
 ac_status ac_check_q_sgd(const ac_call *call);
+ac_status ac_check_bf_pack(const ac_call *call);
+ac_status ac_check_bf_unpack(const ac_call *call);
+ac_status ac_check_bf_gate(const ac_call *call);
+ac_status ac_check_bf_align(const ac_call *call);
+ac_status ac_check_bf_conv_input_grad(const ac_call *call);
+ac_status ac_check_bf_conv_weight_grad(const ac_call *call);
+ac_status ac_check_bf_sum(const ac_call *call);
+ac_status ac_check_bf_add(const ac_call *call);
+ac_status ac_check_bf_keep_top(const ac_call *call);
+ac_status ac_check_bf_avg_pool_grad(const ac_call *call);
+ac_status ac_check_bf_reshape(const ac_call *call);
 ac_status ac_check_fake_quant(const ac_call *call);
 ac_status ac_check_fake_quant_scale_grad(const ac_call *call);
 
