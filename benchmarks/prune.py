@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "prune.json"
 CHANNELS = (0.25, 0.5, 0.75)
 CONNECTIONS = (0.5, 0.8, 0.9, 0.95)
-TUNING = acclimate.SGD(lr=0.02, momentum=0.9)
+TUNING = acclimate.Adam(lr=1e-3)
 
 
 def har(data: Path, seed: int):
@@ -110,7 +110,9 @@ def show(name, rows):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tasks", nargs="*", default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--criteria", default="random,l1,l2,taylor,fisher", help=", ".join(pruning.CRITERIA))
     parser.add_argument("--seeds", type=int, default=3)

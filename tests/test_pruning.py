@@ -239,7 +239,9 @@ def test_the_least_go_first_and_one_stays():
     graph = digits_cnn()
     weight = np.array(graph.values["stem.conv.weight"].data)
     weight[[1, 6]] = 1e-3
-    small = pruning.prune(graph.with_data({"stem.conv.weight": weight}), channels={"stem.*": 0.25}, criterion="l1")
+    small = pruning.prune(
+        graph.with_data({"stem.conv.weight": weight}), channels={"stem.*": 0.25}, criterion="l1"
+    )
     kept = [0, 2, 3, 4, 5, 7]
     np.testing.assert_array_equal(small.values["stem.conv.weight"].data, weight[kept])
     np.testing.assert_array_equal(
@@ -278,7 +280,9 @@ def test_wrong_use_is_refused(options, what):
 
 def test_shares_of_coupled_layers_must_agree():
     with pytest.raises(WrongUse, match="several shares"):
-        pruning.prune(models.exported("residual")[1], channels={"stem.weight": 0.5, "blocks.0.conv2.weight": 0.25})
+        pruning.prune(
+            models.exported("residual")[1], channels={"stem.weight": 0.5, "blocks.0.conv2.weight": 0.25}
+        )
 
 
 def test_rescaling_one_layer_against_the_next_changes_nothing():

@@ -719,27 +719,39 @@ def prune(
     loss, loss_note = _loss_for(model, dataset.y, loss)
     known, held_out, notes = _parted(model, dataset, loss, seed)
     fit, validation = carved(known, seed)
-    shares = {(0.0, 0.0): None} | dict.fromkeys((c, k) for c in channels or (0.0,) for k in connections or (0.0,))
-    look = {"criterion": criterion, "data": (fit.x, fit.y), "loss": loss, "seed": seed}
+    shares = {(0.0, 0.0): None} | dict.fromkeys(
+        (c, k) for c in channels or (0.0,) for k in connections or (0.0,)
+    )
+    look: dict[str, Any] = {"criterion": criterion, "data": (fit.x, fit.y), "loss": loss, "seed": seed}
     rows, graphs = [], []
     for done, (c, k) in enumerate(shares):
         small = pruning.prune(model, c, k, **look)
         plan = compile_plan(
-            small, device=device, scheme="full", loss=loss, optimizer=optimizer_of(optimizer, lr), must_fit=False
+            small,
+            device=device,
+            scheme="full",
+            loss=loss,
+            optimizer=optimizer_of(optimizer, lr),
+            must_fit=False,
         )
         row = {"channels": c, "connections": k, **pruning.size(small), **plan.row()}
         row["accuracy"] = Learner(plan).score(held_out.x, held_out.y)
         learned = small
         if epochs:
-            told = partial(_told_of_part, tell, done, len(shares), f"{c:.0%} of channels, {k:.0%} of connections")
-            rates = [plan.optimizer.lr * f for f in (RATE_FACTORS if lr is None and validation is not None else (1.0,))]
+            told = partial(
+                _told_of_part, tell, done, len(shares), f"{c:.0%} of channels, {k:.0%} of connections"
+            )
+            rates = [
+                plan.optimizer.lr * f
+                for f in (RATE_FACTORS if lr is None and validation is not None else (1.0,))
+            ]
             batches = replace(plan, batch_size=batch_size)
             kept, _ = learn_at_best_rate(batches, rates, fit, validation, epochs, seed, told)
             row |= {"accuracy_learned": kept.learner.score(held_out.x, held_out.y), "lr": kept.lr}
             learned = small.with_data({**kept.learner.parameters(), **kept.learner.statistics()})
         rows.append(row)
         graphs.append(learned)
-    figures = {
+    figures: dict[str, Any] = {
         "kind": "prune",
         "criterion": criterion,
         "what": pruning.CRITERIA[criterion],

@@ -546,7 +546,9 @@ def quantize(
 def _shares(words: str | None, option: str) -> list[float]:
     shares = _numbers(words, option) or []
     if any(not 0 <= share < 1 for share in shares):
-        raise WrongUse(f"{option} takes shares from 0, below 1", number=repr(words), action=f"{option} 0.25,0.5")
+        raise WrongUse(
+            f"{option} takes shares from 0, below 1", number=repr(words), action=f"{option} 0.25,0.5"
+        )
     return shares
 
 
@@ -576,7 +578,8 @@ def prune(
         str, typer.Option("--criterion", metavar="C", help="What is kept: l1, l2, taylor, fisher or random.")
     ] = "l2",
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Also what each group of layers costs alone, at the first share.")
+        bool,
+        typer.Option("--sensitivity", help="Also what each group of layers costs alone, at the first share."),
     ] = False,
     epochs: Annotated[
         int, typer.Option("--epochs", metavar="N", help="Passes over the data after pruning; 0: none.")
@@ -613,7 +616,9 @@ def prune(
     gone, cut = _shares(channels, "--channels"), _shares(connections, "--connections")
     gone = gone or ([] if cut else [0.5])
     if out is not None and max(len(gone), 1) * max(len(cut), 1) > 1:
-        raise WrongUse("--out takes one pair of shares", number=f"{channels} and {connections}", action="--channels 0.5")
+        raise WrongUse(
+            "--out takes one pair of shares", number=f"{channels} and {connections}", action="--channels 0.5"
+        )
     graph = _model(model)
     dataset = _dataset(data, graph, seed, label, mean, std, resize)
     with _progress() as tell:

@@ -333,7 +333,11 @@ class Learner:
         key = (kind, batch)
         if key not in self._sessions:
             plan = self.plan
-            make = {"predict": plan.predict_program, "train": plan.train_program, "gradient": plan.gradient_program}
+            make = {
+                "predict": plan.predict_program,
+                "train": plan.train_program,
+                "gradient": plan.gradient_program,
+            }
             program = make[kind](batch)
             extra = [k for k, s in self._sessions.items() if s is not self._main]
             if len(extra) >= KEPT_SESSIONS:

@@ -1,7 +1,7 @@
 """Pruning: channels removed with all that goes with them, or single connections set to zero for good.
 
-What goes together is derived from the rows of the op table (`ops/coupling.py`); what is worth keeping is a criterion; what
-it costs is measured. A pruned model is an ordinary Graph: it is planned, learned and scored as any other.
+What goes together is derived from the rows of the op table (`ops/coupling.py`), what is worth keeping from a criterion.
+A pruned model is an ordinary Graph: it is planned, learned and scored as any other.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def without(graph: Graph, coupled: Coupling, removed: np.ndarray) -> Graph:
         row, attrs = TABLE[node.op], node.attrs
         masks = kept(node.outputs[0])
         if row.narrow is not None:
-            shape = tuple(_left(d, m, graph.batch) for d, m in zip(graph.shape(node.outputs[0]), masks, strict=True))
+            shape = tuple(
+                _left(d, m, graph.batch) for d, m in zip(graph.shape(node.outputs[0]), masks, strict=True)
+            )
             attrs = row.narrow(attrs, [kept(n) for n in node.inputs], [kept(n) for n in node.outputs], shape)
         types = infer(row, attrs, [new.type(n) if n else None for n in node.inputs], node.where)
         for name, type_ in zip(node.outputs, types, strict=True):
@@ -147,13 +149,15 @@ def _weights(graph: Graph) -> list[str]:
 def _samples(
     graph: Graph, names: list[str], criterion: str, data: Any, loss: Any, seed: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """For each sample (once, where the criterion needs none) an array for each weight, to be summed over what is removed."""
+    """For each sample (once, where the criterion needs none) an array a weight, to be summed over what is removed."""
     values = {n: np.asarray(graph.values[n].data, np.float64) for n in names}
     if criterion not in WITH_DATA:
         yield {n: np.abs(w) if criterion == "l1" else w * w for n, w in values.items()}
     else:
         x, y = np.asarray(data[0]), np.asarray(data[1])
-        learner = Learner(compile_plan(predict_graph(graph), scheme=dict.fromkeys(names), loss=loss, must_fit=False))
+        learner = Learner(
+            compile_plan(predict_graph(graph), scheme=dict.fromkeys(names), loss=loss, must_fit=False)
+        )
         for i in np.random.default_rng(seed).permutation(len(x))[:SAMPLES]:
             grads = learner.gradients(x[i : i + 1], y[i : i + 1])
             yield {n: values[n] * grads[n] for n in names}
@@ -163,7 +167,12 @@ _PER_SAMPLE: Mapping[str, Callable[[Any], Any]] = {"taylor": np.abs, "fisher": l
 
 
 def unit_scores(
-    graph: Graph, coupled: Coupling, criterion: str = "l2", data: Any = None, loss: Any = "cross_entropy", seed: int = 0
+    graph: Graph,
+    coupled: Coupling,
+    criterion: str = "l2",
+    data: Any = None,
+    loss: Any = "cross_entropy",
+    seed: int = 0,
 ) -> np.ndarray:
     """A score for each label; the least is removed first.
 
@@ -179,10 +188,14 @@ def unit_scores(
         out = np.zeros(count)
         for name, array in arrays.items():
             for i in side.get(name, ()):
-                np.add.at(out, coupled.labels[name][i], array.sum(tuple(j for j in range(array.ndim) if j != i)))
+                np.add.at(
+                    out, coupled.labels[name][i], array.sum(tuple(j for j in range(array.ndim) if j != i))
+                )
         return out
 
-    names = [n for n in _weights(graph) if n in coupled.met or n in coupled.made and criterion not in WITH_DATA]
+    names = [
+        n for n in _weights(graph) if n in coupled.met or n in coupled.made and criterion not in WITH_DATA
+    ]
     samples = _samples(graph, names, criterion, data, loss, seed)
     if criterion not in WITH_DATA:
         (weights,) = samples
@@ -207,16 +220,17 @@ def prune(
     channels: the share of channels to remove, of every group of layers that go together or by name (shell patterns of
     weights, `{"layer3.*": 0.5}`). They are gone, and everything coupled to them: batch norms, depthwise
     convolutions, what a skip adds, what comes out of concatenation or flattening, inputs of later layers. One of each
-    group always stays. connections: the share of each weight's elements to set to zero, of all weights or by name; learning
-    keeps them zero. Both: channels first. criterion: one of CRITERIA; "taylor" and "fisher" look at data = (x, y)
-    with `loss`. seed: of what is random.
+    group always stays. connections: the share of each weight's elements to set to zero, of all weights or by name. A
+    zero keeps its bytes; learning leaves it zero in a float graph (fake quantised too), but not in an int8 one. Both:
+    channels first. criterion: one of CRITERIA; "taylor" and "fisher" look at data = (x, y) with `loss`. seed: of what
+    is random.
 
     Raises WrongUse for a share outside [0, 1), a name that matches no weight, or one that cannot be pruned.
 
     >>> from acclimate.zoo import digits_cnn
     >>> small = prune(digits_cnn(), channels=0.5)
     >>> sum(v.type.size for v in small.parameters().values())
-    2186
+    2182
     """
     if channels is None and connections is None:
         raise WrongUse("nothing is to be pruned", action="channels=0.5, or connections=0.9")
@@ -244,7 +258,12 @@ def least(coupled: Coupling, shares: list[float], scores: np.ndarray) -> np.ndar
 
 
 def each_alone(
-    model: Graph, share: float, criterion: str = "l2", data: Any = None, loss: Any = "cross_entropy", seed: int = 0
+    model: Graph,
+    share: float,
+    criterion: str = "l2",
+    data: Any = None,
+    loss: Any = "cross_entropy",
+    seed: int = 0,
 ) -> Iterator[tuple[Group, Graph]]:
     """For each group of layers the model without this share of that group alone: how much each can spare."""
     coupled = coupling(model)
@@ -258,7 +277,7 @@ def size(graph: Graph) -> dict[str, int]:
     """`parameters`; `nonzero` of them; `macs` to predict one sample, and `nonzero_macs` without those by a zero weight,
     which dense kernels do all the same; `predict_arena_bytes`."""
     predicts = predict_graph(with_batch(graph, 1))
-    values = [v for v in graph.parameters().values()]
+    values = list(graph.parameters().values())
     macs = nonzero = 0
     for node in predicts.nodes:
         work = cost(predicts, node)
@@ -268,7 +287,9 @@ def size(graph: Graph) -> dict[str, int]:
         nonzero += round(share * (work.mac + work.dw_mac))
     return {
         "parameters": sum(v.type.size for v in values),
-        "nonzero": sum(int(np.count_nonzero(v.data)) if v.sparse and v.data is not None else v.type.size for v in values),
+        "nonzero": sum(
+            int(np.count_nonzero(v.data)) if v.sparse and v.data is not None else v.type.size for v in values
+        ),
         "macs": macs,
         "nonzero_macs": nonzero,
         "predict_arena_bytes": arrange(passes.run(passes.prepare(predicts, set()))).arena_bytes,
@@ -279,7 +300,9 @@ def _disconnected(model: Graph, connections: Any, criterion: str, data: Any, los
     names = _weights(model)
     shares = _shares(connections, [(n,) for n in names], "connections")
     random = np.random.default_rng(seed)
-    total = {n: random.random(model.shape(n)) if criterion == "random" else np.zeros(model.shape(n)) for n in names}
+    total = {
+        n: random.random(model.shape(n)) if criterion == "random" else np.zeros(model.shape(n)) for n in names
+    }
     for sample in () if criterion == "random" else _samples(model, names, criterion, data, loss, seed):
         for name, array in sample.items():
             total[name] += _PER_SAMPLE.get(criterion, np.asarray)(array)
@@ -298,7 +321,9 @@ def _shares(given: Any, names: list[tuple[str, ...]], what: str) -> list[float]:
     by_name = dict(given) if isinstance(given, Mapping) else {"*": given}
     for pattern, share in by_name.items():
         if not isinstance(share, (int, float, np.number)) or not 0 <= share < 1:
-            raise WrongUse(f"a share of {what} lies in [0, 1)", where=pattern, number=repr(share), action=f"{what}=0.5")
+            raise WrongUse(
+                f"a share of {what} lies in [0, 1)", where=pattern, number=repr(share), action=f"{what}=0.5"
+            )
         if not any(fnmatchcase(n, pattern) for group in names for n in group):
             raise WrongUse(
                 f"no weight whose {what} can be pruned is called so",

@@ -28,6 +28,7 @@ from .ops.integer import (
     LOW,
     MOST,
     affine,
+    averages,
     channel_axis,
     float_nodes,
     form,
@@ -88,7 +89,9 @@ def quantize(
     """
     if any(TABLE[n.op].fakes for n in model.nodes):
         if calibration is not None:
-            raise WrongUse("this graph holds its scales already", where="calibration", action="quantize(model)")
+            raise WrongUse(
+                "this graph holds its scales already", where="calibration", action="quantize(model)"
+            )
         return lower(model)
     return Quantization(model, calibration, method, percentile, per_channel, keep_float, bits).graph
 
@@ -96,11 +99,11 @@ def quantize(
 def fake_quantize(model: Graph, calibration: Any, learn_scales: bool = False, **options: Any) -> Graph:
     """A float graph that computes as `quantize`'s int8 graph does, and learns: quantisation-aware training.
 
-    Weights pass `fake_quant`, activations `quantize` and `dequantize`, at the places and scales that `quantize` with the same
-    options would take; gradients pass all of them as if nothing were rounded, but where a clamp held (Jacob et al.
-    2018, arXiv:1712.05877). The batch norms are folded and learn as part of the weights. A bias stays as it is: its int32
-    is finer than what rounding an activation tells. learn_scales: weight scales are parameters too, `<weight>.scale`
-    (Esser et al. 2020, arXiv:1902.08153). What was learned becomes int8 without another calibration:
+    Weights pass `fake_quant`, activations `quantize` and `dequantize`, where and at the scales that `quantize` with the
+    same options would; gradients pass all of them as if nothing were rounded, but where a clamp held (Jacob et
+    al. 2018, arXiv:1712.05877). The batch norms are folded and learn as part of the weights. A bias stays as it is:
+    its int32 is finer than the step of an activation. learn_scales: weight scales are parameters too,
+    `<weight>.scale` (Esser et al. 2020, arXiv:1902.08153). What was learned becomes int8 without another calibration:
 
     >>> fake = acclimate.fake_quantize(model, x[:256], bits=4)                        # doctest: +SKIP
     >>> learner = acclimate.Learner(acclimate.plan(fake, scheme="full")).fit(x, y)    # doctest: +SKIP
@@ -479,7 +482,9 @@ class Quantization:
         if any(v.quant is not None for v in self.model.values.values()):
             raise WrongUse("this graph is quantised already", action="give the float model")
         if self.calibration is None:
-            raise WrongUse("ranges are measured on samples", where="calibration", action="quantize(model, x[:256])")
+            raise WrongUse(
+                "ranges are measured on samples", where="calibration", action="quantize(model, x[:256])"
+            )
         self.float_graph = fold(self.model)
         self.layers, self._int8_inputs, self._kept = _layers(self.float_graph, self.keep_float)
         if not self.layers:
@@ -518,13 +523,15 @@ class Quantization:
         return {name: Quant(s) for name, s in scales.items()}
 
     def fake(self, only: Layer | None = None, learns: bool = False, learn_scales: bool = False) -> Graph:
-        """The float graph with its numbers rounded to what int8 can hold, everywhere or in one layer: it runs as it is.
+        """The float graph with its numbers rounded to what int8 can hold, everywhere or in one layer.
 
-        learns: weights are rounded whenever the graph runs, not once, and may learn; with learn_scales their scales too.
+        learns: weights are rounded whenever the graph runs, not once, so that they may learn; learn_scales: their scales
+        as well.
         """
         old, layers = self.float_graph, self.layers if only is None else [only]
         chosen = {id(layer.node): layer for layer in layers}
         ends = {layer.output for layer in layers if layer.output}
+        ends |= {layer.node.outputs[0] for layer in layers if averages(old, layer.node)}
         new = old.copy()
         new.nodes = []
 
@@ -549,7 +556,9 @@ class Quantization:
                     if not learns:
                         self._round_weight(new, node)
                     elif weight not in weights:
-                        weights[weight] = self._fake_weight(new, node, "parameter" if learn_scales else "constant")
+                        weights[weight] = self._fake_weight(
+                            new, node, "parameter" if learn_scales else "constant"
+                        )
                     names |= weights
             new.nodes.append(replace(node, inputs=tuple(names.get(n, n) for n in node.inputs)))
             held.update({name: rounded(name) for name in node.outputs if name in ends})
@@ -559,7 +568,7 @@ class Quantization:
     def _fake_weight(self, graph: Graph, node: Node, kind: str) -> str:
         name, most = node.inputs[1], 2 ** (self.bits - 1) - 1
         scale = self.weights[name].scale
-        s = graph.add(Value(graph.fresh(f"{name}.scale"), Type(scale.shape), kind, scale))
+        s = graph.persistent(graph.fresh(f"{name}.scale"), scale, kind)
         attrs = {"axis": channel_axis(node), "low": -most, "high": most}
         return str(emit(graph, "fake_quant", name, s, name=f"{name}.fake", **attrs))
 

@@ -654,7 +654,11 @@ def _prune(data: Row) -> Report:
         tuple(data["rows"]),
         caption=f"Least important by {data['criterion']}: {data['what']}. Accuracy on {data['samples']['held_out']} "
         f"held-out samples"
-        + (f", and after {data['epochs']} epochs on {data['samples']['learned_from']}." if data["epochs"] else ".")
+        + (
+            f", and after {data['epochs']} epochs on {data['samples']['learned_from']}."
+            if data["epochs"]
+            else "."
+        )
         + " A weight that is zero still takes its bytes and its MAC.",
     )
     alone = Table(
@@ -673,7 +677,9 @@ def _prune(data: Row) -> Report:
     )
     notes = tuple(Note(n) for n in data["notes"])
     blocks: tuple[Block, ...] = (table, *((alone,) if data["sensitivity"] else ()), *notes)
-    return Report(f"{data['model']['name']}, pruned", _model_line(data["model"]), (Section("", blocks),), data)
+    return Report(
+        f"{data['model']['name']}, pruned", _model_line(data["model"]), (Section("", blocks),), data
+    )
 
 
 def _demo(data: Row) -> Report:

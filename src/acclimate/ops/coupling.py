@@ -122,12 +122,12 @@ def by_letters(call: Call) -> list[Labels]:
                 call.units.fix(axis)
             else:
                 known[key] = call.units.tie(known.get(key, axis), axis)
-    return [
-        [known[k] if k != "1" else np.zeros(n, np.int64) for k, n in zip(keys(p.dims, len(t.shape)), t.shape)]
-        if t
-        else []
-        for p, t in zip(outs, call.outputs, strict=True)
-    ]
+
+    def labels_of(dims: str, shape: Sequence[int]) -> Labels:
+        found = zip(keys(dims, len(shape)), shape, strict=True)
+        return [np.zeros(n, np.int64) if k == "1" else known[k] for k, n in found]
+
+    return [labels_of(p.dims, t.shape) if t else [] for p, t in zip(outs, call.outputs, strict=True)]
 
 
 def elementwise(call: Call) -> list[Labels]:
@@ -196,7 +196,9 @@ def moved(call: Call) -> list[Labels]:
         roots = units.find(axis)
         if not roots.any():
             continue
-        index = np.broadcast_to(np.arange(shape[a]).reshape([-1 if i == a else 1 for i in range(rank)]), shape)
+        index = np.broadcast_to(
+            np.arange(shape[a]).reshape([-1 if i == a else 1 for i in range(rank)]), shape
+        )
         source = np.asarray(call.row.ref(call.attrs, index + _FAR)[0]) - _FAR
         there = source >= 0
         found = np.where(there, roots[np.where(there, source, 0)], -1)

@@ -38,7 +38,9 @@ def _grad_shape(attrs: Any, d: Type, x: Type, scale: Type) -> list[Type]:
 
 
 def _along(attrs: Any, x: Any, scale: Any) -> Any:
-    return scale if scale.size == 1 else scale.reshape([-1 if i == attrs["axis"] else 1 for i in range(x.ndim)])
+    return (
+        scale if scale.size == 1 else scale.reshape([-1 if i == attrs["axis"] else 1 for i in range(x.ndim)])
+    )
 
 
 def integers(attrs: Any, x: Any, scale: Any) -> tuple[Any, Any]:
@@ -87,8 +89,8 @@ ROWS = (
     Row(
         "fake_quant",
         "*, S -> *, *:bit?",
-        "scale * (q - zero), q = round(x / scale) + zero between low and high, halves away from zero; one scale, or one "
-        "an index of `axis`. The bits hold where q was not clamped: there the gradient passes.",
+        "scale * (q - zero), q = round(x / scale) + zero between low and high, halves away from zero; one scale, or "
+        "one an index of `axis`. The bits hold where q was not clamped: there the gradient passes.",
         _fake_quant,
         tuple(Example((x, s), a, {1: "positive"}) for x, s, a in _CASES),
         attrs=_ATTRS,

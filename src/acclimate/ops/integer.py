@@ -1,8 +1,9 @@
 """From a float graph with quantised points to int8: which integer row stands in for which float row.
 
 A graph says what is quantised by itself: where a value passes `quantize` and `dequantize`, and where a weight has a
-`quant`, or passes a row that `fakes` one while it learns. Such a graph runs as it is (fake quantisation); `lower` turns whatever lies between two such points and has an
-integer form into integer rows, and leaves the rest in float. Calibration and files of other tools both end here.
+`quant`, or passes a row that `fakes` one while it learns. Such a graph runs as it is (fake quantisation); `lower` turns
+whatever lies between two such points and has an integer form into integer rows, and leaves the rest in float.
+Calibration and files of other tools both end here.
 """
 
 from __future__ import annotations
@@ -107,6 +108,11 @@ def form(graph: Graph, node: Node) -> str:
         return "join" if inputs[0].repeated else "keep"
     plain = len(inputs) == 1 and inputs[0].dims == "*" == outputs[0].dims and inputs[0].dtype == "f32"
     return "table" if plain and outputs[0].dtype == "f32" and not row.updates else ""
+
+
+def averages(graph: Graph, node: Node) -> bool:
+    """Does a node keep its input's scale, but not its very numbers, so that its result is rounded?"""
+    return form(graph, node) == "keep" and parse(TABLE[node.op].signature)[0][0].dtype != "t"
 
 
 def sources(graph: Graph, node: Node) -> tuple[str, ...]:
@@ -220,7 +226,9 @@ def lower(graph: Graph) -> Graph:
 
 
 def settled(graph: Graph) -> Graph:
-    """The graph with each weight that a row `fakes` rounded for good, and its `quant` beside it."""
+    """The graph with each weight that a row `fakes` rounded for good, and its `quant` beside it; itself without any."""
+    if not any(TABLE[n.op].fakes for n in graph.nodes):
+        return graph
     new = graph.copy()
     new.nodes = []
     names: dict[str, str] = {}

@@ -292,12 +292,12 @@ def _grad(cell: Cell) -> Callable[..., list[str]]:
 
 def _couple(call: Call) -> list[Labels]:
     """A hidden unit goes with its row of each gate; the input's features are summed over."""
-    (x, w_ih, w_hh, *more), units = call.inputs, call.units
+    (x, _, w_hh, *more), units = call.inputs, call.units
     units.fix(x[1])
     call.meets(1, 1, x[2])
     call.meets(2, 1, w_hh[1])
     hidden = w_hh[1]
-    for j, labels in ((1, w_ih), (2, w_hh)):
+    for j in (1, 2):
         units.tie(call.makes(j, 0).reshape(-1, len(hidden)), hidden)
     for labels in filter(None, more):  # biases (G), states (N, H)
         units.tie(labels[-1].reshape(-1, len(hidden)), hidden)

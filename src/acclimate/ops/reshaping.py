@@ -190,7 +190,10 @@ def _new_shape(attrs: Any, kept_in: Any, kept_out: Any, shape: Any) -> dict[str,
 
 def _narrow_slice(attrs: Any, kept_in: Any, kept_out: Any, shape: Any) -> dict[str, Any]:
     """What is left of a part is a part of what is left, where the step is 1; else `_couple_slice` fixed the axis."""
-    start = tuple(int(k[:b].sum()) if s == 1 else b for k, b, s in zip(kept_in[0], attrs["start"], attrs["step"]))
+    start = tuple(
+        int(k[:b].sum()) if s == 1 else b
+        for k, b, s in zip(kept_in[0], attrs["start"], attrs["step"], strict=True)
+    )
     return {**attrs, "start": start, "size": shape}
 
 

@@ -4,13 +4,16 @@
 
 #define BOUND 1e6f /* of a rounded number, far above any int8 */
 
-/* round(x / scale) + zero */
-static int32_t rounded(float v, int32_t zero) { return ac_half_away(v < -BOUND ? -BOUND : v > BOUND ? BOUND : v) + zero; }
+/* round(v) + zero */
+static int32_t rounded(float v, int32_t zero) {
+    return ac_half_away(v < -BOUND ? -BOUND : v > BOUND ? BOUND : v) + zero;
+}
 
 /* Elements after `axis`, over which one scale holds. */
 static size_t inner_of(const ac_tensor *t, int32_t axis) {
     size_t n = 1;
-    for (int i = axis + 1; i < t->rank; i++) n *= (size_t)t->dim[i];
+    for (int i = axis + 1; i < t->rank; i++)
+        n *= (size_t)t->dim[i];
     return n;
 }
 
@@ -38,7 +41,8 @@ ac_status AC_KERNEL(fake_quant_scale_grad)(const ac_call *call) {
     float *out = AC_OUT(call, 0);
     const size_t inner = inner_of(t, a->axis), scales = AC_IN_T(call, 2)->size;
     const int32_t most = a->high - a->zero;
-    for (size_t c = 0; c < scales; c++) out[c] = 0.0f;
+    for (size_t c = 0; c < scales; c++)
+        out[c] = 0.0f;
     for (size_t i = 0; i < t->size; i++) {
         const size_t c = i / inner % scales;
         const float v = x[i] / scale[c];
@@ -46,6 +50,7 @@ ac_status AC_KERNEL(fake_quant_scale_grad)(const ac_call *call) {
         out[c] += d[i] * ((float)(held - a->zero) - (q == held ? v : 0.0f));
     }
     const float gain = 1.0f / ac_sqrtf((float)(t->size / scales) * (float)(most > 1 ? most : 1));
-    for (size_t c = 0; c < scales; c++) out[c] *= gain;
+    for (size_t c = 0; c < scales; c++)
+        out[c] *= gain;
     return AC_OK;
 }
