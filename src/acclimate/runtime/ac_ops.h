@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x2D344A43u
+#define AC_TABLE_HASH 0x72908FE2u
 
 typedef enum {
     AC_OP_RELU = 0,
