@@ -129,3 +129,14 @@ def test_wrong_use_is_refused():
         acclimate.quantize(model)
     with pytest.raises(WrongUse, match="already"):
         acclimate.fake_quantize(acclimate.quantize(fake), data.x[:64])
+
+
+def test_a_scale_may_cross_zero():
+    """The function does not change with the sign of a scale, and an integer graph has positive ones."""
+    model, data = trained()
+    fake = acclimate.fake_quantize(model, data.x[:64], learn_scales=True, bits=4)
+    scale = fake.values["head.weight.scale"].data
+    signs = np.where(np.arange(len(scale)) % 2, -1, 1).astype(np.float32)
+    turned = fake.with_data({"head.weight.scale": scale * signs})
+    np.testing.assert_array_equal(outputs(turned, data.x_val), outputs(fake, data.x_val))
+    same_graph(acclimate.quantize(turned), acclimate.quantize(fake))

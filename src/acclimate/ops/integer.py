@@ -22,6 +22,7 @@ from .arithmetic import axes_of
 from .quantized import HIGH, LOW, add_attrs, conv_attrs, half_away, multiplier
 
 MOST = 2**31 - 1  # of an accumulator
+LEAST = 1e-12  # of the scale of a weight
 STEP = 1e-5  # of the differences that give the slopes of a table
 
 
@@ -237,7 +238,8 @@ def settled(graph: Graph) -> Graph:
             value, scale = (graph.values[n] for n in node.inputs)
             assert value.data is not None and scale.data is not None
             real = TABLE[node.op].ref(node.attrs, value.data.astype(np.float64), scale.data)[0]
-            new.values[value.name] = replace(value, data=real.astype(np.float32), quant=Quant(scale.data))
+            positive = np.maximum(np.abs(scale.data), LEAST)  # one that was learned may have crossed zero
+            new.values[value.name] = replace(value, data=real.astype(np.float32), quant=Quant(positive))
             names[node.outputs[0]] = value.name
         else:
             new.nodes.append(replace(node, inputs=tuple(names.get(n, n) for n in node.inputs)))
