@@ -531,12 +531,13 @@ class Quantization:
         old, layers = self.float_graph, self.layers if only is None else [only]
         chosen = {id(layer.node): layer for layer in layers}
         ends = {layer.output for layer in layers if layer.output}
-        ends |= {layer.node.outputs[0] for layer in layers if averages(old, layer.node)}
+        averaged = {n.node.outputs[0]: n.inputs[0] for n in layers if averages(old, n.node)}
+        ends |= averaged.keys()
         new = old.copy()
         new.nodes = []
 
         def rounded(name: str) -> str:
-            scale, zero = self.ranges[self._root[name]]
+            scale, zero = self.ranges[self._root[averaged.get(name, name)]]
             q = emit(new, "quantize", name, name=f"{name}.q", scale=scale, zero=zero)
             return str(emit(new, "dequantize", q, name=f"{name}.dq", scale=scale, zero=zero))
 

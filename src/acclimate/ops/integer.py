@@ -105,7 +105,7 @@ def form(graph: Graph, node: Node) -> str:
         kind, possible = _FORMS[node.op]
         return kind if possible(graph, node) else ""
     inputs, outputs = parse(row.signature)
-    if inputs and inputs[0].dtype == "t":
+    if row.view or inputs and inputs[0].dtype == "t":
         return "join" if inputs[0].repeated else "keep"
     plain = len(inputs) == 1 and inputs[0].dims == "*" == outputs[0].dims and inputs[0].dtype == "f32"
     return "table" if plain and outputs[0].dtype == "f32" and not row.updates else ""
@@ -113,7 +113,8 @@ def form(graph: Graph, node: Node) -> str:
 
 def averages(graph: Graph, node: Node) -> bool:
     """Does a node keep its input's scale, but not its very numbers, so that its result is rounded?"""
-    return form(graph, node) == "keep" and parse(TABLE[node.op].signature)[0][0].dtype != "t"
+    row = TABLE[node.op]
+    return form(graph, node) == "keep" and not row.view and parse(row.signature)[0][0].dtype != "t"
 
 
 def sources(graph: Graph, node: Node) -> tuple[str, ...]:
