@@ -27,6 +27,7 @@ from .ops.integer import (
     HIGH,
     LOW,
     MOST,
+    Int,
     affine,
     averages,
     channel_axis,
@@ -35,6 +36,7 @@ from .ops.integer import (
     lower,
     norms_as_convolutions,
     sources,
+    without_float_quants,
 )
 from .ops.quantized import half_away
 from .program import build
@@ -168,7 +170,7 @@ def fold(model: Graph) -> Graph:
     for name in before.values:
         order += [name, *(names[b] for w, b in pairs if names.get(w) == name and b in names)]
     graph.values = {n: graph.values[n] for n in dict.fromkeys([*order, *graph.values]) if n in graph.values}
-    return norms_as_convolutions(graph)
+    return without_float_quants(norms_as_convolutions(graph))
 
 
 # -- which nodes, and where their values are quantised ----------------------------------------------------------------
@@ -221,9 +223,9 @@ def _layers(graph: Graph, keep_float: Sequence[str]) -> tuple[list[Layer], set[s
             n for n in graph.nodes if any(s == wanted or s.startswith(f"{wanted}.") for s in _named(graph, n))
         ]
         if not found:
-            layers = [_layer_name(graph, n) for n in graph.nodes if form(graph, n) == "weighted"]
+            known = [_layer_name(graph, n) for n in graph.nodes if form(graph, n) == "weighted"]
             raise WrongUse(
-                "keep_float names no layer", number=repr(wanted), action=f"one of {', '.join(layers[:12])}"
+                "keep_float names no layer", number=repr(wanted), action=f"one of {', '.join(known[:12])}"
             )
         kept |= {id(n): "kept by keep_float" for n in found}
     for name in graph.parameters():
@@ -509,7 +511,8 @@ class Quantization:
 
     def _weights(self) -> dict[str, Quant]:
         """The scales of every weight; one that several layers share gets the widest."""
-        graph, scales = self.float_graph, {}
+        graph = self.float_graph
+        scales: dict[str, np.ndarray] = {}
         for layer in self.layers:
             if form(graph, layer.node) != "weighted":
                 continue
@@ -590,13 +593,8 @@ class Quantization:
         kept = {n.outputs[0]: self._kept[id(n)] for n in self.float_graph.nodes if id(n) in self._kept}
         rows = []
         for node in float_nodes(self.graph):
-            why = kept.get(node.outputs[0], "no integer form")
-            if node.outputs[0] in kept:
-                pass
-            elif node.op == "quantize":
-                why = "conversion to int8"
-            elif form(self.graph, node):
-                why = "its input is float"
+            why = "its input is float" if form(self.graph, node) else "no integer form"
+            why = kept.get(node.outputs[0], why)
             rows.append({"name": node.outputs[0], "op": node.op, "why": why, "where": node.where})
         return rows
 
@@ -620,7 +618,7 @@ class Quantization:
             logits = np.concatenate([a for (a,) in _values(graph, [graph.outputs["output"]], data)])
             return float(resolve(loss, LOSSES, "loss").correct(logits, target))
 
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"name": layer.name, "op": layer.node.op, "output": layer.output}
             for layer in self.layers
             if layer.output
@@ -658,7 +656,7 @@ class Quantization:
                 b = q
                 if q.dtype == np.int8:
                     scale, zero = self.ranges[name]
-                    b = Quant(np.float32(scale), zero).real(q)
+                    b = Int(name, scale, zero).quant.real(q)
                 a64, b64 = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
                 signal[i] += a64 @ a64
                 noise[i] += (a64 - b64) @ (a64 - b64)

@@ -35,7 +35,7 @@ class Int(NamedTuple):
 
     @property
     def quant(self) -> Quant:
-        return Quant(np.float32(self.scale), self.zero)
+        return Quant(np.array([self.scale]), self.zero)
 
 
 # -- numbers -------------------------------------------------------------------------------------------------------
@@ -167,9 +167,8 @@ def conv(
 
 def _parameter(graph: Graph, name: str, data: np.ndarray, dtype: str, quant: Quant) -> str:
     have = graph.values.get(name)
-    same = have is not None and have.data is not None and have.quant is not None
-    if same and have.type.dtype == dtype and np.array_equal(have.data, data):  # type: ignore[union-attr]
-        if np.array_equal(have.quant.scale, quant.scale):  # type: ignore[union-attr]
+    if have is not None and have.data is not None and have.quant is not None and have.type.dtype == dtype:
+        if np.array_equal(have.data, data) and np.array_equal(have.quant.scale, quant.scale):
             return name
     return graph.persistent(graph.fresh(name), data, dtype=dtype, quant=quant)
 
@@ -185,7 +184,7 @@ def add(
     where: str = "",
 ) -> Int:
     """Add a q_add."""
-    attrs = add_attrs(a[1:], b[1:], y, low, high)
+    attrs: dict[str, Any] = dict(add_attrs(a[1:], b[1:], y, low, high))
     return Int(emit(graph, "q_add", a.name, b.name, name=name, where=where, **attrs), *y)
 
 
@@ -194,7 +193,7 @@ def rescale(graph: Graph, x: Int, y: tuple[float, int], name: str) -> Int:
     if (np.float32(x.scale), x.zero) == (np.float32(y[0]), y[1]):
         return x
     m, shift = multiplier(float(np.float32(x.scale)) / float(np.float32(y[0])))
-    attrs = {"x_zero": x.zero, "y_zero": y[1], "multiplier": m, "shift": shift}
+    attrs: Any = {"x_zero": x.zero, "y_zero": y[1], "multiplier": m, "shift": shift}
     return Int(emit(graph, "q_rescale", x.name, name=name, **attrs), *y)
 
 
@@ -219,12 +218,17 @@ def lower(graph: Graph) -> Graph:
     graph = settled(graph)
     if any(node.op == "quantize" for node in graph.nodes):
         return _Lowering(norms_as_convolutions(graph)).run()
-    if any(v.quant is not None and v.type.dtype == "f32" for v in graph.values.values()):  # weights alone
-        graph = graph.copy()
-        graph.values = {
-            n: replace(v, quant=None) if v.type.dtype == "f32" else v for n, v in graph.values.items()
-        }
-    return graph
+    return without_float_quants(graph)
+
+
+def without_float_quants(graph: Graph) -> Graph:
+    """The graph with float weights that are no longer said to be rounded."""
+    new = graph
+    for name, value in graph.values.items():
+        if value.quant is not None and value.type.dtype == "f32":
+            new = graph.copy() if new is graph else new
+            new.values[name] = replace(value, quant=None)
+    return new
 
 
 def settled(graph: Graph) -> Graph:
@@ -273,7 +277,7 @@ def norms_as_convolutions(graph: Graph) -> Graph:
         for name, array, quant in zip(names, arrays, (Quant(scale), None), strict=True):
             array = array.astype(np.float32)
             new.values[name] = Value(name, Type(array.shape), "parameter", array, quant)
-        geometry = {
+        geometry: Any = {
             "stride": (1,) * rank,
             "before": (0,) * rank,
             "after": (0,) * rank,
@@ -511,7 +515,7 @@ class _Lowering:
             name,
             name=self._stem(sink, node),
             where=node.where,
-            slopes=tuple(float(s) for s in np.float32(slopes)),
+            slopes=tuple(slopes.astype(np.float32).tolist()),
         )
         return self._drain(sink, Int(made, *sink.y))
 
@@ -543,7 +547,7 @@ class _Lowering:
         if op == "avg_pool":
             op = "q_avg_pool"
             if attrs.pop("include_pad") and any((*attrs["before"], *attrs["after"])):  # zeros that count
-                sides = {k: (0, 0, *attrs[k]) for k in ("before", "after")}
+                sides: Any = {k: (0, 0, *attrs[k]) for k in ("before", "after")}
                 padded = emit(self.new, "pad", x.name, name=f"{out}.pad", value=float(x.zero), **sides)
                 x = x._replace(name=padded)
                 attrs |= dict.fromkeys(sides, (0,) * len(attrs["kernel"]))
