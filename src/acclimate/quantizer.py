@@ -528,7 +528,7 @@ class Quantization:
     def fake(self, only: Layer | None = None, learns: bool = False, learn_scales: bool = False) -> Graph:
         """The float graph with its numbers rounded to what int8 can hold, everywhere or in one layer.
 
-        learns: weights are rounded whenever the graph runs, not once, so that they may learn; learn_scales: so may their
+        learns: weights are rounded whenever the graph runs, not once, so that they learn; learn_scales: so do their
         scales.
         """
         old, layers = self.float_graph, self.layers if only is None else [only]
