@@ -682,6 +682,7 @@ def _prune(data: Row) -> Report:
     blocks: tuple[Block, ...] = (table, *((alone,) if data["sensitivity"] else ()), *notes)
     return Report(
         f"{data['model']['name']}, pruned", _model_line(data["model"]), (Section("", blocks),), data
+    )
 
 
 def _export(data: Row) -> Report:
