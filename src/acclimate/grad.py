@@ -169,6 +169,19 @@ class Tape:
                 return self.emit(node.op, *inputs, **node.attrs), index
         return self.emit("take", name, index, axis=channels.axis), index
 
+    def learnable(self, name: str, grad: str, channels: Channels | None) -> tuple[str, str]:
+        """(the part of a tensor's gradient that it learns by, the index of its channels or "").
+
+        Zeros of a sparse tensor get none, so that pruned connections stay pruned, whatever the optimiser.
+        """
+        index = ""
+        if channels is not None:
+            grad, index = self.take(grad, channels)
+        if self.graph.values[name].sparse:
+            now = self.emit("take", name, index, axis=channels.axis) if channels is not None else name
+            grad = self.emit("keep", grad, now)
+        return grad, index
+
     # -- persistent values --------------------------------------------------------------------------------------
     def state(self, name: str, shape: tuple[int, ...], dtype: str = "f32") -> str:
         """A persistent value that starts at zero; the same one each time it is asked for."""
@@ -317,9 +330,7 @@ def gradient_graph(model: Graph, update_set: UpdateSet, loss: Loss) -> Graph:
     graph.outputs = {"loss": value}
     for name, channels in update_set.tensors.items():
         if grads[name]:
-            graph.outputs[f"d_{name}"] = (
-                grads[name] if channels is None else Tape(graph).take(grads[name], channels)[0]
-            )
+            graph.outputs[f"d_{name}"] = Tape(graph).learnable(name, grads[name], channels)[0]
     return graph
 
 
@@ -334,7 +345,7 @@ def step_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Opti
     for name in reversed(update_set.names()):  # backward reaches the last layers first
         channels = update_set.tensors[name]
         if grads[name]:
-            grad, index = (grads[name], "") if channels is None else tape.take(grads[name], channels)
+            grad, index = tape.learnable(name, grads[name], channels)
             parts[name] = (grad, index, 0 if channels is None else channels.axis)
     if not parts:
         raise WrongUse(

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x03836E76u
+#define AC_TABLE_HASH 0x72908FE2u
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -132,7 +132,9 @@ typedef enum {
     AC_OP_BF_KEEP_TOP = 122,
     AC_OP_BF_AVG_POOL_GRAD = 123,
     AC_OP_BF_RESHAPE = 124,
-    AC_OP_COUNT = 125
+    AC_OP_FAKE_QUANT = 125,
+    AC_OP_FAKE_QUANT_SCALE_GRAD = 126,
+    AC_OP_COUNT = 127
 } ac_op;
 
 typedef struct {
@@ -548,6 +550,20 @@ typedef struct {
     int32_t extra[2];
 } ac_attr_bf_avg_pool_grad;
 
+typedef struct {
+    int32_t axis;
+    int32_t low;
+    int32_t high;
+    int32_t zero;
+} ac_attr_fake_quant;
+
+typedef struct {
+    int32_t axis;
+    int32_t low;
+    int32_t high;
+    int32_t zero;
+} ac_attr_fake_quant_scale_grad;
+
 ac_status AC_KERNEL(relu)(const ac_call *call);
 ac_status AC_FAST_KERNEL(relu)(const ac_call *call);
 ac_status AC_KERNEL(hard_tanh)(const ac_call *call);
@@ -688,6 +704,8 @@ ac_status AC_KERNEL(bf_add)(const ac_call *call);
 ac_status AC_KERNEL(bf_keep_top)(const ac_call *call);
 ac_status AC_KERNEL(bf_avg_pool_grad)(const ac_call *call);
 ac_status AC_KERNEL(bf_reshape)(const ac_call *call);
+ac_status AC_KERNEL(fake_quant)(const ac_call *call);
+ac_status AC_KERNEL(fake_quant_scale_grad)(const ac_call *call);
 ac_status ac_check_round(const ac_call *call);
 ac_status ac_check_add(const ac_call *call);
 ac_status ac_check_sub(const ac_call *call);
@@ -757,5 +775,7 @@ ac_status ac_check_bf_add(const ac_call *call);
 ac_status ac_check_bf_keep_top(const ac_call *call);
 ac_status ac_check_bf_avg_pool_grad(const ac_call *call);
 ac_status ac_check_bf_reshape(const ac_call *call);
+ac_status ac_check_fake_quant(const ac_call *call);
+ac_status ac_check_fake_quant_scale_grad(const ac_call *call);
 
 #endif
