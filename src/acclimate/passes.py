@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -379,9 +379,12 @@ PIPELINE: tuple[Callable[[Graph], Graph], ...] = (
 )
 
 
-def prepare(model: Graph, update_set: UpdateSet) -> Graph:
-    """A model before it is differentiated: frozen parts folded, so that the backward part meets them folded too."""
-    frozen = split_parts(freeze(model, set(update_set.tensors)), update_set)
+def prepare(model: Graph, update_set: UpdateSet, kept: Iterable[str] = ()) -> Graph:
+    """A model before it is differentiated: frozen parts folded, so that the backward part meets them folded too.
+
+    kept: names of further values that runs may write.
+    """
+    frozen = split_parts(freeze(model, {*update_set.tensors, *kept}), update_set)
     return _checked(_checked(frozen, fold_constants), fold_frozen)
 
 

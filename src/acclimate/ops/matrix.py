@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import BadInput
 from ..ir import Type
 from .arithmetic import mask
+from .coupling import Call, Labels, rowwise
 from .row import Attr, Cost, Example, Row, clamping
 
 
@@ -49,6 +50,18 @@ def _take(tape: Any, node: Any, axis: int, index: str) -> tuple[str, ...] | None
     if axis == 0:
         return tape.emit("take", a, index, axis=1 if node.attrs["ta"] else 0), b
     return a, tape.emit("take", b, index, axis=0 if node.attrs["tb"] else 1)
+
+
+def _couple(call: Call) -> list[Labels]:
+    """Rows of a and columns of b make channels, what lies between them meets."""
+    (a, b, *bias), units = call.inputs, call.units
+    inner, outer = (-2 if call.attrs["ta"] else -1), (-1 if call.attrs["tb"] else -2)
+    call.meets(0, inner, b[outer])
+    call.meets(1, outer, a[inner])
+    y = [*map(units.tie, a[:-2], b[:-2]), call.makes(0, -3 - inner), call.makes(1, -3 - outer)]
+    if bias and bias[0]:
+        units.tie(bias[0][0], y[-1])
+    return [y]
 
 
 def _macs(attrs: Any, ins: Any, outs: Any) -> Cost:
@@ -103,6 +116,7 @@ ROWS = (
             grad=_grad,
             cost=_macs,
             take=_take,
+            couple=_couple,
             check=True,
             fast=True,
             roles={0: "weight", 1: "weight", 2: "bias"},
@@ -119,6 +133,7 @@ ROWS = (
         shape=lambda a, x: [x],
         check=True,
         grad=lambda tape, node, d: [tape.emit("softmax_grad", d, node.outputs[0])],
+        couple=rowwise,
         fast=True,
     ),
     Row(
@@ -145,6 +160,7 @@ ROWS = (
         check=True,
         in_place=(0,),
         grad=lambda tape, node, d: [tape.emit("log_softmax_grad", d, node.outputs[0])],
+        couple=rowwise,
     ),
     Row(
         "log_softmax_grad",

@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import BadInput
 from ..ir import Type
 from .convolution import check_window, out_size
+from .coupling import by_letters
 from .row import Attr, Cost, Example, Row
 
 _WINDOW = {
@@ -215,6 +216,7 @@ ROWS = (
         attrs=_WINDOW,
         shape=_max_shape,
         grad=_max_grad,
+        couple=by_letters,
         cost=_window_cost,
         check=True,
         fast=True,
@@ -248,6 +250,7 @@ ROWS = (
         shape=_avg_shape,
         cost=_window_cost,
         check=True,
+        couple=by_letters,
         grad=lambda tape, node, d: [
             tape.emit("avg_pool_grad", d, size=tape.graph.shape(node.inputs[0])[2:], **node.attrs)
         ],

@@ -116,6 +116,11 @@ class Row:
     accumulate: str = ""  # row that adds this op's result to an existing gradient instead of making a new one
     take: Callable[..., tuple[str, ...] | None] | None = None
     # (tape, node, axis, index) -> inputs that make this op compute only `index` along output `axis`
+    fakes: bool = False  # rounds floats to what integers can hold; its gradient is as if it did not
+    couple: Callable[[Any], list[Any]] | None = None
+    # (coupling.Call) -> labels of the outputs: which channels of inputs and outputs go together
+    narrow: Callable[..., Mapping[str, Any]] | None = None
+    # (attrs, kept_in, kept_out, shape) -> attrs on what pruning leaves; kept: a mask an axis of each tensor; shape: new
 
     def overwrites(self, attrs: Mapping[str, Any], types: Sequence[Type | None]) -> tuple[int, ...]:
         """Inputs, of those with the output's size, whose bytes the first output may take over."""

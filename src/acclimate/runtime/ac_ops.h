@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x8585CBCEu
+#define AC_TABLE_HASH 0x0A6038ACu
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -135,7 +135,9 @@ typedef enum {
     AC_OP_BF_KEEP_TOP = 125,
     AC_OP_BF_AVG_POOL_GRAD = 126,
     AC_OP_BF_RESHAPE = 127,
-    AC_OP_COUNT = 128
+    AC_OP_FAKE_QUANT = 128,
+    AC_OP_FAKE_QUANT_SCALE_GRAD = 129,
+    AC_OP_COUNT = 130
 } ac_op;
 
 typedef struct {
@@ -589,6 +591,20 @@ typedef struct {
     int32_t extra[2];
 } ac_attr_bf_avg_pool_grad;
 
+typedef struct {
+    int32_t axis;
+    int32_t low;
+    int32_t high;
+    int32_t zero;
+} ac_attr_fake_quant;
+
+typedef struct {
+    int32_t axis;
+    int32_t low;
+    int32_t high;
+    int32_t zero;
+} ac_attr_fake_quant_scale_grad;
+
 ac_status AC_KERNEL(relu)(const ac_call *call);
 ac_status AC_FAST_KERNEL(relu)(const ac_call *call);
 ac_status AC_KERNEL(hard_tanh)(const ac_call *call);
@@ -732,6 +748,8 @@ ac_status AC_KERNEL(bf_add)(const ac_call *call);
 ac_status AC_KERNEL(bf_keep_top)(const ac_call *call);
 ac_status AC_KERNEL(bf_avg_pool_grad)(const ac_call *call);
 ac_status AC_KERNEL(bf_reshape)(const ac_call *call);
+ac_status AC_KERNEL(fake_quant)(const ac_call *call);
+ac_status AC_KERNEL(fake_quant_scale_grad)(const ac_call *call);
 ac_status ac_check_round(const ac_call *call);
 ac_status ac_check_add(const ac_call *call);
 ac_status ac_check_sub(const ac_call *call);
@@ -804,5 +822,7 @@ ac_status ac_check_bf_add(const ac_call *call);
 ac_status ac_check_bf_keep_top(const ac_call *call);
 ac_status ac_check_bf_avg_pool_grad(const ac_call *call);
 ac_status ac_check_bf_reshape(const ac_call *call);
+ac_status ac_check_fake_quant(const ac_call *call);
+ac_status ac_check_fake_quant_scale_grad(const ac_call *call);
 
 #endif

@@ -131,4 +131,6 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"bf_keep_top", "NC~:i16/i8, NC:i32 -> NC~:i16/i8, NC", 2, 2, 1, 0, AC_KERNEL(bf_keep_top), ac_check_bf_keep_top},
     {"bf_avg_pool_grad", "NC~:i16/i8, NC:i32 -> NC~:i16/i8, NC:i32", 2, 2, 10, 0, AC_KERNEL(bf_avg_pool_grad), ac_check_bf_avg_pool_grad},
     {"bf_reshape", "~:i16/i8, ~:i32 -> ~:i16/i8, ~:i32", 2, 2, 0, 0, AC_KERNEL(bf_reshape), ac_check_bf_reshape},
+    {"fake_quant", "*, S -> *, *:bit?", 2, 2, 4, 0, AC_KERNEL(fake_quant), ac_check_fake_quant},
+    {"fake_quant_scale_grad", "*, *, S -> S", 3, 1, 4, 0, AC_KERNEL(fake_quant_scale_grad), ac_check_fake_quant_scale_grad},
 };
