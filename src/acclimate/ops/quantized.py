@@ -426,7 +426,8 @@ def q_sgd(
         rest = (value - new * RESIDUAL).astype(np.int8)
     elif a["rounding"] == STOCHASTIC:
         u = uniform(int(step[0]), int(a["salt"]), p.size).reshape(p.shape).astype(np.float64)
-        new = p.astype(np.int64) - np.floor(by + u).astype(np.int64)
+        parts = np.floor(by * 2**24).astype(np.int64) + (u * 2**24).astype(np.int64)
+        new = p.astype(np.int64) - (parts >> 24)
     else:
         new = p.astype(np.int64) - half_away(by).astype(np.int64)
     low, high = (LOW, HIGH) if w.dtype == np.int8 else (-(2**31), 2**31 - 1)

@@ -20,6 +20,13 @@
 
 #define AC_MAX_TAPS 32767 /* 2 * 32767 * 255 * 128 < 2^31 */
 
+/* Functions that keep their registers to themselves: merged with what surrounds them, their loops would run out of them. */
+#if defined(__GNUC__)
+#define AC_APART static __attribute__((noinline))
+#else
+#define AC_APART static
+#endif
+
 /* Few bytes: without a library's headers (-ffreestanding) a compiler calls memcpy for them. */
 #if defined(__GNUC__)
 #define AC_COPY __builtin_memcpy
@@ -190,51 +197,6 @@ AC_INLINE void ac_widen(int16_t *to, const int8_t *x, int count, int zero) {
     for (; i < count; i++) to[i] = (int16_t)(x[i] - zero);
 }
 
-/* sum[k] = start + the products of four windows of `width` by `width` with doubled weights; window k starts at row 0, column
- * k * step of rows that lie `pitch` words apart and start at whole words. width 3, 5 or 7 and step 1 or 2 are constants
- * where this is called; w: what ac_put_window left. */
-AC_INLINE void ac_dot_windows(int32_t sum[4], int32_t start, const uint32_t *x, int pitch, const uint32_t *w, int width,
-                              int step) {
-    int32_t a = start, b = start, c = start, d = start;
-    for (int i = 0; i < width; i++, x += pitch, w += width - 1) {
-#if AC_DSP
-#define AC_EVEN(y, at)                                                             \
-    for (int j = 0; j + 1 < width; j += 2) y = ac_pairs(x[(at) + j / 2], w[j], y); \
-    y = ac_low_high(x[(at) + width / 2], w[width - 2], y)
-#define AC_ODD(y, at)                \
-    y = ac_high_low(x[at], w[0], y); \
-    for (int j = 1; j + 1 < width; j += 2) y = ac_pairs(x[(at) + (j + 1) / 2], w[j], y)
-        if (step == 1) {
-            AC_EVEN(a, 0);
-            AC_ODD(b, 0);
-            AC_EVEN(c, 1);
-            AC_ODD(d, 1);
-        } else {
-            AC_EVEN(a, 0);
-            AC_EVEN(b, 1);
-            AC_EVEN(c, 2);
-            AC_EVEN(d, 3);
-        }
-#undef AC_EVEN
-#undef AC_ODD
-#else
-        int16_t from[16];
-        AC_COPY(from, x, sizeof *from * (size_t)(3 * step + width));
-        for (int j = 0; j < width; j++) {
-            const int32_t by = (int16_t)(uint16_t)(j + 1 < width ? w[j] : w[j - 1] >> 16);
-            a += from[j] * by;
-            b += from[step + j] * by;
-            c += from[2 * step + j] * by;
-            d += from[3 * step + j] * by;
-        }
-#endif
-    }
-    sum[0] = a;
-    sum[1] = b;
-    sum[2] = c;
-    sum[3] = d;
-}
-
 /* Doubled weights of a window: each row's pairs of neighbours. */
 AC_INLINE void ac_put_window(uint32_t *to, const int8_t *w, int width) {
     for (int i = 0; i < width; i++, w += width, to += width - 1) {
@@ -247,6 +209,24 @@ AC_INLINE void ac_put_window(uint32_t *to, const int8_t *w, int width) {
     }
 }
 
+/* Windows on rows of a channel. */
+typedef struct {
+    int32_t start[4];    /* what each sum begins with, four times */
+    const uint32_t *w;   /* as ac_put_window left them */
+    int32_t pitch, back; /* bytes of a row; `width` rows less what four windows advance */
+} ac_windows;
+
+AC_INLINE ac_windows ac_windows_of(int32_t start, const uint32_t *w, int pitch_words, int width, int step) {
+    return (ac_windows){{start, start, start, start}, w, pitch_words * 4, width * pitch_words * 4 - 8 * step};
+}
+
+/* sum[k] = start + the products of window k, up to `end` in steps of four, at least four; it starts at row 0, column
+ * k * step of x, which lies at a whole word. */
+typedef void ac_dot_windows(int32_t *sum, const int32_t *end, const uint32_t *x, const ac_windows *v);
+
+/* For windows of 3, 5 and 7 columns (and rows), with steps of 1 and 2: [width / 2 - 1][step - 1]. */
+extern ac_dot_windows *const AC_KERNEL(dot_windows)[3][2];
+
 /* ---- back to int8 ---- */
 
 /* How the sums of one output channel become int8: y = clamp(zero + round(round(sum * m) * 2^shift)). */
@@ -258,15 +238,11 @@ typedef struct {
     int quick;      /* the bias is in the sums, and one multiplication, one addition and one shift do the rest */
 } ac_scaling;
 
+/* most: the largest |sum|, not doubled */
 AC_INLINE ac_scaling ac_scaling_of(int32_t bias, int32_t m, int32_t shift, int32_t zero, int32_t low, int32_t high,
-                                   int taps) {
-    const int32_t rest = (1 << 30) - taps * 32640;
-    ac_scaling s = {0, m, shift, bias, zero, low, high, 0, bias < rest && bias > -rest}; /* |sum| + |bias| < 2^30 */
-    if (s.quick && shift < -21) {
-        const int32_t most = taps * 32640 + (bias < 0 ? -bias : bias);
-        if (ac_scaled(most, m, 0) < 1 << (-shift - 1)) s.multiplier = 0, s.shift = shift = -1; /* all are 0 */
-    }
-    s.quick = s.quick && shift < 0 && shift >= -21;
+                                   int32_t most) {
+    const int32_t rest = (1 << 30) - most; /* |sum| + |bias| < 2^30 */
+    ac_scaling s = {0, m, shift, bias, zero, low, high, 0, shift < 0 && shift >= -21 && bias < rest && bias > -rest};
     if (s.quick) {
         s.start = 2 * bias;
         s.offset = (zero - low) * (1 << -shift) + (1 << (-shift - 1));

@@ -58,18 +58,28 @@ ac_status AC_KERNEL(dequantize)(const ac_call *call) {
     return AC_OK;
 }
 
+/* table[q - INT8_MIN] = twice what q adds to a sum */
+AC_APART void put_raised(int32_t table[256], int32_t zero, int32_t m, int32_t shift) {
+    for (int q = INT8_MIN; q <= INT8_MAX; q++) table[q - INT8_MIN] = 2 * ac_scaled((q - zero) * (1 << 20), m, shift);
+}
+
 ac_status AC_KERNEL(q_add)(const ac_call *call) {
     const ac_attr_q_add *a = call->attr;
     const int8_t *x = AC_IN(call, 0), *z = AC_IN(call, 1);
     int8_t *y = AC_OUT(call, 0);
-    ac_bit_writer bits = {AC_OUT(call, 1), 0, 0};
+    uint32_t *bits = AC_OUT(call, 1);
     const size_t n = AC_IN_T(call, 0)->size;
-    for (size_t i = 0; i < n; i++) {
-        const int32_t q = ac_q_sum(a, x[i], z[i]);
-        y[i] = (int8_t)ac_clamped(q, a->low, a->high);
-        ac_put_bit(&bits, q >= a->low && q <= a->high);
+    const ac_scaling s = ac_scaling_of(0, a->y_multiplier, a->y_shift, a->y_zero, a->low, a->high, 1 << 29);
+    int32_t first[256], second[256], sum[128];
+    put_raised(first, a->a_zero, a->a_multiplier, a->a_shift);
+    put_raised(second, a->b_zero, a->b_multiplier, a->b_shift);
+    if (bits) memset(bits, 0, (n + 31) / 32 * 4);
+    for (size_t i = 0; i < n; i += 128) {
+        const int count = n - i < 128 ? (int)(n - i) : 128;
+        for (int k = 0; k < count; k++)
+            sum[k] = first[x[i + (size_t)k] - INT8_MIN] + second[z[i + (size_t)k] - INT8_MIN];
+        AC_KERNEL(requantize)(y + i, sum, count, &s, bits, i);
     }
-    ac_end_bits(&bits);
     return AC_OK;
 }
 
@@ -130,44 +140,47 @@ typedef struct {
 } view;
 
 /* Columns of taps [first, first + count) for `pixels` outputs (1 to 4) from `at` on. */
-static void fill(const view *v, uint32_t *to, int first, int count, int at, int pixels) {
+AC_APART void gather(const view *v, uint32_t *columns, int first, int count, int at, int pixels) {
     const ac_attr_q_conv *a = v->a;
-    if (v->plain) {
-        ac_columns_of_planes(to, v->x + (size_t)first * v->in.plane + at, v->in.plane, count, pixels, a->x_zero);
-        return;
-    }
-    const int row = at / v->out.w * a->stride[0] - a->before[0], col = at % v->out.w * a->stride[1] - a->before[1];
-    const int step = a->stride[1], wide = (v->kernel.w - 1) * a->dilation[1];
-    const int together = pixels == 4 && at % v->out.w + 4 <= v->out.w && col >= 0 && col + 3 * step + wide < v->in.w;
-    int c = first / (int)v->kernel.plane, i = first % (int)v->kernel.plane / v->kernel.w, j = first % v->kernel.w;
-    int16_t group[16] = {0};
-    for (int k = 0; k < count; k++) {
-        const int place = ac_in_group(k & 3, 0), h = row + i * a->dilation[0], w = col + j * a->dilation[1];
-        const int8_t *from = v->x + (size_t)c * v->in.plane;
-        if (together && h >= 0 && h < v->in.h) {
-            from += (size_t)h * (size_t)v->in.w + (size_t)w;
-            group[place] = (int16_t)(2 * (from[0] - a->x_zero));
-            group[place + 2] = (int16_t)(2 * (from[step] - a->x_zero));
-            group[place + 4] = (int16_t)(2 * (from[2 * step] - a->x_zero));
-            group[place + 6] = (int16_t)(2 * (from[3 * step] - a->x_zero));
-        } else {
-            for (int p = 0; p < pixels; p++) {
-                const int y = (at + p) / v->out.w * a->stride[0] - a->before[0] + i * a->dilation[0],
-                          x = (at + p) % v->out.w * step - a->before[1] + j * a->dilation[1];
-                const int inside = y >= 0 && y < v->in.h && x >= 0 && x < v->in.w;
-                group[place + 2 * p] =
-                    (int16_t)(inside ? 2 * (from[(size_t)y * (size_t)v->in.w + (size_t)x] - a->x_zero) : 0);
+    const int step = a->stride[1], twice = 2 * a->x_zero, row = at / v->out.w * a->stride[0] - a->before[0],
+              col = at % v->out.w * step - a->before[1];
+    const int together = pixels == 4 && at % v->out.w + 4 <= v->out.w && col >= 0
+                         && col + 3 * step + (v->kernel.w - 1) * a->dilation[1] < v->in.w; /* one row, no edge */
+    const int area = (int)v->kernel.plane;
+    int i = first % area / v->kernel.w, j = first % v->kernel.w;
+    const int8_t *plane = v->x + (size_t)(first / area) * v->in.plane;
+    int16_t *to = (int16_t *)(void *)columns;
+    for (int k = 0; k < count; plane += v->in.plane, i = 0)
+        for (; i < v->kernel.h && k < count; i++, j = 0) {
+            const int h = row + i * a->dilation[0];
+            for (; j < v->kernel.w && k < count; j++, k++) {
+                int16_t *put = to + k / 4 * 16 + ac_in_group(k & 3, 0);
+                if (together && h >= 0 && h < v->in.h) {
+                    const int8_t *from = plane + h * v->in.w + col + j * a->dilation[1];
+                    put[0] = (int16_t)(2 * from[0] - twice);
+                    put[2] = (int16_t)(2 * from[step] - twice);
+                    put[4] = (int16_t)(2 * from[2 * step] - twice);
+                    put[6] = (int16_t)(2 * from[3 * step] - twice);
+                } else {
+                    for (int p = 0; p < 4; p++) {
+                        const int y = (at + p) / v->out.w * a->stride[0] - a->before[0] + i * a->dilation[0],
+                                  x = (at + p) % v->out.w * step - a->before[1] + j * a->dilation[1];
+                        const int inside = p < pixels && y >= 0 && y < v->in.h && x >= 0 && x < v->in.w;
+                        put[2 * p] = (int16_t)(inside ? 2 * plane[y * v->in.w + x] - twice : 0);
+                    }
+                }
             }
         }
-        if (++j == v->kernel.w) {
-            j = 0;
-            if (++i == v->kernel.h) i = 0, c++;
-        }
-        if ((k & 3) == 3 || k + 1 == count) {
-            AC_COPY(to, group, sizeof group);
-            to += 8;
-            for (int z = 0; z < 16; z++) group[z] = 0;
-        }
+    for (int k = count; k & 3; k++)
+        for (int p = 0; p < 4; p++) to[k / 4 * 16 + ac_in_group(k & 3, p)] = 0;
+}
+
+/* The columns of `count` outputs from `at` on, `square` words for each four. */
+AC_APART void fill(const view *v, uint32_t *to, int square, int first, int taps, int at, int count) {
+    const int8_t *x = v->x + (size_t)first * v->in.plane + at;
+    for (int i = 0; i < count; i += 4, to += square) {
+        if (v->plain) ac_columns_of_planes(to, x + i, v->in.plane, taps, smaller(4, count - i), v->a->x_zero);
+        else gather(v, to, first, taps, at + i, smaller(4, count - i));
     }
 }
 
@@ -181,7 +194,7 @@ typedef struct {
 
 static ac_scaling scaling_of(const ac_q_image *m, int o) {
     return ac_scaling_of(m->bias ? m->bias[o] : 0, m->multiplier[o], m->shift[o], m->a->y_zero, m->a->low, m->a->high,
-                         m->kernel.c * (int)m->kernel.plane);
+                         m->kernel.c * (int)m->kernel.plane * 32640);
 }
 
 /* Taps [first, first + count) of output o, and zeros up to a multiple of four; their address. */
@@ -190,7 +203,8 @@ static const int8_t *copy_weights(int8_t *to, const ac_weights *w, int o, int fi
     memcpy(to, w->whole + (size_t)o * (size_t)w->channels * w->plane + first, (size_t)count);
     for (int k = 0; k < w->parts; k++) {
         const int at = w->index[k] * plane, from = larger(at, first), to_end = smaller(at + plane, end);
-        if (from < to_end)
+        if (plane == 1 && from < to_end) to[at - first] = w->part[(size_t)o * (size_t)w->parts + (size_t)k];
+        else if (from < to_end)
             memcpy(to + from - first, w->part + ((size_t)o * (size_t)w->parts + (size_t)k) * w->plane + (from - at),
                    (size_t)(to_end - from));
     }
@@ -199,7 +213,7 @@ static const int8_t *copy_weights(int8_t *to, const ac_weights *w, int o, int fi
 }
 
 /* Outputs [first, last) from the channels of one group. */
-static void q_conv_dense(const view *v, const ac_q_image *to, scratch *s, int first, int last) {
+AC_APART void q_conv_dense(const view *v, const ac_q_image *to, scratch *s, int first, int last) {
     const int taps = v->kernel.c * (int)v->kernel.plane, pixels = v->out.h * v->out.w;
     const int copied = taps % 4 || to->w.parts;
     const int most = copied ? TAPS / 9 * 8 : TAPS; /* where weights must be copied their place is here, too */
@@ -214,8 +228,7 @@ static void q_conv_dense(const view *v, const ac_q_image *to, scratch *s, int fi
             for (int t = 0; t < taps; t += part) {
                 const int size = smaller(part, taps - t);
                 if (part < taps || o == first)
-                    for (int i = 0; i < count; i += 4)
-                        fill(v, s->words + i / 4 * square, t, size, p + i, smaller(4, count - i));
+                    fill(v, s->words, square, t, size, p, count);
                 for (int k = o; k < end; k++) {
                     const ac_scaling scale = scaling_of(to, k);
                     int32_t *sum = s->sum + (k - o) * 4, some[4];
@@ -249,53 +262,42 @@ static int is_depthwise(const view *v) {
            && v->a->before[1] + v->in.w <= 2 * row_words(v);
 }
 
-/* Sums of `rows` rows of outputs, one after another; x: where the first window starts, `pitch` words a row of x and `down` a
- * row of outputs. */
-typedef void windows(int32_t *sum, int32_t start, const uint32_t *x, int pitch, int down, const int8_t *weights, int cols,
-                     int rows);
-
-#define WINDOWS(width, step)                                                                                         \
-    static void windows_##width##_##step(int32_t *sum, int32_t start, const uint32_t *x, int pitch, int down,        \
-                                         const int8_t *weights, int cols, int rows) {                                \
-        uint32_t w[(width) * ((width)-1)];                                                                           \
-        ac_put_window(w, weights, width);                                                                            \
-        for (; rows > 0; rows--, sum += cols, x += down)                                                             \
-            for (int q = 0; q < cols; q += 4) ac_dot_windows(sum + q, start, x + q / 2 * (step), pitch, w, width, step); \
+/* Rows [first, first + rows) of a channel, with zeros where it has none: `clean` says that those are there already. */
+AC_APART void widen(const view *v, uint32_t *line, int pitch, int first, int rows, int clean) {
+    for (int i = first; i < first + rows; i++, line += pitch) {
+        if (!clean) memset(line, 0, (size_t)pitch * 4);
+        if (i >= 0 && i < v->in.h)
+            ac_widen((int16_t *)(void *)line + v->a->before[1], v->x + (size_t)i * (size_t)v->in.w, v->in.w, v->a->x_zero);
     }
-WINDOWS(3, 1)
-WINDOWS(3, 2)
-WINDOWS(5, 1)
-WINDOWS(5, 2)
-WINDOWS(7, 1)
-WINDOWS(7, 2)
+}
 
-/* One channel of x to channel o of y, which may be the same where `most` is all rows. `fresh`: the scratch was not yet used
- * for a channel like this one. */
-static void q_conv_depthwise(const view *v, const ac_q_image *to, scratch *s, int o, int fresh) {
-    static windows *const table[] = {windows_3_1, windows_3_2, windows_5_1, windows_5_2, windows_7_1, windows_7_2};
-    windows *const dot = table[v->kernel.w - 4 + v->a->stride[1]];
-    const ac_scaling scale = scaling_of(to, o);
-    int next = 0;
-    const int8_t *weights = ac_weights_of(&to->w, o, 0, &next);
-    size_t at = (size_t)o * v->out.plane;
-    const int pitch = row_words(v), size = v->kernel.h, down = v->a->stride[0];
+/* An image: every channel of x to its channels of y. A channel of y may be the one of x that it is made of where scratch
+ * holds all that is seen of it. */
+AC_APART void q_conv_depthwise(view *v, const ac_q_image *to, scratch *s) {
+    const int size = v->kernel.w, step = v->a->stride[1], down = v->a->stride[0], pitch = row_words(v), each = v->out.c / v->in.c;
     const int most = smaller((WORDS / pitch - size) / down + 1, v->out.h); /* rows of outputs whose windows lie in scratch */
     const int some = SUMS / v->out.w;                                      /* and that requantize takes */
-    for (int p = 0; p < v->out.h; p += most) {
-        const int rows = smaller(most, v->out.h - p), first = p * down - v->a->before[0];
-        for (int i = 0; i < (rows - 1) * down + size; i++) {
-            uint32_t *line = s->words + i * pitch;
-            if (fresh || most < v->out.h) memset(line, 0, (size_t)pitch * 4);
-            if (first + i >= 0 && first + i < v->in.h)
-                ac_widen((int16_t *)(void *)line + v->a->before[1], v->x + (size_t)(first + i) * (size_t)v->in.w, v->in.w,
-                         v->a->x_zero);
+    ac_dot_windows *const dot = AC_KERNEL(dot_windows)[size / 2 - 1][step - 1];
+    uint32_t w[7 * 6];
+    for (int o = 0; o < v->out.c; o++) {
+        const ac_scaling scale = scaling_of(to, o);
+        const ac_windows windows = ac_windows_of(scale.start, w, pitch, size, step);
+        size_t at = (size_t)o * v->out.plane;
+        int next = 0;
+        ac_put_window(w, ac_weights_of(&to->w, o, 0, &next), size);
+        for (int p = 0; p < v->out.h; p += most) {
+            const int rows = smaller(most, v->out.h - p);
+            const uint32_t *x = s->words;
+            widen(v, s->words, pitch, p * down - v->a->before[0], (rows - 1) * down + size, o && most == v->out.h);
+            for (int i = 0; i < rows; i += some) {
+                const int now = smaller(some, rows - i), count = now * v->out.w;
+                int32_t *sum = s->sum;
+                for (int k = 0; k < now; k++, sum += v->out.w, x += down * pitch) dot(sum, sum + v->out.w, x, &windows);
+                AC_KERNEL(requantize)(to->y + at, s->sum, count, &scale, to->bits, to->at + at);
+                at += (size_t)count;
+            }
         }
-        for (int i = 0; i < rows; i += some) {
-            const int now = smaller(some, rows - i);
-            dot(s->sum, scale.start, s->words + i * down * pitch, pitch, down * pitch, weights, v->out.w, now);
-            AC_KERNEL(requantize)(to->y + at, s->sum, now * v->out.w, &scale, to->bits, to->at + at);
-            at += (size_t)(now * v->out.w);
-        }
+        if ((o + 1) % each == 0) v->x += v->in.plane;
     }
 }
 
@@ -306,11 +308,11 @@ void AC_KERNEL(q_conv_image)(const ac_q_image *m) {
     scratch s;
     v.plain = v.kernel.plane == 1 && a->stride[0] == 1 && a->stride[1] == 1 && !a->before[0] && !a->before[1]
               && v.in.w == v.out.w && v.in.h >= v.out.h;
-    for (int o = 0; o < v.out.c; o += each, v.x += (size_t)v.kernel.c * v.in.plane) {
-        if (!is_depthwise(&v)) q_conv_dense(&v, m, &s, o, o + each);
-        else
-            for (int k = o; k < o + each; k++) q_conv_depthwise(&v, m, &s, k, !k);
+    if (is_depthwise(&v)) {
+        q_conv_depthwise(&v, m, &s);
+        return;
     }
+    for (int o = 0; o < v.out.c; o += each, v.x += (size_t)v.kernel.c * v.in.plane) q_conv_dense(&v, m, &s, o, o + each);
 }
 
 /* x (N, C, H, W), w (O, C / groups, kH, kW), b (O)?, multiplier (O), shift (O), part (O, K, kH, kW)?, index (K)?
@@ -377,7 +379,7 @@ typedef struct {
 } input_view;
 
 /* sum[k] += the products of `count` rows of SIDE elements of d and a column of weights, `step` apart; count at least 1 */
-static void add_column(float *sum, const float *d, const int8_t *w, size_t step, int count) {
+AC_APART void add_column(float *sum, const float *d, const int8_t *w, size_t step, int count) {
     float s[SIDE];
     for (int k = 0; k < SIDE; k++) s[k] = sum[k];
     do {
@@ -396,7 +398,7 @@ static void add_column(float *sum, const float *d, const int8_t *w, size_t step,
 }
 
 /* A convolution of single pixels: dx = w^T (scale * d). */
-static void input_grad_pointwise(const input_view *v, int outputs) {
+AC_APART void input_grad_pointwise(const input_view *v, int outputs) {
     const int most = FLOATS / SIDE, channels = v->kernel.c;
     float d[FLOATS], sum[SIDE];
     for (size_t p = 0; p < v->in.plane; p += SIDE) {
@@ -422,7 +424,7 @@ static void input_grad_pointwise(const input_view *v, int outputs) {
 
 /* to[i][j] = what the window of x at (row + i, col + j) would see of d, whose pixels lie `stride` apart, with zeros between
  * and around them: `rows` rows of `pitch`. */
-static void spread(const input_view *v, float *to, int rows, int pitch, int row, int o) {
+AC_APART void spread(const input_view *v, float *to, int rows, int pitch, int row, int o) {
     const int down = v->a->stride[0], step = v->a->stride[1];
     const int first = v->kernel.w - 1 - v->a->before[1]; /* where column 0 of d goes */
     const int left = first_inside(first, step, v->out.w), right = end_inside(first, step, pitch, v->out.w);
@@ -466,7 +468,7 @@ static int is_spread(const input_view *v) {
 }
 
 /* A depthwise convolution: dx correlates the spread d with the weights turned by half a turn. */
-static void input_grad_depthwise(const input_view *v, int outputs) {
+AC_APART void input_grad_depthwise(const input_view *v, int outputs) {
     const int height = v->kernel.h, width = v->kernel.w, area = height * width, pitch = spread_pitch(v);
     const int most = FLOATS / pitch - height + 1; /* rows of dx at once */
     float d[FLOATS], w[49], sum[4];
@@ -494,7 +496,7 @@ static void input_grad_depthwise(const input_view *v, int outputs) {
 }
 
 /* Any other: every row of d is added to what its windows see. */
-static void input_grad_any(const input_view *v, int outputs) {
+AC_APART void input_grad_any(const input_view *v, int outputs) {
     float d[FLOATS];
     memset(v->dx, 0, (size_t)v->kernel.c * v->in.plane * sizeof(float));
     for (int o = 0; o < outputs; o++)
@@ -554,7 +556,7 @@ ac_status AC_KERNEL(q_conv_input_grad)(const ac_call *call) {
 }
 
 /* sum[8 * i + k] += the products of `count` rows of eight elements of x and d[i] */
-static void add_outer(float *sum, const float *x, const float *d0, const float *d1, int count) {
+AC_APART void add_outer(float *sum, const float *x, const float *d0, const float *d1, int count) {
     float s[SIDE];
     for (int k = 0; k < SIDE; k++) s[k] = sum[k];
     do {
@@ -590,7 +592,7 @@ static void put_gradient(const target *to, size_t at, const float *g, int count)
 
 /* A convolution of single pixels: dw = d x^T, of outputs [first, last) and the channels of x that they see. Where there are
  * more than `most` pixels in all, sums wait in dw for those to come. */
-static void weight_grad_pointwise(const products *m, const target *to, int most, int first, int last) {
+AC_APART void weight_grad_pointwise(const products *m, const target *to, int most, int first, int last) {
     float part[FLOATS], sum[SIDE];
     const size_t all = m->in.plane * (size_t)m->in.n;
     const int channels = m->kernel.c, start = first / (m->out.c / m->groups) * channels; /* of x */
@@ -723,39 +725,64 @@ ac_status AC_KERNEL(max_pool_i8)(const ac_call *call) {
 
 /* ---- update ---- */
 
-/* w[i] -= rounded(lr * g[i] / scale) for i < count; of `moment` and `rest` either may be NULL; `at` counts elements */
-static void learn_run(const ac_rule *r, void *w, const float *g, float scale, float *moment, int8_t *rest, uint32_t at,
-                      size_t count) {
-    int32_t *wide = w;
-    int8_t *narrow = w;
+/* The whole part of x + k * 2^-24, rounded down; |x| up to 2^30, k below 2^24 */
+AC_INLINE int32_t floor_of(float x, uint32_t k) {
+    const int32_t whole = (int32_t)x;
+    const float rest = (x - (float)whole) * 16777216.0f;
+    const int32_t fine = (int32_t)rest;
+    return whole + ((fine - ((float)fine > rest) + (int32_t)k) >> 24);
+}
+
+AC_INLINE float at_most_2_30(float x) {
+    x = x > 1073741824.0f ? 1073741824.0f : x;
+    x = x < -1073741824.0f ? -1073741824.0f : x;
+    return x == x ? x : 0.0f;
+}
+
+/* w[i] -= rounded(lr * g[i] / scale) for i < count; of `moment` and `rest` either may be NULL; `at` counts elements.
+ * `wide`: w is int32, else int8, `rounding`: r's, where they are constants. */
+AC_INLINE void learn_as(const ac_rule *r, void *w, const float *g, float scale, float *moment, int8_t *rest, uint32_t at,
+                        size_t count, int wide, int rounding) {
+    const float decay = r->weight_decay, lr = r->lr;
+    const uint32_t key = r->key;
+    int32_t *words = w;
+    int8_t *bytes = w;
     for (size_t i = 0; i < count; i++) {
-        const int32_t old = r->wide ? wide[i] : narrow[i];
-        float d = g[i] + r->weight_decay * ((float)old * scale);
+        const int32_t old = wide ? words[i] : bytes[i];
+        float d = g[i];
+        if (decay != 0.0f) d += decay * ((float)old * scale);
         if (moment) {
             moment[i] = r->momentum * moment[i] + d;
             d = r->nesterov ? d + r->momentum * moment[i] : moment[i];
         }
-        float by = r->lr * d / scale;
-        by = by > 1073741824.0f ? 1073741824.0f : by < -1073741824.0f ? -1073741824.0f : by == by ? by : 0.0f;
-        int64_t value;
+        const float by = at_most_2_30(lr * d / scale);
+        int32_t down;
         if (rest) {
-            const float parts = by * 256.0f;
-            const int32_t fine = ac_half_away(parts > 1073741824.0f ? 1073741824.0f : parts < -1073741824.0f ? -1073741824.0f : parts);
-            int64_t sum = (int64_t)old * 256 + rest[i] - fine;
-            sum = sum < INT8_MIN * 256 ? INT8_MIN * 256 : sum > INT8_MAX * 256 + 127 ? INT8_MAX * 256 + 127 : sum;
-            value = (sum + 128) >> 8;
-            rest[i] = (int8_t)(sum - value * 256);
-        } else if (r->rounding) {
-            const uint32_t bits = ac_hash_u32(ac_hash_u32((at + (uint32_t)i) ^ r->key) + r->key);
-            const double sum = (double)by + (double)(bits >> 8) * (1.0 / 16777216.0);
-            const int32_t whole = (int32_t)sum;
-            value = (int64_t)old - (whole - (sum < (double)whole));
-        } else {
-            value = (int64_t)old - ac_half_away(by);
+            const int32_t fine = old * 256 + rest[i], least = INT8_MIN * 256, most = INT8_MAX * 256 + 127;
+            const int32_t step = ac_half_away(at_most_2_30(by * 256.0f)), sum = ac_clamped(fine - step, least, most);
+            const int32_t now = (sum + 128) >> 8;
+            rest[i] = (int8_t)(sum - now * 256);
+            bytes[i] = (int8_t)now;
+            continue;
         }
-        if (r->wide) wide[i] = value < INT32_MIN ? INT32_MIN : value > INT32_MAX ? INT32_MAX : (int32_t)value;
-        else narrow[i] = (int8_t)(value < INT8_MIN ? INT8_MIN : value > INT8_MAX ? INT8_MAX : value);
+        if (rounding) down = floor_of(by, ac_hash_u32(ac_hash_u32((at + (uint32_t)i) ^ key) + key) >> 8);
+        else down = ac_half_away(by);
+        if (wide) {
+            const int64_t now = (int64_t)old - down;
+            words[i] = now < INT32_MIN ? INT32_MIN : now > INT32_MAX ? INT32_MAX : (int32_t)now;
+        } else {
+            bytes[i] = (int8_t)ac_clamped(old - down, INT8_MIN, INT8_MAX);
+        }
     }
+}
+
+AC_APART void learn_run(const ac_rule *r, void *w, const float *g, float scale, float *moment, int8_t *rest, uint32_t at,
+                        size_t count) {
+    if (rest) learn_as(r, w, g, scale, moment, rest, at, count, 0, 0);
+    else if (r->wide && r->rounding) learn_as(r, w, g, scale, moment, NULL, at, count, 1, 1);
+    else if (r->wide) learn_as(r, w, g, scale, moment, NULL, at, count, 1, 0);
+    else if (r->rounding) learn_as(r, w, g, scale, moment, NULL, at, count, 0, 1);
+    else learn_as(r, w, g, scale, moment, NULL, at, count, 0, 0);
 }
 
 void AC_KERNEL(learn)(const ac_rule *r, size_t at, const float *gradient, int count) {
