@@ -580,17 +580,53 @@ static void fill_side(float side[][OUT_LANES], const weight_grad *s, const block
         }
 }
 
-/* sum[r][l] = sum over the pixels `in` of what tap (row, col) sees of x plane r, times side. `side` covers `b`. */
+/* The pixels of `b` that see x in kernel row t / w. Columns are for the caller. */
+static block rows_inside(const weight_grad *s, const block *b, int row) {
+    block in = *b;
+    in.low[1] = larger(b->low[1], first_inside(row, s->a->stride[0], s->d.h));
+    in.high[1] = smaller(b->high[1], end_inside(row, s->a->stride[0], s->x.h, s->d.h));
+    return in;
+}
+
+/* Where `side` holds pixel (n, p, 0), which may lie before its first one. */
+static int side_at(const block *b, int n, int p) {
+    int width = b->high[2] - b->low[2], height = b->high[1] - b->low[1];
+    return ((n - b->low[0]) * height + p - b->low[1]) * width - b->low[2];
+}
+
+/* sums[r][l] = sum over the pixels `in` of what tap (row, col) sees of x plane r, times side. `side` covers `b`.
+ * `rows` is a constant at each call. */
+#ifdef AC_SCALAR
+static void sum_pixels(float sum[][OUT_LANES], int rows, const weight_grad *s, const float *x, int row, int col,
+                       float side[][OUT_LANES], const block *b, const block *in) {
+    for (int half = 0; half < OUT_LANES; half += 4) {
+        ac_square acc = AC_SQUARE_ZERO;
+        for (int n = in->low[0]; n < in->high[0]; n++)
+            for (int p = in->low[1]; p < in->high[1]; p++) {
+                const size_t right = (size_t)s->a->stride[1];
+                const float *d = side[side_at(b, n, p) + in->low[2]] + half;
+                ac_rows from = ac_rows_of(x + (size_t)n * s->x.image + (size_t)(p * s->a->stride[0] + row) * (size_t)s->x.w
+                                              + (size_t)(in->low[2] * s->a->stride[1] + col), s->x.plane, (size_t)rows);
+                for (int q = in->high[2] - in->low[2]; q > 0; q--, d += OUT_LANES, ac_rows_move(&from, right))
+                    ac_square_add(&acc, *from.r0, *from.r1, *from.r2, *from.r3, ac_four_load(d));
+            }
+        ac_four_store(sum[0] + half, acc.r0);
+        if (rows > 1) ac_four_store(sum[1] + half, acc.r1);
+        if (rows > 2) ac_four_store(sum[2] + half, acc.r2);
+        if (rows > 3) ac_four_store(sum[3] + half, acc.r3);
+    }
+}
+#else
 static inline void sum_pixels(float sum[][OUT_LANES], int rows, const weight_grad *s, const float *x, int row, int col,
                               float side[][OUT_LANES], const block *b, const block *in) {
     float acc[OUT_ROWS][OUT_LANES];
-    int width = b->high[2] - b->low[2], height = b->high[1] - b->low[1], right = s->a->stride[1];
+    int right = s->a->stride[1];
     for (int r = 0; r < rows; r++)
         for (int l = 0; l < OUT_LANES; l++) acc[r][l] = 0;
     for (int n = in->low[0]; n < in->high[0]; n++)
         for (int p = in->low[1]; p < in->high[1]; p++) {
             const float *from = x + (size_t)n * s->x.image + (size_t)(p * s->a->stride[0] + row) * (size_t)s->x.w;
-            const int first = ((n - b->low[0]) * height + p - b->low[1]) * width - b->low[2];
+            const int first = side_at(b, n, p);
             for (int q = in->low[2]; q < in->high[2]; q++)
                 for (int r = 0; r < rows; r++)
                     AC_LANES for (int l = 0; l < OUT_LANES; l++)
@@ -599,15 +635,14 @@ static inline void sum_pixels(float sum[][OUT_LANES], int rows, const weight_gra
     for (int r = 0; r < rows; r++)
         for (int l = 0; l < OUT_LANES; l++) sum[r][l] = acc[r][l];
 }
+#endif
 
 /* Add what the pixels of `b` give to dw of output channels o, o + 1, ... and kernel element t. */
 static void add_tap_grad(const weight_grad *s, float side[][OUT_LANES], const block *b, int o, int t) {
     const ac_attr_conv_weight_grad *a = s->a;
     int row = t / s->w.w * a->dilation[0] - a->before[0], col = t % s->w.w * a->dilation[1] - a->before[1];
-    block in = *b;
-    in.low[1] = larger(b->low[1], first_inside(row, a->stride[0], s->d.h));
+    block in = rows_inside(s, b, row);
     in.low[2] = larger(b->low[2], first_inside(col, a->stride[1], s->d.w));
-    in.high[1] = smaller(b->high[1], end_inside(row, a->stride[0], s->x.h, s->d.h));
     in.high[2] = smaller(b->high[2], end_inside(col, a->stride[1], s->x.w, s->d.w));
     if (in.low[1] >= in.high[1] || in.low[2] >= in.high[2]) return;
     for (int c = 0; c < s->w.c; c += OUT_ROWS) {
@@ -625,6 +660,84 @@ static void add_tap_grad(const weight_grad *s, float side[][OUT_LANES], const bl
     }
 }
 
+#ifdef AC_SCALAR
+/* dw[l * step] += v[l], l < count */
+static void add_lanes(float *dw, size_t step, ac_four v, int count) {
+    float lane[4];
+    ac_four_store(lane, v);
+    for (int l = 0; l < count; l++, dw += step) *dw += lane[l];
+}
+
+/* add_tap_grad of kernel elements t, t + 1 and t + 2, neighbours in a row at step one, and of four output channels: each
+ * d is loaded once. At most one pixel of a row sees no x at its left, one none at its right. */
+static void add_three_grads(const weight_grad *s, float side[][OUT_LANES], const block *b, int o, int half, int t) {
+    const int row = t / 3 * s->a->dilation[0] - s->a->before[0], col = b->low[2] - s->a->before[1];
+    const int cols = b->high[2] - b->low[2], head = col < 0, tail = col + cols + 2 > s->x.w;
+    const block in = rows_inside(s, b, row);
+    const size_t down = (size_t)s->a->stride[0] * (size_t)s->x.w;
+    for (int c = 0; c < s->w.c && in.low[1] < in.high[1]; c++) {
+        ac_four s0 = AC_FOUR_ZERO, s1 = AC_FOUR_ZERO, s2 = AC_FOUR_ZERO;
+        for (int n = in.low[0]; n < in.high[0]; n++) {
+            const float *from = s->source + (size_t)n * s->x.image + (size_t)c * s->x.plane + (size_t)(col + head)
+                                + (size_t)(in.low[1] * s->a->stride[0] + row) * (size_t)s->x.w;
+            const float *d = side[side_at(b, n, in.low[1]) + b->low[2]] + half;
+            for (int p = in.high[1] - in.low[1]; p > 0; p--, from += down) {
+                const float *x = from;
+                int q = cols - head - tail;
+                if (head) {
+                    const ac_four v = ac_four_load(d);
+                    ac_four_add(&s1, x[0], v);
+                    ac_four_add(&s2, x[1], v);
+                    d += OUT_LANES;
+                }
+                for (; q >= 2; q -= 2, x += 2, d += 2 * OUT_LANES) {
+                    const float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];
+                    const ac_four v = ac_four_load(d), w = ac_four_load(d + OUT_LANES);
+                    ac_four_add(&s0, x0, v);
+                    ac_four_add(&s1, x1, v);
+                    ac_four_add(&s2, x2, v);
+                    ac_four_add(&s0, x1, w);
+                    ac_four_add(&s1, x2, w);
+                    ac_four_add(&s2, x3, w);
+                }
+                if (q) {
+                    const ac_four v = ac_four_load(d);
+                    ac_four_add(&s0, x[0], v);
+                    ac_four_add(&s1, x[1], v);
+                    ac_four_add(&s2, x[2], v);
+                    x++;
+                    d += OUT_LANES;
+                }
+                if (tail) {
+                    const ac_four v = ac_four_load(d);
+                    ac_four_add(&s0, x[0], v);
+                    ac_four_add(&s1, x[1], v);
+                    d += OUT_LANES;
+                }
+            }
+        }
+        float *out = s->out + (size_t)(o + half) * s->w.image + (size_t)c * s->w.plane + (size_t)t;
+        const int count = smaller(4, s->channels - o - half);
+        add_lanes(out, s->w.image, s0, count);
+        add_lanes(out + 1, s->w.image, s1, count);
+        add_lanes(out + 2, s->w.image, s2, count);
+    }
+}
+#endif
+
+/* Add what the pixels of `b` give to dw of output channels o, o + 1, ... */
+static void add_tap_grads(const weight_grad *s, float side[][OUT_LANES], const block *b, int o) {
+    int taps = s->w.h * s->w.w, t = 0;
+#ifdef AC_SCALAR
+    if (s->w.w == 3 && s->a->stride[1] == 1 && s->a->dilation[1] == 1 && s->a->before[1] <= 1 && s->x.w > 1
+        && s->d.w - s->a->before[1] < s->x.w && b->high[2] - b->low[2] > 1)
+        for (; t < taps; t += 3)
+            for (int half = 0; half < smaller(OUT_LANES, s->channels - o); half += 4)
+                add_three_grads(s, side, b, o, half, t);
+#endif
+    for (; t < taps; t++) add_tap_grad(s, side, b, o, t);
+}
+
 /* Dense: PIXELS at a time, d is copied so that output channels lie side by side, and meets every tap of x. */
 static void weight_grad_dense(const weight_grad *s, float side[PIXELS][OUT_LANES]) {
     int cols = smaller(PIXELS, s->d.w), rows = smaller(PIXELS / cols, s->d.h);
@@ -636,7 +749,7 @@ static void weight_grad_dense(const weight_grad *s, float side[PIXELS][OUT_LANES
                            {smaller(n + images, s->d.n), smaller(p + rows, s->d.h), smaller(q + cols, s->d.w)}};
                 for (int o = 0; o < s->channels; o += OUT_LANES) {
                     fill_side(side, s, &b, o);
-                    for (int t = 0; t < s->w.h * s->w.w; t++) add_tap_grad(s, side, &b, o, t);
+                    add_tap_grads(s, side, &b, o);
                 }
             }
 }
