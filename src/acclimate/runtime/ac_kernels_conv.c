@@ -872,6 +872,32 @@ static void pool_segment(const ac_attr_max_pool *a, const shape *x, const float 
         }
 }
 
+/* Windows of two by two without padding, `count` of them, from x and the row `down` floats further on; index may be NULL.
+ * Where a sum is not a number, an element may not be, and the general way is taken: 0 then. */
+static int pool_two_by_two(const float *x, size_t down, size_t step, int count, float *y, uint8_t *index) {
+    for (int l = 0; l < count; l++, x += step) {
+        const float v0 = x[0], v1 = x[1], v2 = x[down], v3 = x[down + 1], sum = (v0 + v1) + (v2 + v3);
+        if (sum != sum) return 0;
+        float best = v0;
+        uint8_t at = 0;
+        if (v1 > best) {
+            best = v1;
+            at = 1;
+        }
+        if (v2 > best) {
+            best = v2;
+            at = 2;
+        }
+        if (v3 > best) {
+            best = v3;
+            at = 3;
+        }
+        y[l] = best;
+        if (index) index[l] = at;
+    }
+    return 1;
+}
+
 /* x (N, C, H, W) -> y (N, C, P, Q), index (N, C, P, Q)? of the first largest element, row by row in its window */
 ac_status AC_KERNEL(max_pool)(const ac_call *c) {
     const ac_attr_max_pool *a = c->attr;
@@ -881,15 +907,21 @@ ac_status AC_KERNEL(max_pool)(const ac_call *c) {
     uint8_t *small = AC_OUT(c, 1) && AC_OUT_T(c, 1)->dtype == AC_U8 ? AC_OUT(c, 1) : NULL;
     uint16_t *large = AC_OUT(c, 1) && AC_OUT_T(c, 1)->dtype == AC_U16 ? AC_OUT(c, 1) : NULL;
     int32_t at[SEGMENT];
+    const int two = AC_WIDTH == 1 && a->kernel[0] == 2 && a->kernel[1] == 2 && a->dilation[0] == 1 && a->dilation[1] == 1
+                    && a->before[0] == 0 && a->before[1] == 0 && a->after[0] == 0 && a->after[1] == 0;
     size_t done = 0;
     for (size_t k = 0; k < (size_t)x.n * (size_t)x.c; k++, plane += x.plane)
         for (int p = 0; p < y.h; p++)
             for (int q = 0; q < y.w; q += SEGMENT) {
                 int count = smaller(SEGMENT, y.w - q);
-                pool_segment(a, &x, plane, p, q, count, best, at);
-                memcpy(out + done, best, (size_t)count * sizeof(float));
-                for (int l = 0; small && l < count; l++) small[done + (size_t)l] = (uint8_t)at[l];
-                for (int l = 0; large && l < count; l++) large[done + (size_t)l] = (uint16_t)at[l];
+                const float *from = plane + (size_t)(p * a->stride[0]) * (size_t)x.w + (size_t)(q * a->stride[1]);
+                if (!two || !pool_two_by_two(from, (size_t)x.w, (size_t)a->stride[1], count, out + done,
+                                             small ? small + done : NULL)) {
+                    pool_segment(a, &x, plane, p, q, count, best, at);
+                    memcpy(out + done, best, (size_t)count * sizeof(float));
+                    for (int l = 0; small && l < count; l++) small[done + (size_t)l] = (uint8_t)at[l];
+                    for (int l = 0; large && l < count; l++) large[done + (size_t)l] = (uint16_t)at[l];
+                }
                 done += (size_t)count;
             }
     return AC_OK;
@@ -904,17 +936,17 @@ ac_status AC_KERNEL(max_pool_grad)(const ac_call *c) {
     const uint16_t *large = AC_IN(c, 1);
     float *plane = AC_OUT(c, 0);
     memset(plane, 0, AC_OUT_T(c, 0)->size * sizeof(float));
-    size_t at = 0;
-    for (size_t k = 0; k < (size_t)x.n * (size_t)x.c; k++, plane += x.plane)
-        for (int p = 0; p < y.h; p++)
+    const int width = a->kernel[1], taps = a->kernel[0] * width;
+    for (size_t k = 0, at = 0; k < (size_t)x.n * (size_t)x.c; k++, plane += x.plane)
+        for (int p = 0; p < y.h; p++) {
+            const int up = p * a->stride[0] - a->before[0];
             for (int q = 0; q < y.w; q++, at++) {
-                int tap = small ? small[at] : large[at];
-                if (tap >= a->kernel[0] * a->kernel[1]) continue;
-                int row = p * a->stride[0] - a->before[0] + tap / a->kernel[1] * a->dilation[0];
-                int col = q * a->stride[1] - a->before[1] + tap % a->kernel[1] * a->dilation[1];
-                if (row < 0 || row >= x.h || col < 0 || col >= x.w) continue;
-                plane[(size_t)row * (size_t)x.w + (size_t)col] += d[at];
+                const int tap = small ? small[at] : large[at], left = q * a->stride[1] - a->before[1];
+                if (tap >= taps) continue;
+                const int row = up + tap / width * a->dilation[0], col = left + tap % width * a->dilation[1];
+                if (row >= 0 && row < x.h && col >= 0 && col < x.w) plane[row * x.w + col] += d[at];
             }
+        }
     return AC_OK;
 }
 

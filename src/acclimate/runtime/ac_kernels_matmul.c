@@ -16,6 +16,7 @@ typedef struct {
 AC_INLINE float load_one(const float *p) { return *p; }
 AC_INLINE void store_one(float *p, float v) { *p = v; }
 
+#ifndef AC_SCALAR
 /* Defines name(p, rows, vecs, a, b, y): `rows` rows of y, from *a and *y on, and `vecs` times the vector's width of
  * columns, from *b and *y on. The sum runs over k in order, in float. */
 #define AC_DEFINE_TILE(name, vector, load, store)                                                  \
@@ -52,18 +53,72 @@ AC_INLINE void row_of_tiles(const product *p, size_t rows, const float *a, const
         scalar_tile(p, rows, 1, a, b + j, y + j * p->y_column);
 }
 
+#else
+/* Four columns of `rows` rows, at most four. Where neighbouring rows of `a` are neighbouring floats, that is known at the
+ * call: one address is enough then. */
+AC_INLINE void square(const product *p, size_t rows, int packed, const float *a, const float *b, float *y) {
+    ac_square s = AC_SQUARE_ZERO;
+    ac_rows w = ac_rows_of(a, p->a_row, rows);
+    const size_t a_k = p->a_k, b_row = p->b_row;
+    if (packed)
+        for (size_t k = p->k; k > 0; k--, a += a_k, b += b_row)
+            ac_square_add(&s, a[0], a[1], a[2], a[3], ac_four_load(b));
+    else
+        for (size_t k = p->k; k > 0; k--, b += b_row, ac_rows_move(&w, a_k))
+            ac_square_add(&s, *w.r0, *w.r1, *w.r2, *w.r3, ac_four_load(b));
+    const ac_four row[4] = {s.r0, s.r1, s.r2, s.r3};
+    for (size_t r = 0; r < rows; r++, y += p->y_row) {
+        y[0] = row[r].a;
+        y[p->y_column] = row[r].b;
+        y[2 * p->y_column] = row[r].c;
+        y[3 * p->y_column] = row[r].d;
+    }
+}
+
+static void one_sum(const product *p, const float *a, const float *b, float *y) {
+    float s = 0;
+    for (size_t k = p->k; k > 0; k--, a += p->a_k, b += p->b_row)
+        s += *a * *b;
+    *y = s;
+}
+
+/* All columns of `rows` rows; the last four columns may overlap those before. */
+static void row_of_tiles(const product *p, size_t rows, const float *a, const float *b, float *y) {
+    if (p->n < 4) {
+        for (size_t r = 0; r < rows; r++)
+            for (size_t j = 0; j < p->n; j++)
+                one_sum(p, a + r * p->a_row, b + j, y + r * p->y_row + j * p->y_column);
+        return;
+    }
+    for (size_t j = 0; j < p->n; j += 4) {
+        const size_t at = j + 4 <= p->n ? j : p->n - 4;
+        float *to = y + at * p->y_column;
+        if (rows == 4 && p->a_row == 1)
+            square(p, 4, 1, a, b + at, to);
+        else
+            square(p, rows, 0, a, b + at, to);
+    }
+}
+#endif
+
 static void tiles(const product *p, const float *a, const float *b, float *y) {
     size_t i = 0;
     for (; i + TILE_ROWS <= p->m; i += TILE_ROWS)
         row_of_tiles(p, TILE_ROWS, a + i * p->a_row, b, y + i * p->y_row);
+#ifdef AC_SCALAR
+    if (i < p->m)
+        row_of_tiles(p, p->m - i, a + i * p->a_row, b, y + i * p->y_row);
+#else
     for (; i < p->m; i++)
         row_of_tiles(p, 1, a + i * p->a_row, b, y + i * p->y_row);
+#endif
 }
 
 /* ---- both factors contiguous along k: dot products ---- */
 
 /* y[r, c] = sum over k of a[r, k] b[c, k] for `rows` rows and `columns` columns; both have k elements a row.
  * AC_SUM_LANES sums side by side, k in lane k % AC_SUM_LANES, folded by a fixed tree. */
+#ifndef AC_SCALAR
 #define DOT_ROWS 2
 #define DOT_COLUMNS 4
 #define DOT_VECS (AC_SUM_LANES / AC_WIDTH)
@@ -105,6 +160,53 @@ static void all_dots(size_t m, size_t n, size_t count, const float *a, const flo
     for (; i < m; i++)
         row_of_dots(1, n, count, a + i * count, b, y + i * n);
 }
+#else
+AC_INLINE void add_dots(ac_square *s, const ac_rows *v, const ac_rows *w, size_t k) {
+    const ac_four x = {w->r0[k], w->r1[k], w->r2[k], w->r3[k]};
+    ac_square_add(s, v->r0[k], v->r1[k], v->r2[k], v->r3[k], x);
+}
+
+/* Up to four by four of them, a lane at a time; four elements of each lane at a time, so that addresses are cheap. */
+static void square_of_dots(size_t rows, size_t columns, size_t count, const float *a, const float *b, float *y,
+                           size_t n) {
+    float lane[4][4][AC_SUM_LANES];
+    for (size_t l = 0; l < AC_SUM_LANES; l++) {
+        ac_square s = AC_SQUARE_ZERO;
+        ac_rows v = ac_rows_of(a + l, count, rows), w = ac_rows_of(b + l, count, columns);
+        size_t k = l;
+        for (; k + 3 * AC_SUM_LANES < count; k += 4 * AC_SUM_LANES) {
+            add_dots(&s, &v, &w, 0);
+            add_dots(&s, &v, &w, AC_SUM_LANES);
+            add_dots(&s, &v, &w, 2 * AC_SUM_LANES);
+            add_dots(&s, &v, &w, 3 * AC_SUM_LANES);
+            ac_rows_move(&v, 4 * AC_SUM_LANES);
+            ac_rows_move(&w, 4 * AC_SUM_LANES);
+        }
+        for (; k < count; k += AC_SUM_LANES) {
+            add_dots(&s, &v, &w, 0);
+            ac_rows_move(&v, AC_SUM_LANES);
+            ac_rows_move(&w, AC_SUM_LANES);
+        }
+        const ac_four row[4] = {s.r0, s.r1, s.r2, s.r3};
+        for (size_t r = 0; r < 4; r++) {
+            lane[r][0][l] = row[r].a;
+            lane[r][1][l] = row[r].b;
+            lane[r][2][l] = row[r].c;
+            lane[r][3][l] = row[r].d;
+        }
+    }
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < columns; c++)
+            y[r * n + c] = ac_fold(lane[r][c]);
+}
+
+static void all_dots(size_t m, size_t n, size_t count, const float *a, const float *b, float *y) {
+    for (size_t i = 0; i < m; i += 4)
+        for (size_t j = 0; j < n; j += 4)
+            square_of_dots(m - i < 4 ? m - i : 4, n - j < 4 ? n - j : 4, count, a + i * count, b + j * count,
+                           y + i * n + j, n);
+}
+#endif
 
 /* y (m, n) = op(a) op(b) + bias, clamped; with ta, a is (k, m), else (m, k); with tb, b is (n, k), else (k, n). One
  * leading dimension may stack such matrices. */
