@@ -101,6 +101,8 @@ class Row:
     bounds: Callable[[Mapping[str, Any]], tuple[float, float]] | None = None
     # (attrs) -> (low, high), where all that the row does is to clamp: the row before it may do that, see `clamping`
     clamps: bool = False  # made by `clamping`
+    largest: Callable[[Mapping[str, Any]], bool] | None = None
+    # (attrs) -> is each element of the first output the largest of some of the input's, whatever they are?
     gates: bool = (
         False  # all that the row does, with slope 0, is to keep of input 0 where the bits of input 1 are set
     )
