@@ -13,10 +13,10 @@ typedef struct {
     size_t m, n, k, a_row, a_k, b_row, y_row, y_column;
 } product;
 
+#ifndef AC_SCALAR
 AC_INLINE float load_one(const float *p) { return *p; }
 AC_INLINE void store_one(float *p, float v) { *p = v; }
 
-#ifndef AC_SCALAR
 /* Defines name(p, rows, vecs, a, b, y): `rows` rows of y, from *a and *y on, and `vecs` times the vector's width of
  * columns, from *b and *y on. The sum runs over k in order, in float. */
 #define AC_DEFINE_TILE(name, vector, load, store)                                                  \
