@@ -139,7 +139,8 @@ static uint64_t bytes_of(const ac_tensor *t) {
     switch (t->dtype) {
     case AC_U8:
     case AC_I8: return t->size;
-    case AC_U16: return 2 * (uint64_t)t->size;
+    case AC_U16:
+    case AC_I16: return 2 * (uint64_t)t->size;
     case AC_BIT: return ((uint64_t)t->size + 31) / 32 * 4;
     default: return 4 * (uint64_t)t->size;
     }
@@ -187,7 +188,7 @@ static ac_tensor *any_tensor(parts *p) { return &p->tensors[below(p->n_tensors)]
 static void change_field(parts *p) {
     ac_tensor *t = any_tensor(p);
     switch (below(8)) {
-    case 0: t->dtype = (uint8_t)below(7); break;
+    case 0: t->dtype = (uint8_t)below(8); break;
     case 1: t->rank = (uint8_t)below(8); break;
     case 2: t->area = (uint8_t)below(4); break;
     case 3: t->offset = below(2) ? nudged(t->offset) : t->offset + 4 * below(9) - 16; break;

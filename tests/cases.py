@@ -43,6 +43,20 @@ def arrays(row: Row, example: Example, seed: int = 0, dtype=np.float64) -> list[
             out.append(rng.permutation(int(domain[6:]))[: shape[0]].astype(np.int32))
         elif domain == "step":
             out.append(rng.integers(0, 9, shape).astype(np.int32))
+        elif domain == "i16":
+            out.append(rng.integers(-20000, 20001, shape).astype(np.int16))
+        elif domain == "exponent":
+            out.append(np.where(rng.random(shape) < 0.1, -512, rng.integers(-20, 5, shape)).astype(np.int32))
+        elif domain == "ratio":
+            out.append(rng.integers(2**14, 2**15, shape).astype(np.int32))
+        elif domain == "bias":
+            out.append(rng.integers(-9000, 9000, shape).astype(np.int32))
+        elif domain == "multiplier":
+            out.append(rng.integers(2**30, 2**31, shape).astype(np.int32))
+        elif domain == "shift":
+            out.append(rng.integers(-12, 2, shape).astype(np.int32))
+        elif domain == "i8" or "i8" in patterns[i].dtype.split("/"):
+            out.append(rng.integers(-128, 128, shape).astype(np.int8))
         elif domain == "bits":
             out.append(rng.random(shape) < 0.5)
         elif domain == "positive":
@@ -63,6 +77,8 @@ _KINDS = {
     np.dtype(np.uint8): "u8",
     np.dtype(np.uint16): "u16",
     np.dtype(np.int32): "i32",
+    np.dtype(np.int8): "i8",
+    np.dtype(np.int16): "i16",
 }
 
 
@@ -75,8 +91,7 @@ def one_node(
 ) -> tuple[Graph, dict[str, np.ndarray]]:
     """A graph with just this op. Inputs that it updates, or whose content the loader checks, are not fed."""
     graph, feeds, names = Graph(), {}, []
-    index_at = {i for i, d in example.domain.items() if d.startswith("index:")}
-    index_at |= {1} if row.name in ("take", "take_grad") else set()
+    index_at = {i for i, d in example.domain.items() if d.startswith("index:")} | set(row.fixed)
     for i, array in enumerate(inputs):
         if array is None:
             names.append("")

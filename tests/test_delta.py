@@ -208,7 +208,7 @@ def test_each_fault_of_the_header_has_its_own_text():
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        (delta.RECORD.pack(1, 2, 255, 0, 0) + b"w", "element type"),
+        (delta.RECORD.pack(1, 4, 255, 0, 0) + b"w", "element type"),
         (delta.RECORD.pack(1, 0, 255, 1, 1) + b"w" + bytes(8), "channels of a whole tensor"),
         (delta.RECORD.pack(1, 0, 0, 0, 1) + b"w" + bytes(4), "no channels"),
         (delta.RECORD.pack(1, 0, 255, 0, 2**31 - 1) + b"w" + bytes(4), "elements"),

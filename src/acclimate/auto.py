@@ -36,6 +36,7 @@ def plan(
     threads: int | None = None,
     recompute: str | Sequence[str] = "auto",
     micro_batches: int | None = None,
+    gradients: str = "float32",
     data: tuple[np.ndarray, np.ndarray] | None = None,
     seed: int = 0,
     callback: Callable[[Mapping[str, Any]], None] | None = None,
@@ -50,8 +51,10 @@ def plan(
     but computed again, the same bits at more time: "auto" (only where it would not fit otherwise), "none", "exact"
     (by an integer program, with the extra "exact"), or names of values. micro_batches: parts that a batch is learned
     in, with the same mean gradient up to rounding; None: only where it would not fit otherwise, and the model has no
-    batch statistics. data: (x, y), on which "auto" holds a short race between the schemes that fit; without it the one
-    that lets most weights learn is taken. callback: told of each contender, a row of figures.
+    batch statistics. gradients: what flows back through integer layers: "float32", or "int16" or "int8" with an
+    exponent for each channel (block floating point), which needs fewer bytes and no floating point unit. data: (x, y),
+    on which "auto" holds a short race between the schemes that fit; without it the one that lets most weights learn is
+    taken. callback: told of each contender, a row of figures.
 
     Raises CannotFit, with the cheapest `fixes`, where nothing asked for fits; WrongUse for impossible arguments.
     """
@@ -68,6 +71,7 @@ def plan(
         "threads": threads,
         "recompute": recompute,
         "micro_batches": micro_batches,
+        "gradients": gradients,
     }
     if not (isinstance(scheme, str) and scheme == "auto"):
         return compile_plan(model, scheme=scheme, **args)

@@ -28,7 +28,7 @@ HEADER = struct.Struct(
     "<6I"
 )  # magic, format, total bytes, crc32 of what follows it, model hash, number of records
 RECORD = struct.Struct("<HBBII")  # length of name, dtype, axis (255: whole tensor), channels, elements
-DTYPE_LIST = ("f32", "i32")
+DTYPE_LIST = ("f32", "i32", "i8", "i16")
 MAX_ELEMENTS = 2**31 - 1
 _OTHER_PLAN = "restore it with the scheme and optimiser that it was saved with"
 
@@ -105,14 +105,11 @@ def decode(raw: bytes, where: str = "") -> tuple[int, list[Record]]:
             raise bad("a record is cut off", f"at byte {at}")
         name_len, dtype, axis, n_channels, n = RECORD.unpack_from(raw, at)
         at += RECORD.size
-        size = name_len + 4 * n_channels + 4 * n
-        if (
-            dtype >= len(DTYPE_LIST)
-            or n > MAX_ELEMENTS
-            or at + size > total
-            or (axis == 255) != (n_channels == 0)
-        ):
+        if dtype >= len(DTYPE_LIST) or n > MAX_ELEMENTS or (axis == 255) != (n_channels == 0):
             raise bad("a record is not valid", f"at byte {at}")
+        kind = np.dtype(DTYPES[DTYPE_LIST[dtype]])
+        if at + name_len + 4 * n_channels + kind.itemsize * n > total:
+            raise bad("a record is cut off", f"at byte {at}")
         try:
             name = raw[at : at + name_len].decode()
         except UnicodeDecodeError:
@@ -120,10 +117,8 @@ def decode(raw: bytes, where: str = "") -> tuple[int, list[Record]]:
         at += name_len
         index = tuple(int(i) for i in np.frombuffer(raw, "<u4", n_channels, at))
         at += 4 * n_channels
-        data = np.frombuffer(raw, np.dtype(DTYPES[DTYPE_LIST[dtype]]).newbyteorder("<"), n, at).astype(
-            DTYPES[DTYPE_LIST[dtype]]
-        )
-        at += 4 * n
+        data = np.frombuffer(raw, kind.newbyteorder("<"), n, at).astype(kind)
+        at += kind.itemsize * n
         records.append(Record(name, data, Channels(axis, index) if n_channels else None, DTYPE_LIST[dtype]))
     if at != total:
         raise bad("there are bytes after the last record", f"{total - at} bytes")

@@ -50,6 +50,11 @@ class UpdateSet:
             total += n if channels is None else n // shape[channels.axis] * len(channels.index)
         return total
 
+    def size_bytes(self, graph: Graph) -> int:
+        """Bytes of the weights that learn."""
+        parts = [(n, UpdateSet({n: c}).size(graph)) for n, c in self.tensors.items()]
+        return sum(size * np.dtype(DTYPES[graph.type(n).dtype]).itemsize for n, size in parts)
+
     def check(self, graph: Graph) -> UpdateSet:
         """This set with aliases resolved; WrongUse for unknown tensors or channels out of range."""
         tensors: dict[str, Channels | None] = {}

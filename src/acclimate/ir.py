@@ -25,6 +25,7 @@ DTYPES: dict[str, Any] = {
     "u16": np.uint16,
     "i8": np.int8,
     "bit": np.bool_,
+    "i16": np.int16,
 }
 
 PERSISTENT = ("parameter", "state")
@@ -83,13 +84,33 @@ class Type:
 
 
 @dataclass(frozen=True, eq=False)
+class Quant:
+    """What an integer tensor stands for: scale * (q - zero). `scale`: float32, one number or one an index of axis 0."""
+
+    scale: np.ndarray
+    zero: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", np.atleast_1d(np.asarray(self.scale, np.float32)))
+
+    def real(self, q: np.ndarray) -> np.ndarray:
+        """The numbers that `q` stands for, float32."""
+        scale = self.scale.reshape(-1, *(1,) * (q.ndim - 1)) if q.ndim else self.scale[0]
+        return (q.astype(np.float32) - np.float32(self.zero)) * scale
+
+
+@dataclass(frozen=True, eq=False)
 class Value:
-    """A named tensor. `kind`: "input" (fed each run), "constant", "parameter", "state" (persistent), or "temp"."""
+    """A named tensor. `kind`: "input" (fed each run), "constant", "parameter", "state" (persistent), or "temp".
+
+    quant: of an input or parameter of integers, what they stand for. Of a temp value its node says it.
+    """
 
     name: str
     type: Type
     kind: str = "temp"
     data: np.ndarray | None = None  # what a constant holds, what a persistent value starts from
+    quant: Quant | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -138,18 +159,26 @@ class Graph:
         self.values[value.name] = value
         return value.name
 
-    def input(self, role: str, shape: tuple[int, ...], dtype: str = "f32") -> str:
+    def input(self, role: str, shape: tuple[int, ...], dtype: str = "f32", quant: Quant | None = None) -> str:
         """Add an input; its value is named after the role where that name is free."""
-        self.inputs[role] = self.add(Value(self.fresh(role), Type(tuple(shape), dtype), "input"))
+        type_ = Type(tuple(shape), dtype)
+        self.inputs[role] = self.add(Value(self.fresh(role), type_, "input", None, quant))
         return self.inputs[role]
 
     def constant(self, stem: str, data: np.ndarray, dtype: str = "f32") -> str:
         data = np.ascontiguousarray(data, DTYPES[dtype])
         return self.add(Value(self.fresh(stem), Type(data.shape, dtype), "constant", data))
 
-    def persistent(self, name: str, data: np.ndarray, kind: str = "parameter", dtype: str = "f32") -> str:
+    def persistent(
+        self,
+        name: str,
+        data: np.ndarray,
+        kind: str = "parameter",
+        dtype: str = "f32",
+        quant: Quant | None = None,
+    ) -> str:
         data = np.array(data, DTYPES[dtype], order="C")
-        return self.add(Value(name, Type(data.shape, dtype), kind, data))
+        return self.add(Value(name, Type(data.shape, dtype), kind, data, quant))
 
     def copy(self) -> Graph:
         """A copy that can be changed freely; values and nodes are immutable and shared."""

@@ -12,7 +12,7 @@ from . import delta
 from .errors import BadInput, WrongUse
 from .grad import GRADIENT, Channels, Tape
 from .ir import Graph, Type
-from .ops import evaluate
+from .ops import TABLE, evaluate
 from .planner import Plan
 from .program import STATE_ENTRY
 from .runtime import Session
@@ -34,7 +34,8 @@ def _only_differ(now: np.ndarray, start: np.ndarray, channels: Channels) -> bool
 class Learner:
     """Learns and predicts by a Plan. Batches smaller than the plan's (the rest of a data set) are compiled when met.
 
-    x: float array (n, ...) as the model takes it. y: labels (n,) or targets (n, ...), as the loss takes them.
+    x: float array (n, ...) as the model takes it; of a quantised model also int8, as its input is stored. y: labels
+    (n,) or targets (n, ...), as the loss takes them.
 
     >>> learner = Learner(plan).fit(x, y, epochs=3)                                   # doctest: +SKIP
     >>> learner.score(x_new, y_new)                                                   # doctest: +SKIP
@@ -51,7 +52,8 @@ class Learner:
             for kind in ("train", "predict")
         }
         model = plan.model
-        self._sample_shape = tuple(int(n) for n in model.shape(model.inputs["x"])[1:])
+        self._input = model.values[model.inputs["x"]]
+        self._sample_shape = tuple(int(n) for n in self._input.shape[1:])
         self._output = model.type(model.outputs["output"])
         self._pending = 0  # micro-batches accumulated since the last update
         self._saved = self._kept()  # what rollback returns to
@@ -200,7 +202,7 @@ class Learner:
 
     # -- what is known ---------------------------------------------------------------------------------------------
     def parameters(self) -> dict[str, np.ndarray]:
-        """Every parameter of the model by the user's own name, as it is now; copies."""
+        """Every parameter of the model by the user's own name, as it is now; copies. Integers as they are stored."""
         names = set(self._main.state_names())
         return {
             name: (self._main.view(STATE_ENTRY, name).copy() if name in names else np.array(value.data))
@@ -375,6 +377,8 @@ class Learner:
                 number=f"{x.shape}, must be (n, {', '.join(str(w) for w in want)})",
                 action=hint,
             )
+        if x.dtype == np.int8 and self._input.quant is not None:
+            return x
         if x.dtype != np.float32:
             with np.errstate(over="ignore"):  # beyond float32 it becomes infinite, and is refused as such
                 x = x.astype(np.float32)
@@ -386,6 +390,9 @@ class Learner:
                 number=f"{int((~np.isfinite(x)).sum())} values",
                 action="drop or repair those samples",
             )
+        if self._input.quant is not None:
+            quant = {"scale": float(self._input.quant.scale[0]), "zero": self._input.quant.zero}
+            x = TABLE["quantize"].ref(quant, x)[0]
         return x
 
     def _targets(self, y: np.ndarray, count: int) -> np.ndarray:

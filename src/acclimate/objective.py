@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from .errors import BadInput, WrongUse
 from .ir import Type
+from .ops.quantized import STOCHASTIC
 
 # -- losses --------------------------------------------------------------------------------------------------------
 
@@ -687,6 +689,8 @@ LOSSES: Mapping[str, Loss] = {
 }
 
 
+ROUNDINGS = ("nearest", "stochastic", "residual")
+
 # -- optimisers ----------------------------------------------------------------------------------------------------
 
 
@@ -694,7 +698,12 @@ LOSSES: Mapping[str, Loss] = {
 class SGD:
     """Stochastic gradient descent as torch.optim.SGD. `clip_norm` bounds the norm of all gradients together.
 
-    `accumulate`: micro-batches whose mean gradient makes one step.
+    `accumulate`: micro-batches whose mean gradient makes one step. `rounding`: how a step is taken on integer weights,
+    which move by whole numbers: "nearest" (half away from zero; what is below half a step is lost), "stochastic" (up
+    or down, so that the mean is right; a replayable sequence), or "residual" (nearest, and what it loses is kept for
+    the next step in one more byte for each int8 weight that learns). `share`: of each convolution's output channels (of
+    integer linear layers too) a step updates only those with the largest gradients, so many of them (Deutel et al.,
+    "On-Device Training of Fully Quantized Deep Neural Networks on Cortex-M Microcontrollers", 2024).
     """
 
     lr: float = 0.01
@@ -703,26 +712,43 @@ class SGD:
     nesterov: bool = False
     clip_norm: float | None = None
     accumulate: int = 1
+    rounding: str = "stochastic"
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         _check_optimizer(self)
+        if self.rounding not in ROUNDINGS:
+            raise WrongUse(
+                "no rounding is called that", number=repr(self.rounding), action=f"one of {ROUNDINGS}"
+            )
+        if not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
+            raise WrongUse("share is a number in (0, 1]", number=repr(self.share), action="share=0.25")
         if self.nesterov and not self.momentum:
             raise WrongUse("Nesterov's method needs a momentum", action="SGD(momentum=0.9, nesterov=True)")
 
     def build(self, tape: Any, name: str, grad: str, lr: str, index: str, axis: int) -> None:
-        buffer = tape.state(f"{name}.momentum", tape.graph.shape(grad)) if self.momentum else ""
-        tape.update(
-            "sgd",
-            name,
-            grad,
-            lr,
-            buffer,
-            index,
-            axis=axis,
-            momentum=self.momentum,
-            nesterov=int(self.nesterov),
-            weight_decay=self.weight_decay,
-        )
+        graph = tape.graph
+        buffer = tape.state(f"{name}.momentum", graph.shape(grad)) if self.momentum else ""
+        numbers = {
+            "axis": axis,
+            "momentum": self.momentum,
+            "nesterov": int(self.nesterov),
+            "weight_decay": self.weight_decay,
+        }
+        value = graph.values[name]
+        if value.quant is None:
+            tape.update("sgd", name, grad, lr, buffer, index, **numbers)
+            return
+        scale = graph.constant(f"{name}.scale", value.quant.scale)
+        residual = steps = ""
+        if self.rounding == "residual" and value.type.dtype == "i8":
+            residual = tape.state(f"{name}.residual", graph.shape(grad), "i8")
+        elif self.rounding == "stochastic":
+            steps = tape.state("optimizer.steps", (1,), "i32")
+            numbers |= {"rounding": STOCHASTIC, "salt": zlib.crc32(name.encode())}
+        tape.update("q_sgd", name, grad, lr, scale, buffer, residual, steps, index, **numbers)
+        if steps:
+            tape.count(steps)
 
 
 @dataclass(frozen=True)
@@ -741,13 +767,21 @@ class Adam:
         _check_optimizer(self)
         betas = tuple(self.betas) if isinstance(self.betas, (tuple, list)) else ()
         if len(betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
-            raise WrongUse("betas are two numbers in 0..1", number=repr(self.betas), action="betas=(0.9, 0.999)")
+            raise WrongUse(
+                "betas are two numbers in 0..1", number=repr(self.betas), action="betas=(0.9, 0.999)"
+            )
         if not (isinstance(self.eps, (int, float)) and 0 < self.eps < 1):
             raise WrongUse("eps is a small positive number", number=repr(self.eps), action="eps=1e-8")
         object.__setattr__(self, "betas", betas)
 
     def build(self, tape: Any, name: str, grad: str, lr: str, index: str, axis: int) -> None:
         shape = tape.graph.shape(grad)
+        if tape.graph.values[name].quant is not None:
+            raise WrongUse(
+                "Adam does not learn integer weights",
+                where=name,
+                action="optimizer=acclimate.SGD(lr=..., momentum=0.9), or keep the tensor in float32",
+            )
         steps = tape.state("optimizer.steps", (1,), "i32")
         tape.update(
             "adam",

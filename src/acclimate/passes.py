@@ -12,6 +12,7 @@ from .errors import BadInput
 from .grad import Tape, prune
 from .ir import Graph, Node, Value
 from .ops import TABLE, evaluate, parse, verify
+from .ops.blockfloat import NARROW
 from .ops.row import is_clamped
 
 FOLD_LIMIT_BYTES = 4096  # a folded constant may grow the flash by this much, not more
@@ -259,6 +260,68 @@ def segment_time(model: Graph, steps: int | None = None) -> Graph:
             k = math.isqrt(length - 1) + 1 if steps is None else min(steps, length)
             new.nodes[i] = replace(node, attrs={**node.attrs, "segment": k})
     return verify(new, "cutting sequences into segments")
+
+
+def keep_largest(graph: Graph, share: float) -> Graph:
+    """Let each sample update only a share of the output channels of every layer, those with the largest gradients."""
+    new = graph.copy()
+    new.nodes = []
+    tape = Tape(new)
+    for node in graph.nodes:
+        at = TABLE[node.op].channel_of
+        if at is not None:
+            inputs = list(node.inputs)
+            inputs[at] = tape.emit("keep_top", inputs[at], share=share)[0]
+            node = replace(node, inputs=tuple(inputs))
+        new.nodes.append(node)
+        tape.adopt(node)
+    return verify(new, "keeping the largest gradients")
+
+
+def narrow(graph: Graph, bits: int) -> Graph:
+    """Let the backward part flow as block floating point of 16 or 8 bits wherever the ops have such a form.
+
+    What has none gets floats, made from the blocks; gradients of parameters come out as floats. See ops/blockfloat.py.
+    """
+    loss = next((i for i, n in enumerate(graph.nodes) if graph.outputs.get("loss") in n.outputs), None)
+    if loss is None:
+        return graph
+    new = graph.copy()
+    new.nodes = []
+    tape = Tape(new)
+    blocks: dict[str, tuple[str, str]] = {}  # float value -> its mantissas and exponents
+    floats: dict[str, str] = {}  # float value that is no longer made -> what stands for it
+    kept = set(graph.outputs.values())
+
+    def unpacked(name: str) -> str:
+        if name in blocks and name not in floats:
+            floats[name] = tape.emit("bf_unpack", *blocks[name], name=name)
+        return floats.get(name, name)
+
+    for i, node in enumerate(graph.nodes):
+        found = None
+        if i > loss and node.op in NARROW:
+            places, starts, rule = NARROW[node.op]
+            names = [node.inputs[at] for at in places]
+            for name in names if starts else ():
+                if name not in blocks and len(graph.shape(name)) > 2:
+                    blocks[name] = tape.emit("bf_pack", floats.get(name, name), bits=bits)
+            if all(name in blocks for name in names):
+                found = rule(tape, node, *(blocks[name] for name in names), bits)
+        out = node.outputs[0] if node.outputs else ""
+        if isinstance(found, tuple):
+            blocks[out] = found
+        elif found is not None:
+            floats[out] = found
+        else:
+            node = replace(node, inputs=tuple(unpacked(n) if n else n for n in node.inputs))
+            new.nodes.append(node)
+            tape.adopt(node)
+    new.outputs = {
+        role: unpacked(n) if n in kept and n in blocks else floats.get(n, n)
+        for role, n in graph.outputs.items()
+    }
+    return verify(new, "narrowing gradients")
 
 
 #: What every graph of a plan goes through, in this order.

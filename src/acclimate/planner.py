@@ -23,13 +23,14 @@ from .ir import Dim, Graph, Node
 from .layout import Layout, arrange, persistent_layout
 from .objective import LOSSES, OPTIMIZERS, SGD, Loss, Optimizer, resolve
 from .ops import TABLE, cost, parse, with_batch
-from .passes import prepare
+from .passes import keep_largest, narrow, prepare
 from .passes import run as run_passes
 from .program import Program, build, model_hash
 
 MAX_BATCH = 65536
 MAX_THREADS = 64  # AC_MAX_THREADS
 RECOMPUTE = ("auto", "none", "exact")
+GRADIENTS = {"float32": 0, "int16": 16, "int8": 8}  # what gradients flow in -> bits of a block's mantissas
 NAMED_VALUES = 3  # a fix names the values that it recomputes where there are no more
 SEARCHED_SPLITS = 3  # numbers of micro-batches for which recomputing is searched, those that need it least
 
@@ -51,6 +52,7 @@ class Plan:
     threads: int = 1
     recompute: str | tuple[str, ...] = "auto"  # or "none", "exact", or names of values
     micro_batches: int | None = None  # a batch is learned in so many parts; None: as many as is quickest
+    gradients: str = "float32"  # or "int16", "int8": through integer layers, as block floating point
     explanation: str = ""  # why this scheme, where it was chosen automatically
     tried: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)  # rows of what else was tried
 
@@ -101,7 +103,15 @@ class Plan:
     def gradient_program(self, batch_size: int) -> Program:
         """The entry "gradient": loss and gradients as outputs, nothing updated. For inspection on the host."""
         graph = gradient_graph(self._prepared(batch_size), self.update_set, self.loss)
-        return self._build(_arranged({"gradient": graph}))
+        return self._build(_arranged({"gradient": self._narrowed(graph)}))
+
+    def _partly(self, graph: Graph) -> Graph:
+        share = getattr(self.optimizer, "share", 1.0)
+        return keep_largest(graph, share) if share < 1 else graph
+
+    def _narrowed(self, graph: Graph) -> Graph:
+        bits = GRADIENTS[self.gradients]
+        return narrow(graph, bits) if bits else graph
 
     def _build(self, layouts: Mapping[str, Layout]) -> Program:
         return build(layouts, self.state_layout, self.model_hash)
@@ -178,7 +188,7 @@ class Plan:
     @property
     def update_bytes(self) -> int:
         """Bytes of the weights that learn, as a delta sends them."""
-        return 4 * self.update_set.size(self.model)
+        return self.update_set.size_bytes(self.model)
 
     # -- cost ----------------------------------------------------------------------------------------------------
     @cached_property
@@ -355,6 +365,7 @@ def _plain(plan: Plan, parts: int) -> Choice:
     optimizer = plan.optimizer if parts == 1 else replace(plan.optimizer, accumulate=parts)
     model = plan._prepared(plan.batch_size // parts)
     steps = step_graphs(model, plan.update_set, plan.loss, optimizer)
+    steps = {name: plan._narrowed(plan._partly(graph)) for name, graph in steps.items()}
     return Choice(_arranged({"predict": predict_graph(model), **steps}), parts)
 
 
@@ -521,6 +532,7 @@ def compile_plan(
     must_fit: bool = True,
     recompute: str | Sequence[str] = "auto",
     micro_batches: int | None = None,
+    gradients: str = "float32",
 ) -> Plan:
     """Compile one scheme. Raises CannotFit, with `fixes`, where it does not fit and `must_fit` is left on.
 
@@ -537,6 +549,10 @@ def compile_plan(
             raise WrongUse(
                 f"{name} must be a whole number", number=f"{value!r}, from 1 to {most}", action=f"{name}=None"
             )
+    if gradients not in GRADIENTS:
+        raise WrongUse(
+            "gradients cannot flow in this", number=repr(gradients), action=f"one of {', '.join(GRADIENTS)}"
+        )
     chosen = schemes.resolve(scheme)
     update_set = chosen if isinstance(chosen, UpdateSet) else chosen.choose(model)
     target = devices.get(device) if isinstance(device, str) else device
@@ -551,6 +567,7 @@ def compile_plan(
         int(threads or 1),
         _recompute(recompute),
         micro_batches,
+        gradients,
     )
     if micro_batches is not None:
         _check_split(plan, micro_batches)

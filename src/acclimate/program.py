@@ -25,7 +25,7 @@ MAGIC = int.from_bytes(b"ACCP", "little")
 FORMAT = 1
 HEADER_WORDS = 16
 ABSENT = 0xFFFF
-DTYPE_CODES = {"f32": 0, "i32": 1, "u8": 2, "u16": 3, "i8": 4, "bit": 5}
+DTYPE_CODES = {"f32": 0, "i32": 1, "u8": 2, "u16": 3, "i8": 4, "bit": 5, "i16": 6}
 CONST, STATE, ARENA = 0, 1, 2
 STATE_ENTRY = "state"  # an entry without ops, whose bindings name every persistent value
 

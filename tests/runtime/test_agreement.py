@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from acclimate import runtime
 from acclimate.errors import BadInput
-from acclimate.ir import Type
+from acclimate.ir import DTYPES, Type
 from acclimate.ops import TABLE, infer, parse, table_hash
 from acclimate.ops.convolution import out_size
 from acclimate.ops.row import Row
@@ -116,9 +116,8 @@ def base_cases() -> Iterator[Case]:
         types = tuple(types_of(inputs))
         if not ins[-1].repeated:
             types += (None,) * (len(ins) - len(types))
-        index = {i for i, d in example.domain.items() if d.startswith("index:")} | (
-            {1} if row.name in ("take", "take_grad") else set()
-        )
+        index = {i for i, d in example.domain.items() if d.startswith("index:")} | set(row.fixed)
+        index = {i for i in index if i < len(inputs) and inputs[i] is not None}
         attrs = row.fill(example.attrs)
         yield Case(row, types, tuple(infer(row, attrs, list(types))), attrs, {i: inputs[i] for i in index})
 
@@ -152,7 +151,10 @@ def open_attrs(case: Case) -> dict:
     out = case.outs[0] if case.outs else None
     found = {}
     for name, attr in case.row.attrs.items():
-        if attr.kind == "-" and out is not None:
+        if attr.kind == "-" and out is not None and name not in ("x_scale", "y_scale", "slopes"):
+            if name == "bits":
+                found[name] = {"i16": 16, "i8": 8}.get(out.dtype, 0)
+                continue
             if isinstance(case.attrs[name], int):
                 axis = {"rows": 0, "classes": 1}.get(name, case.attrs.get("axis"))
                 found[name] = out.shape[axis] if 0 <= axis < len(out.shape) else -1
@@ -196,6 +198,21 @@ FORWARD = {
     "conv_weight_grad": ("conv", lambda c: [c.ins[0], c.outs[0]], lambda c: c.ins[1:]),
     "max_pool_grad": ("max_pool", lambda c: c.outs, lambda c: c.ins),
     "avg_pool_grad": ("avg_pool", lambda c: c.outs, lambda c: c.ins),
+    "q_conv_input_grad": ("conv", lambda c: [c.outs[0], c.ins[1]], lambda c: c.ins[:1]),
+    "q_conv_weight_grad": ("conv", lambda c: [c.ins[0], c.outs[0]], lambda c: c.ins[1:]),
+    "bf_conv_input_grad": ("conv", lambda c: [c.outs[0], c.ins[2]], lambda c: c.ins[:1]),
+    "bf_conv_weight_grad": ("conv", lambda c: [c.ins[0], c.outs[0]], lambda c: c.ins[1:2]),
+    "bf_avg_pool_grad": ("avg_pool", lambda c: c.outs[:1], lambda c: c.ins[:1]),
+}
+
+#: What the loader asks of numbers in attributes; quantize.py makes no others.
+WITHIN = {
+    **dict.fromkeys(("zero", "x_zero", "y_zero", "a_zero", "b_zero", "low", "high"), (-128, 127)),
+    **dict.fromkeys(("shift", "y_shift"), (-31, 30)),
+    **dict.fromkeys(("a_shift", "b_shift"), (-31, 0)),
+    **dict.fromkeys(("multiplier", "a_multiplier", "b_multiplier", "y_multiplier"), (0, 2**31 - 1)),
+    "scale": (1e-30, 1e30),
+    "spare": (0, 31),
 }
 
 #: Optional outputs that are made from optional inputs: op -> output -> inputs.
@@ -220,7 +237,13 @@ def makes_sense(case: Case) -> bool:
     }.items():
         if name in case.attrs and not low <= np.min(case.attrs[name]) <= np.max(case.attrs[name]) < 2**16:
             return False
-    for i, index in case.constants.items():
+    integer = "i8" in case.row.signature
+    for name, (low, high) in WITHIN.items():
+        if integer and name in case.attrs and not low <= case.attrs[name] <= high:
+            return False
+    if integer and case.attrs.get("low", 0) > case.attrs.get("high", 0):
+        return False
+    for i, index in case.constants.items() if "axis" in case.attrs else ():
         if i < len(case.ins) and not (
             0 <= index.min() and index.max() < indexed(case).shape[case.attrs["axis"]]
         ):
@@ -231,11 +254,15 @@ def makes_sense(case: Case) -> bool:
     if case.row.name in FORWARD:
         op, ins, outs = FORWARD[case.row.name]
         row = TABLE[op]
+        integer = case.row.name[0] in "qb"
         try:
-            made = infer(row, row.fill({k: v for k, v in case.attrs.items() if k in row.attrs}), ins(case))
+            given = [Type(t.shape) for t in ins(case)] if integer else ins(case)
+            made = infer(row, row.fill({k: v for k, v in case.attrs.items() if k in row.attrs}), given)
         except (BadInput, ValueError, IndexError, TypeError):
             return False
-        return [(tuple(t.shape), t.dtype) for t in made] == [(tuple(t.shape), t.dtype) for t in outs(case)]
+        return [(tuple(t.shape), integer or t.dtype) for t in made] == [
+            (tuple(t.shape), integer or t.dtype) for t in outs(case)
+        ]
     return True
 
 
@@ -360,13 +387,19 @@ def test_what_a_signature_leaves_open_has_a_check(op):
     assert row.check or row.signature.count("~") < 2
 
 
-def test_indices_are_checked_at_load():
-    """Channels to take or to update are constants within range."""
+#: Scalings that kernels rely on: op -> input -> numbers that are not possible.
+BAD_SCALING = {"q_conv": {3: (-1, -(2**31)), 4: (31, -32)}, "bf_align": {2: (-1, 32769), 3: (513, -513)}}
+
+
+def test_constants_are_checked_at_load():
+    """Channels to take or to update, and scalings, are constants within range."""
     for base in base_cases():
         for i, good in base.constants.items():
-            axis = base.attrs["axis"]
-            size = indexed(base).shape[axis]
-            for bad in (-1, size, 2**31 - 1, -(2**31)):
+            if "axis" in base.attrs:
+                values = (-1, indexed(base).shape[base.attrs["axis"]], 2**31 - 1, -(2**31))
+            else:
+                values = BAD_SCALING[base.row.name][i]
+            for bad in values:
                 for at in range(good.size):
                     content = good.copy()
                     content[at] = bad
@@ -377,6 +410,11 @@ def test_indices_are_checked_at_load():
             moved = replace(base, constants={})  # in memory, where it could change after the check
             assert runtime._core.load(moved.program(), "auto", True)[0] != OK
             assert runtime._core.load(base.program(), "auto", True)[0] == OK
+
+
+def element_bytes(t: Type) -> int:
+    """Bytes without those that round up to whole words."""
+    return t.size_bytes if t.dtype == "bit" else t.size * np.dtype(DTYPES[t.dtype]).itemsize
 
 
 def overlapping(base: Case) -> Iterator[tuple[bytes, bool]]:
@@ -394,7 +432,8 @@ def overlapping(base: Case) -> Iterator[tuple[bytes, bool]]:
             offset, size = struct.unpack_from("<II", raw, at_j + 4)
             types = (*base.ins, *base.outs)[k], (*base.ins, *base.outs)[j]
             for by in (0, -4, 4, types[1].size_bytes - 4):
-                if offset + by < 0 or (by and by >= types[1].size_bytes):
+                apart = by >= element_bytes(types[1]) or -by >= element_bytes(types[0])
+                if offset + by < 0 or (by and apart):
                     continue
                 struct.pack_into("<I", new, at_k + 4, offset + by)
                 for word in (12, 13):  # room for it

@@ -18,11 +18,13 @@ from ..ir import DTYPES, PERSISTENT, Graph, Node, Type, Value, rebatch
 from . import (
     activation,
     arithmetic,
+    blockfloat,
     convolution,
     loss,
     matrix,
     normalization,
     pooling,
+    quantized,
     random,
     recurrent,
     reshaping,
@@ -45,6 +47,8 @@ TABLE: dict[str, Row] = {
         reshaping,
         loss,
         update,
+        quantized,
+        blockfloat,
     )
     for row in family.ROWS
 }
@@ -165,7 +169,7 @@ def with_batch(graph: Graph, batch: int) -> Graph:
     for value in graph.values.values():
         if value.kind != "temp":
             shape = rebatch(value.type.shape, batch)
-            new.values[value.name] = Value(value.name, Type(shape, value.type.dtype), value.kind, value.data)
+            new.values[value.name] = replace(value, type=Type(shape, value.type.dtype))
     for node in graph.nodes:
         attrs = {k: rebatch(v, batch) for k, v in node.attrs.items()}
         types = infer(TABLE[node.op], attrs, [new.type(n) if n else None for n in node.inputs], node.where)

@@ -273,6 +273,7 @@ ROWS = (
         fast=True,
         no_grad=_NO_SECOND,
         take=_take_weight_grad,
+        channel_of=1,
         cost=lambda a, i, o: _macs(a, i[1].size, o[0].shape),
     ),
 )

@@ -51,7 +51,7 @@ def _max_shape(attrs: Any, x: Type) -> list[Type]:
         raise BadInput(
             "a max-pool window is too large", where=str(x), number=f"{area} elements, at most 65535"
         )
-    return [Type(shape), Type(shape, "u8" if area < 256 else "u16")]
+    return [Type(shape, x.dtype), Type(shape, "u8" if area < 256 else "u16")]
 
 
 def _max_pool(attrs: Any, x: Any) -> list[Any]:
@@ -63,7 +63,8 @@ def _max_pool(attrs: Any, x: Any) -> list[Any]:
     if flat:
         x = x[:, :, None]
     out = [out_size(*v) for v in zip(x.shape[2:], kernel, stride, before, after, dilation, strict=True)]
-    p = np.pad(x, [(0, 0), (0, 0), *zip(before, after, strict=True)], constant_values=-np.inf)
+    lowest = -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min
+    p = np.pad(x, [(0, 0), (0, 0), *zip(before, after, strict=True)], constant_values=lowest)
     taps = [
         p[
             :,
@@ -213,10 +214,10 @@ _AVG = (
 ROWS = (
     Row(
         "max_pool",
-        "NC~ -> NC~, NC~:u8/u16?",
+        "NC~:t -> NC~:t, NC~:u8/u16?",
         "Largest of each window; the second output is its position in the window.",
         _max_pool,
-        tuple(Example((s,), a) for s, a in _MAX),
+        tuple(Example((s,), a, d) for s, a in _MAX for d in ({}, {0: "i8"})),
         attrs=_WINDOW,
         shape=_max_shape,
         grad=_max_grad,

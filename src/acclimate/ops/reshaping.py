@@ -26,7 +26,7 @@ def _reshape_shape(attrs: Any, x: Type) -> list[Type]:
 def _transpose_shape(attrs: Any, x: Type) -> list[Type]:
     if sorted(attrs["perm"]) != list(range(len(x.shape))):
         raise BadInput("not a permutation of the dimensions", where=str(x), number=str(attrs["perm"]))
-    return [Type(tuple(x.shape[i] for i in attrs["perm"]))]
+    return [Type(tuple(x.shape[i] for i in attrs["perm"]), x.dtype)]
 
 
 def _transpose_grad(tape: Any, node: Any, d: str) -> list[str]:
@@ -57,7 +57,7 @@ def _concat_shape(attrs: Any, *xs: Type) -> list[Type]:
             where=", ".join(map(str, xs)),
             number=f"axis {axis}",
         )
-    return [Type((*first[:axis], sum(x.shape[axis] for x in xs), *first[axis + 1 :]))]
+    return [Type((*first[:axis], sum(x.shape[axis] for x in xs), *first[axis + 1 :]), xs[0].dtype)]
 
 
 def _concat_grad(tape: Any, node: Any, d: str) -> list[str]:
@@ -80,7 +80,7 @@ def _part(attrs: Any, size: Any) -> tuple[slice, ...]:
 
 def _slice_shape(attrs: Any, x: Type) -> list[Type]:
     _check_part(attrs, attrs["size"], x.shape)
-    return [Type(tuple(attrs["size"]))]
+    return [Type(tuple(attrs["size"]), x.dtype)]
 
 
 def _check_part(attrs: Any, size: Any, whole: Any) -> None:
@@ -118,8 +118,10 @@ def _pad_shape(attrs: Any, x: Type) -> list[Type]:
         raise BadInput(
             "negative padding is a slice", where=str(x), number=f"{attrs['before']} {attrs['after']}"
         )
+    if x.dtype == "i8" and not -128 <= attrs["value"] <= 127:
+        raise BadInput("int8 cannot be padded with this", where=str(x), number=str(attrs["value"]))
     sizes = zip(x.shape, attrs["before"], attrs["after"], strict=True)
-    return [Type(tuple(s + b + a if b + a else s for s, b, a in sizes))]
+    return [Type(tuple(s + b + a if b + a else s for s, b, a in sizes), x.dtype)]
 
 
 def _pad_grad(tape: Any, node: Any, d: str) -> list[str]:
@@ -131,7 +133,7 @@ def _take_shape(attrs: Any, x: Type, index: Type) -> list[Type]:
     axis = attrs["axis"]
     if not 0 <= axis < len(x.shape):
         raise BadInput("an axis is out of range", where=str(x), number=str(axis))
-    return [Type((*x.shape[:axis], index.shape[0], *x.shape[axis + 1 :]))]
+    return [Type((*x.shape[:axis], index.shape[0], *x.shape[axis + 1 :]), x.dtype)]
 
 
 def _take_grad(tape: Any, node: Any, d: str) -> list[str]:
@@ -186,7 +188,7 @@ _PART = {"start": Attr("i6", pad=0), "step": Attr("i6", pad=1)}
 ROWS = (
     Row(
         "reshape",
-        "~ -> ~",
+        "~:f32/i8/i16 -> ~:f32/i8/i16",
         "The same elements under another shape; costs nothing.",
         lambda a, x: [x.reshape(a["shape"])],
         (Example(((3, 4, 5),), {"shape": (12, 5)}),),
@@ -197,7 +199,7 @@ ROWS = (
     ),
     Row(
         "transpose",
-        "~ -> ~",
+        "~:t -> ~:t",
         "Permute the dimensions.",
         lambda a, x: [np.transpose(x, a["perm"])],
         (
@@ -205,6 +207,7 @@ ROWS = (
             Example(((6, 7),), {"perm": (1, 0)}),
             Example(((2, 3, 4, 5),), {"perm": (0, 2, 1, 3)}),
             Example(((1, 4, 2, 3, 5),), {"perm": (3, 1, 2, 0, 4)}),
+            Example(((2, 3, 5),), {"perm": (0, 2, 1)}, {0: "i8"}),
         ),
         attrs={"perm": Attr("i6", pad=0)},
         shape=_transpose_shape,
@@ -225,13 +228,14 @@ ROWS = (
     ),
     Row(
         "concat",
-        "~+ -> ~",
+        "~:t+ -> ~:t",
         "Join tensors along an axis.",
         lambda a, *xs: [np.concatenate(xs, a["axis"])],
         (
             Example(((2, 3, 4), (2, 5, 4)), {"axis": 1}),
             Example(((3, 2), (3, 1), (3, 4)), {"axis": 1}),
             Example(((2, 3), (4, 3)), {"axis": 0}),
+            Example(((2, 3, 5), (2, 1, 5)), {"axis": 1}, {0: "i8", 1: "i8"}),
         ),
         attrs={"axis": Attr("i")},
         shape=_concat_shape,
@@ -240,12 +244,13 @@ ROWS = (
     ),
     Row(
         "slice",
-        "~ -> ~",
+        "~:t -> ~:t",
         "A regular part: `size` elements from `start` with `step` along each dimension.",
         lambda a, x: [x[_part(a, a["size"])]],
         (
             Example(((4, 5, 6),), {"start": (1, 0, 2), "step": (1, 1, 1), "size": (2, 5, 3)}),
             Example(((9, 7),), {"start": (0, 1), "step": (2, 3), "size": (5, 2)}),
+            Example(((4, 5, 6),), {"start": (1, 0, 2), "step": (1, 2, 1), "size": (2, 3, 3)}, {0: "i8"}),
         ),
         attrs={**_PART, "size": Attr("-")},
         shape=_slice_shape,
@@ -292,12 +297,13 @@ ROWS = (
     ),
     Row(
         "pad",
-        "~ -> ~",
+        "~:t -> ~:t",
         "Surround with a constant.",
         lambda a, x: [np.pad(x, list(zip(a["before"], a["after"], strict=True)), constant_values=a["value"])],
         (
             Example(((2, 3, 4),), {"before": (0, 1, 2), "after": (0, 2, 0), "value": 0.5}),
             Example(((3, 4),), {"before": (0, 6), "after": (0, 6)}),
+            Example(((3, 4),), {"before": (0, 1), "after": (2, 1), "value": -5.0}, {0: "i8"}),
         ),
         attrs={"before": Attr("i6", pad=0), "after": Attr("-"), "value": Attr("f", 0.0)},
         shape=_pad_shape,
@@ -306,17 +312,19 @@ ROWS = (
     ),
     Row(
         "take",
-        "~, P:i32 -> ~",
+        "~:t, P:i32 -> ~:t",
         "The elements at fixed indices along an axis.",
         lambda a, x, index: [np.take(x, index, a["axis"])],
         (
             Example(((3, 6, 4), (2,)), {"axis": 1}, {1: "below:6"}),
             Example(((5, 3), (4,)), {"axis": 0}, {1: "below:5"}),
+            Example(((3, 6, 5), (4,)), {"axis": 1}, {0: "i8", 1: "below:6"}),
         ),
         attrs={"axis": Attr("i", 0)},
         selects=True,
         shape=_take_shape,
         check=True,
+        fixed=(1,),
         grad=_take_grad,
     ),
     Row(
@@ -331,6 +339,7 @@ ROWS = (
         attrs={"axis": Attr("i", 0), "size": Attr("-")},
         shape=_take_grad_shape,
         check=True,
+        fixed=(1,),
         no_grad=_NO_SECOND,
         cost=lambda a, i, o: Cost(elementwise=i[0].size + o[0].size),
     ),
@@ -378,7 +387,7 @@ ROWS = (
     ),
     Row(
         "detach",
-        "~ -> ~",
+        "~:t -> ~:t",
         "The same; no gradient passes.",
         lambda a, x: [x],
         (Example(((3, 4),)),),

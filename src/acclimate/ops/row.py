@@ -2,8 +2,8 @@
 
 A signature names the dimensions of each tensor: `"NK, OK, O? -> NO"`. One letter binds one dimension, equal
 letters must be equal; `~` is any further dimensions; `*` is a whole shape, the same for every `*`; `1` is one;
-`:i32` gives the element type (f32 unless said; `:u8/u16` either); `?` marks an optional tensor; `+` repeats the last
-input.
+`:i32` gives the element type (f32 unless said; `:u8/u16` either; `:t` f32 or i8, the same for every `t`); `?` marks an
+optional tensor; `+` repeats the last input.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..ir import Type
 
 MAX_RANK = 6
 MAX_ARGS = 24
+SHARED = ("f32", "i8")  # element types that `:t` may stand for
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Row:
         False  # besides the plain C kernel there is a fast one, for machines with vectors and threads
     )
     check: bool = False  # the C loader calls ac_check_<name> besides the signature
+    fixed: tuple[int, ...] = ()  # inputs that must be constants, since the loader checks what they hold
     roles: Mapping[int, str] = field(
         default_factory=dict
     )  # what a parameter is as input i: "weight", "bias", "scale"
@@ -107,6 +109,7 @@ class Row:
         False  # all that the row does, with slope 0, is to keep of input 0 where the bits of input 1 are set
     )
     gated: int | None = None  # the optional input whose bits do the same to input 0 before anything else
+    channel_of: int | None = None  # the input along whose axis 1 lie the channels of the output's axis 0
     accumulate: str = ""  # row that adds this op's result to an existing gradient instead of making a new one
     take: Callable[..., tuple[str, ...] | None] | None = None
     # (tape, node, axis, index) -> inputs that make this op compute only `index` along output `axis`
@@ -209,7 +212,10 @@ def parse(signature: str) -> tuple[tuple[Pattern, ...], tuple[Pattern, ...]]:
 
 def _match(pattern: Pattern, type_: Type, bound: dict[str, Any]) -> str:
     """Bind the pattern's letters to a shape; the reason where it does not match, else ""."""
-    if type_.dtype not in pattern.dtype.split("/"):
+    if pattern.dtype == "t":
+        if type_.dtype not in SHARED or bound.setdefault(":t", type_.dtype) != type_.dtype:
+            return f"is {type_.dtype}, must be {bound.get(':t', ' or '.join(SHARED))}"
+    elif type_.dtype not in pattern.dtype.split("/"):
         return f"is {type_.dtype}, must be {pattern.dtype}"
     shape = tuple(type_.shape)
     if pattern.dims == "*":
@@ -260,6 +266,9 @@ def infer(row: Row, attrs: Mapping[str, Any], types: Sequence[Type | None], wher
     if row.shape is not None:
         return list(row.shape(attrs, *types))
     return [
-        Type(bound["*"] if p.dims == "*" else tuple(1 if c == "1" else bound[c] for c in p.dims), p.dtype)
+        Type(
+            bound["*"] if p.dims == "*" else tuple(1 if c == "1" else bound[c] for c in p.dims),
+            bound[":t"] if p.dtype == "t" else p.dtype,
+        )
         for p in outputs
     ]

@@ -68,6 +68,22 @@ def _ema(a: Any, running: Any, new: Any) -> list[Any]:
     return [(1 - a["momentum"]) * running + a["momentum"] * a["scale"] * new]
 
 
+def kept_channels(size: Any, share: float) -> np.ndarray:
+    """Which channels of `size` (N, C) are kept: of each sample the largest share, and equals of the last of it."""
+    k = count_kept(size.shape[1], share)
+    return size >= np.sort(size, 1)[:, -k][:, None]
+
+
+def count_kept(channels: int, share: float) -> int:
+    return max(1, min(channels, int(np.ceil(np.float32(share) * np.float32(channels)))))
+
+
+def _keep_top(a: Any, d: Any) -> list[Any]:
+    size = np.abs(d).reshape(*d.shape[:2], -1).sum(-1)
+    keep = kept_channels(size, a["share"]).reshape(*size.shape, *(1,) * (d.ndim - 2))
+    return [np.where(keep, d, 0), size]
+
+
 _SGD = {
     "axis": Attr("i", 0),
     "momentum": Attr("f", 0.0),
@@ -128,6 +144,23 @@ ROWS = (
         check=True,
         no_grad=_WHY,
         cost=lambda a, i, o: Cost(elementwise=12 * i[1].size, transcendental=i[1].size),
+    ),
+    Row(
+        "keep_top",
+        "NC~ -> NC~, NC",
+        "Of each sample the channels with the largest sums of |d|, a share of them; the others become zero. The "
+        "second output is those sums.",
+        _keep_top,
+        (
+            Example(((2, 7, 4, 3),), {"share": 0.3}),
+            Example(((3, 5),), {"share": 0.5}),
+            Example(((1, 40, 6),), {"share": 0.01}),
+        ),
+        attrs={"share": Attr("f")},
+        shape=lambda a, d: [d, Type(d.shape[:2])],
+        check=True,
+        no_grad=_WHY,
+        cost=lambda a, i, o: Cost(elementwise=2 * i[0].size),
     ),
     Row(
         "ema",

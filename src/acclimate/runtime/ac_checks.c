@@ -157,9 +157,9 @@ ac_status ac_check_layer_norm_grad(const ac_call *call) {
 
 /* ---- optimisers ---- */
 
-/* Gradient (input 1) and moments (from input 3 on) have the shape of what learns of w: its own, or along `axis` as
+/* Gradient (input 1) and moments (from input `first` on) have the shape of what learns of w: its own, or along `axis` as
  * many channels as the last input, a constant, lists; each listed channel exists. */
-static ac_status check_update(const ac_call *call, int32_t axis, int moments) {
+ac_status ac_check_learned(const ac_call *call, int32_t axis, int first, int moments) {
     const ac_tensor *w = AC_IN_T(call, 0), *index = AC_IN_T(call, call->n_in - 1);
     const int32_t *channel = AC_IN(call, call->n_in - 1);
     int32_t dim[AC_MAX_RANK];
@@ -175,17 +175,21 @@ static ac_status check_update(const ac_call *call, int32_t axis, int moments) {
     }
     if (!is_shape(AC_IN_T(call, 1), dim, w->rank))
         return AC_E_SHAPE;
-    for (int i = 3; i < 3 + moments; i++)
+    for (int i = first; i < first + moments; i++)
         if (AC_IN_T(call, i) && !is_shape(AC_IN_T(call, i), dim, w->rank))
             return AC_E_SHAPE;
     return AC_OK;
 }
 
+ac_status ac_check_keep_top(const ac_call *call) {
+    const ac_tensor *d = AC_IN_T(call, 0);
+    return fits(d->rank >= 2 && same_shape(d, AC_OUT_T(call, 0)));
+}
 ac_status ac_check_sgd(const ac_call *call) {
-    return check_update(call, ((const ac_attr_sgd *)call->attr)->axis, 1);
+    return ac_check_learned(call, ((const ac_attr_sgd *)call->attr)->axis, 3, 1);
 }
 ac_status ac_check_adam(const ac_call *call) {
-    return check_update(call, ((const ac_attr_adam *)call->attr)->axis, 2);
+    return ac_check_learned(call, ((const ac_attr_adam *)call->attr)->axis, 3, 2);
 }
 
 /* ---- recurrent layers ---- */

@@ -57,11 +57,26 @@ static ac_status check_conv(const sliding *s, const ac_tensor *w, int32_t groups
     return check_sliding(s, kernel);
 }
 
+static ac_status check_pool(const sliding *s, const int32_t kernel[2]);
+
 /* Does an attribute with two sides say what the tensor's spatial dimensions are? */
-static int same_sides(const int32_t side[2], const ac_tensor *t) {
+int ac_same_sides(const int32_t side[2], const ac_tensor *t) {
     int32_t have[2];
     kernel_of(t, have);
     return side[0] == have[0] && side[1] == have[1];
+}
+
+/* `stride` is the first of stride, before, after and dilation, which lie one after another in the attributes. */
+ac_status ac_check_window(const ac_tensor *in, const ac_tensor *w, const ac_tensor *out, const int32_t *stride,
+                          int32_t groups) {
+    sliding s = {in, out, stride, stride + 2, stride + 4, stride + 6, NULL};
+    return check_conv(&s, w, groups);
+}
+
+ac_status ac_check_average(const ac_tensor *in, const ac_tensor *out, const int32_t *kernel, const int32_t *stride,
+                           const int32_t *before, const int32_t *after, const int32_t *extra) {
+    sliding s = {in, out, stride, before, after, NULL, extra};
+    return check_pool(&s, kernel);
 }
 
 ac_status ac_check_conv(const ac_call *c) {
@@ -74,14 +89,14 @@ ac_status ac_check_conv_input_grad(const ac_call *c) {
     const ac_attr_conv_input_grad *a = c->attr;
     sliding s = {AC_OUT_T(c, 0), AC_IN_T(c, 0), a->stride, a->before, a->after, a->dilation, NULL};
     ac_status status = check_conv(&s, AC_IN_T(c, 1), a->groups);
-    return status == AC_OK && !same_sides(a->size, AC_OUT_T(c, 0)) ? AC_E_SHAPE : status;
+    return status == AC_OK && !ac_same_sides(a->size, AC_OUT_T(c, 0)) ? AC_E_SHAPE : status;
 }
 
 ac_status ac_check_conv_weight_grad(const ac_call *c) {
     const ac_attr_conv_weight_grad *a = c->attr;
     sliding s = {AC_IN_T(c, 0), AC_IN_T(c, 1), a->stride, a->before, a->after, a->dilation, NULL};
     ac_status status = check_conv(&s, AC_OUT_T(c, 0), a->groups);
-    return status == AC_OK && !same_sides(a->kernel, AC_OUT_T(c, 0)) ? AC_E_SHAPE : status;
+    return status == AC_OK && !ac_same_sides(a->kernel, AC_OUT_T(c, 0)) ? AC_E_SHAPE : status;
 }
 
 static ac_status check_pool(const sliding *s, const int32_t kernel[2]) {
@@ -200,6 +215,7 @@ ac_status ac_check_slice_add(const ac_call *c) {
 
 ac_status ac_check_pad(const ac_call *c) {
     const ac_attr_pad *a = c->attr;
+    if (AC_IN_T(c, 0)->dtype == AC_I8 && !(a->value >= INT8_MIN && a->value <= INT8_MAX)) return AC_E_OP;
     return check_part(AC_OUT_T(c, 0), AC_IN_T(c, 0), a->before, NULL);
 }
 

@@ -65,14 +65,15 @@ uint64_t ac_tensor_bytes(const ac_tensor *t) {
     switch (t->dtype) {
     case AC_U8:
     case AC_I8: return t->size;
-    case AC_U16: return 2 * (uint64_t)t->size;
+    case AC_U16:
+    case AC_I16: return 2 * (uint64_t)t->size;
     case AC_BIT: return ((uint64_t)t->size + 31) / 32 * 4;
     default: return 4 * (uint64_t)t->size;
     }
 }
 
 static ac_status check_tensor(const ac_program *p, const ac_tensor *t) {
-    if (t->dtype > AC_BIT || t->rank > AC_MAX_RANK || t->area > AC_ARENA || t->reserved || t->reserved2)
+    if (t->dtype > AC_I16 || t->rank > AC_MAX_RANK || t->area > AC_ARENA || t->reserved || t->reserved2)
         return AC_E_TENSOR;
     uint64_t size = 1;
     for (int i = 0; i < AC_MAX_RANK; i++) {
@@ -90,6 +91,7 @@ static ac_status check_tensor(const ac_program *p, const ac_tensor *t) {
 typedef struct {
     int32_t letter[128];  /* 0: not bound */
     const ac_tensor *whole; /* the shape of '*' */
+    const ac_tensor *shared; /* the type of ':t' */
 } ac_binds;
 
 static int same_shape(const ac_tensor *a, const ac_tensor *b) {
@@ -103,9 +105,14 @@ static int bind(ac_binds *b, char letter, int32_t size) {
     return *slot == size;
 }
 
-static int dtype_code(const char *s) {
-    return s[0] == 'b' ? AC_BIT : s[0] == 'f' ? AC_F32 : s[0] == 'i' ? (s[1] == '8' ? AC_I8 : AC_I32)
-           : s[1] == '8' ? AC_U8 : AC_U16;
+/* Whether a tensor has the type that stands at `s`. */
+static int is_dtype(ac_binds *b, const char *s, const ac_tensor *t) {
+    if (*s != 't')
+        return t->dtype == (s[0] == 'b' ? AC_BIT : s[0] == 'f' ? AC_F32
+                            : s[0] == 'i' ? (s[1] == '8' ? AC_I8 : s[1] == '1' ? AC_I16 : AC_I32)
+                            : s[1] == '8' ? AC_U8 : AC_U16);
+    if (b->shared == NULL) b->shared = t;
+    return (t->dtype == AC_F32 || t->dtype == AC_I8) && t->dtype == b->shared->dtype;
 }
 
 /* Match one tensor with one pattern of a signature: dims, '~', '*', ':dtype[/dtype]'. `end` is past the pattern. */
@@ -116,7 +123,7 @@ static int match(ac_binds *b, const char *s, const char *end, const ac_tensor *t
     for (const char *d = colon; d < end; d++)
         if (*d == ':' || *d == '/') {
             typed = 1;
-            fits |= dtype_code(d + 1) == t->dtype;
+            fits |= is_dtype(b, d + 1, t);
         }
     if (typed ? !fits : t->dtype != AC_F32) return 0;
     if (*dims == '*') {

@@ -15,6 +15,19 @@ static uint32_t word_at(const uint8_t *p) {
     return word;
 }
 
+/* How files number element types: f32, i32, i8, i16. NO_CODE: they do not hold it. */
+static const uint8_t type_of[] = {AC_F32, AC_I32, AC_I8, AC_I16};
+enum { TYPES = sizeof type_of, NO_CODE = 255 };
+
+static uint32_t code_of(const ac_tensor *t) {
+    for (uint32_t code = 0; code < TYPES; code++)
+        if (type_of[code] == t->dtype) return code;
+    return NO_CODE;
+}
+
+/* Bytes of an element of a type by its code. */
+static uint32_t element(uint32_t code) { return code == 2 ? 1 : code == 3 ? 2 : 4; }
+
 static int finite_words(const uint8_t *p, uint32_t count) {
     for (uint32_t i = 0; i < count; i++)
         if ((word_at(p + 4 * (size_t)i) & 0x7F800000u) == 0x7F800000u) return 0;
@@ -68,17 +81,18 @@ static void put_record(writer *w, const char *name, uint32_t dtype, uint32_t axi
 static ac_status put_tensor(writer *w, const ac_program *p, const uint8_t *state, const ac_binding *b) {
     const ac_tensor *t = b->tensor;
     if (t->area != AC_STATE || !differs(p, state, t->offset, (uint32_t)ac_tensor_bytes(t))) return AC_OK;
-    if (t->dtype > AC_I32 || length_of(b->name) > LONGEST_NAME) return AC_E_RECORD;
+    const uint32_t code = code_of(t);
+    if (code == NO_CODE || length_of(b->name) > LONGEST_NAME) return AC_E_RECORD;
     if (t->dtype == AC_F32 && !finite_words(state + t->offset, t->size)) return AC_E_VALUE;
-    const uint32_t rows = (uint32_t)t->dim[0], row = t->size / rows * 4;
+    const uint32_t rows = (uint32_t)t->dim[0], size = element(code), row = t->size / rows * size;
     uint32_t changed = 0;
     for (uint32_t i = 0; i < rows; i++) changed += (uint32_t)differs(p, state, t->offset + i * row, row);
-    if (t->rank == 0 || (uint64_t)changed * (row + 4) >= 4 * (uint64_t)t->size) {
-        put_record(w, b->name, t->dtype, WHOLE, 0, t->size);
-        put(w, state + t->offset, 4 * (size_t)t->size);
+    if (t->rank == 0 || (uint64_t)changed * (row + 4) >= size * (uint64_t)t->size) {
+        put_record(w, b->name, code, WHOLE, 0, t->size);
+        put(w, state + t->offset, size * (size_t)t->size);
         return AC_OK;
     }
-    put_record(w, b->name, t->dtype, 0, changed, changed * (row / 4));
+    put_record(w, b->name, code, 0, changed, changed * (row / size));
     for (uint32_t i = 0; i < rows; i++)
         if (differs(p, state, t->offset + i * row, row)) put_word(w, i);
     for (uint32_t i = 0; i < rows; i++)
@@ -96,7 +110,7 @@ static ac_status put_records(writer *w, const ac_program *p, const ac_memory *m,
         if (w->stopped) return AC_E_SINK;
     }
     if (status == AC_OK && pending) {
-        put_record(w, PENDING, AC_I32, WHOLE, 0, 1);
+        put_record(w, PENDING, 1, WHOLE, 0, 1);
         put_word(w, pending);
     }
     return status;
@@ -141,13 +155,13 @@ static const uint8_t *read_record(record *r, const uint8_t *at, const uint8_t *e
     r->axis = at[3];
     r->channels = word_at(at + 4);
     r->size = word_at(at + 8);
-    if (r->dtype > AC_I32 || (r->axis == WHOLE) != (r->channels == 0)) return NULL;
-    uint64_t bytes = r->name_bytes + 4 * (uint64_t)r->channels + 4 * (uint64_t)r->size;
+    if (r->dtype >= TYPES || (r->axis == WHOLE) != (r->channels == 0)) return NULL;
+    uint64_t bytes = r->name_bytes + 4 * (uint64_t)r->channels + element(r->dtype) * (uint64_t)r->size;
     if (bytes > (uint64_t)(end - at - RECORD_BYTES)) return NULL;
     r->name = at + RECORD_BYTES;
     r->index = r->name + r->name_bytes;
     r->data = r->index + 4 * (size_t)r->channels;
-    return r->data + 4 * (size_t)r->size;
+    return r->data + element(r->dtype) * (size_t)r->size;
 }
 
 static int named(const record *r, const char *name) {
@@ -178,11 +192,11 @@ static ac_status place(const ac_program *p, const ac_entry *state, record *r) {
         if (ac_binding_at(p, i, &b) == AC_OK && b.tensor->area == AC_STATE && named(r, b.name)) r->tensor = b.tensor;
     if (!r->tensor) {
         if (!named(r, PENDING) || ac_find_entry(p, "accumulate", &accumulate) != AC_OK) return AC_E_RECORD;
-        return r->dtype == AC_I32 && r->size == 1 && !r->channels && word_at(r->data) <= INT32_MAX ? AC_OK : AC_E_RECORD;
+        return r->dtype == 1 && r->size == 1 && !r->channels && word_at(r->data) <= INT32_MAX ? AC_OK : AC_E_RECORD;
     }
     const ac_tensor *t = r->tensor;
     uint32_t want = t->size;
-    if (t->dtype != r->dtype) return AC_E_RECORD;
+    if (code_of(t) != r->dtype) return AC_E_RECORD;
     if (r->channels) {
         if (r->axis >= t->rank || r->channels > (uint32_t)t->dim[r->axis]) return AC_E_RECORD;
         if (!valid_channels(r, (uint32_t)t->dim[r->axis])) return AC_E_RECORD;
@@ -196,10 +210,10 @@ static void apply(const record *r, uint8_t *state) {
     const ac_tensor *t = r->tensor;
     uint8_t *to = state + t->offset;
     if (!r->channels) {
-        memcpy(to, r->data, 4 * (size_t)r->size);
+        memcpy(to, r->data, element(r->dtype) * (size_t)r->size);
         return;
     }
-    size_t inner = 4, outer = 1, dim = (size_t)t->dim[r->axis];
+    size_t inner = element(r->dtype), outer = 1, dim = (size_t)t->dim[r->axis];
     for (uint32_t d = 0; d < t->rank; d++) {
         if (d < r->axis) outer *= (size_t)t->dim[d];
         if (d > r->axis) inner *= (size_t)t->dim[d];

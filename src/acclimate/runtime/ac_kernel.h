@@ -39,6 +39,21 @@ typedef ac_status (*ac_kernel)(const ac_call *call);
 /* Channels [first, last) of a batch_norm_grad, for kernels that divide it. */
 void AC_KERNEL(batch_norm_grad_of)(const ac_call *call, size_t first, size_t last);
 
+/* The k-th largest of numbers that are not negative; how many of some channels a share is. */
+float AC_KERNEL(kth_largest)(const float *v, size_t count, size_t k);
+size_t AC_KERNEL(count_kept)(float share, size_t channels);
+
+/* max_pool where its input is int8. */
+ac_status AC_KERNEL(max_pool_i8)(const ac_call *call);
+
+/* Checks that rows of several files share; what they check stands where they are. */
+ac_status ac_check_learned(const ac_call *call, int32_t axis, int first, int moments);
+ac_status ac_check_window(const ac_tensor *in, const ac_tensor *w, const ac_tensor *out, const int32_t *stride,
+                          int32_t groups);
+ac_status ac_check_average(const ac_tensor *in, const ac_tensor *out, const int32_t *kernel, const int32_t *stride,
+                           const int32_t *before, const int32_t *after, const int32_t *extra);
+int ac_same_sides(const int32_t side[2], const ac_tensor *t);
+
 /* A row of the op table as the loader and interpreter use it; generated into ac_table.c. */
 typedef struct ac_row {
     const char *name, *signature; /* the language of ops/row.py */

@@ -900,6 +900,7 @@ static int pool_two_by_two(const float *x, size_t down, size_t step, int count, 
 
 /* x (N, C, H, W) -> y (N, C, P, Q), index (N, C, P, Q)? of the first largest element, row by row in its window */
 ac_status AC_KERNEL(max_pool)(const ac_call *c) {
+    if (AC_IN_T(c, 0)->dtype == AC_I8) return AC_KERNEL(max_pool_i8)(c);
     const ac_attr_max_pool *a = c->attr;
     shape x = shape_of(AC_IN_T(c, 0)), y = shape_of(AC_OUT_T(c, 0));
     const float *plane = AC_IN(c, 0);

@@ -151,6 +151,51 @@ ac_status AC_KERNEL(mse_grad)(const ac_call *call) {
     return AC_OK;
 }
 
+/* ---- the channels with the largest gradients ---- */
+
+/* The k-th largest of `count` numbers that are not negative, found bit by bit: as floats order, so do their bits. */
+float AC_KERNEL(kth_largest)(const float *v, size_t count, size_t k) {
+    uint32_t found = 0;
+    for (int bit = 30; bit >= 0; bit--) {
+        const uint32_t trial = found | 1u << bit;
+        size_t as_large = 0;
+        for (size_t i = 0; i < count; i++)
+            as_large += ac_bits(v[i]) >= trial;
+        if (as_large >= k)
+            found = trial;
+    }
+    return ac_float(found);
+}
+
+/* How many of `channels` a share is, at least one. */
+size_t AC_KERNEL(count_kept)(float share, size_t channels) {
+    const float wanted = share * (float)channels;
+    size_t k = wanted > 0.0f && wanted < (float)channels ? (size_t)wanted : channels;
+    if ((float)k < wanted && k < channels)
+        k++;
+    return k ? k : 1;
+}
+
+/* d (N, C, ...) -> y = d or 0, size (N, C) = sum of |d| */
+ac_status AC_KERNEL(keep_top)(const ac_call *call) {
+    const ac_tensor *t = AC_IN_T(call, 0);
+    const size_t n = (size_t)t->dim[0], channels = (size_t)t->dim[1], each = t->size / (n * channels),
+                 k = AC_KERNEL(count_kept)(((const ac_attr_keep_top *)call->attr)->share, channels);
+    const float *d = AC_IN(call, 0);
+    float *y = AC_OUT(call, 0), *size = AC_OUT(call, 1);
+    for (size_t s = 0; s < n; s++, size += channels) {
+        for (size_t c = 0; c < channels; c++) {
+            size[c] = 0.0f;
+            for (size_t i = 0; i < each; i++)
+                size[c] += ac_absf(d[(s * channels + c) * each + i]);
+        }
+        const float least = AC_KERNEL(kth_largest)(size, channels, k);
+        for (size_t i = s * channels * each; i < (s + 1) * channels * each; i++)
+            y[i] = size[i / each - s * channels] >= least ? d[i] : 0.0f;
+    }
+    return AC_OK;
+}
+
 /* ---- optimisers ---- */
 
 /* What learns of a parameter w: all of it, or with `index` the channels index[0..parts) along an axis, as runs of

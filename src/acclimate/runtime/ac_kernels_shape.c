@@ -40,31 +40,44 @@ static void join_dims(walk *w) {
     while (--kept >= 0) w->size[kept] = 1;
 }
 
-static void move_row(float *to, ptrdiff_t to_step, const float *from, ptrdiff_t from_step, int32_t count, int add) {
-    if (add)
-        for (int32_t i = 0; i < count; i++) to[i * to_step] += from[i * from_step];
-    else if (to_step == 1 && from_step == 1)
-        memmove(to, from, (size_t)count * sizeof(float));
-    else
-        for (int32_t i = 0; i < count; i++) to[i * to_step] = from[i * from_step];
+/* Bytes of an element: of a float, or one. */
+static size_t element(const ac_tensor *t) { return t->dtype == AC_I8 ? 1 : sizeof(float); }
+
+static void add_row(float *to, ptrdiff_t to_step, const float *from, ptrdiff_t from_step, int32_t count) {
+    for (int32_t i = 0; i < count; i++) to[i * to_step] += from[i * from_step];
 }
 
-/* Every point of the walk: to = from, or to += from. */
-static void move(walk w, float *to, const float *from, int add) {
+static void move_row(void *to, ptrdiff_t to_step, const void *from, ptrdiff_t from_step, int32_t count, size_t size) {
+    if (to_step == 1 && from_step == 1)
+        memmove(to, from, (size_t)count * size);
+    else if (size == 1)
+        for (int32_t i = 0; i < count; i++) ((int8_t *)to)[i * to_step] = ((const int8_t *)from)[i * from_step];
+    else
+        for (int32_t i = 0; i < count; i++) ((float *)to)[i * to_step] = ((const float *)from)[i * from_step];
+}
+
+/* Every point of the walk over elements of `size` bytes: to = from, or of floats to += from. */
+static void move(walk w, void *to_first, const void *from_first, size_t size, int add) {
     int32_t at[RANK] = {0};
+    uint8_t *to = to_first;
+    const uint8_t *from = from_first;
+    const ptrdiff_t bytes = (ptrdiff_t)size;
     join_dims(&w);
     for (;;) {
-        move_row(to, w.to[LAST], from, w.from[LAST], w.size[LAST], add);
+        if (add)
+            add_row((void *)to, w.to[LAST], (const void *)from, w.from[LAST], w.size[LAST]);
+        else
+            move_row(to, w.to[LAST], from, w.from[LAST], w.size[LAST], size);
         int i = LAST - 1;
         while (i >= 0 && ++at[i] == w.size[i]) { /* carry: back to the start of this dimension, on in the one before */
             at[i] = 0;
-            to -= w.to[i] * (w.size[i] - 1);
-            from -= w.from[i] * (w.size[i] - 1);
+            to -= w.to[i] * (w.size[i] - 1) * bytes;
+            from -= w.from[i] * (w.size[i] - 1) * bytes;
             i--;
         }
         if (i < 0) return;
-        to += w.to[i];
-        from += w.from[i];
+        to += w.to[i] * bytes;
+        from += w.from[i] * bytes;
     }
 }
 
@@ -92,7 +105,7 @@ ac_status AC_KERNEL(transpose)(const ac_call *c) {
     dims_of(AC_IN_T(c, 0), size, step);
     dims_of(AC_OUT_T(c, 0), w.size, w.to);
     for (int i = 0; i < RANK; i++) w.from[i] = i < before ? 0 : step[before + a->perm[i]];
-    move(w, AC_OUT(c, 0), AC_IN(c, 0), 0);
+    move(w, AC_OUT(c, 0), AC_IN(c, 0), element(AC_IN_T(c, 0)), 0);
     return AC_OK;
 }
 
@@ -104,7 +117,7 @@ ac_status AC_KERNEL(expand)(const ac_call *c) {
     dims_of(AC_OUT_T(c, 0), w.size, w.to);
     for (int i = 0; i < RANK; i++)
         if (size[i] == 1) w.from[i] = 0;
-    move(w, AC_OUT(c, 0), AC_IN(c, 0), 0);
+    move(w, AC_OUT(c, 0), AC_IN(c, 0), sizeof(float), 0);
     return AC_OK;
 }
 
@@ -119,11 +132,12 @@ static size_t elements_from(const ac_tensor *t, int first) {
 ac_status AC_KERNEL(concat)(const ac_call *c) {
     const ac_attr_concat *a = c->attr;
     size_t whole = elements_from(AC_OUT_T(c, 0), a->axis), times = AC_OUT_T(c, 0)->size / whole;
-    float *to = AC_OUT(c, 0);
+    uint8_t *to = AC_OUT(c, 0);
+    whole *= element(AC_OUT_T(c, 0));
     for (uint32_t i = 0; i < c->n_in; i++) {
-        const float *from = AC_IN(c, i);
-        size_t part = elements_from(AC_IN_T(c, i), a->axis);
-        for (size_t k = 0; k < times; k++) memmove(to + k * whole, from + k * part, part * sizeof(float));
+        const uint8_t *from = AC_IN(c, i);
+        size_t part = elements_from(AC_IN_T(c, i), a->axis) * element(AC_OUT_T(c, 0));
+        for (size_t k = 0; k < times; k++) memmove(to + k * whole, from + k * part, part);
         to += part;
     }
     return AC_OK;
@@ -135,7 +149,8 @@ ac_status AC_KERNEL(slice)(const ac_call *c) {
     walk w;
     dims_of(AC_OUT_T(c, 0), w.size, w.to);
     ptrdiff_t first = part_of(AC_IN_T(c, 0), a->start, a->step, w.size, w.from);
-    move(w, AC_OUT(c, 0), (const float *)AC_IN(c, 0) + first, 0);
+    const size_t size = element(AC_IN_T(c, 0));
+    move(w, AC_OUT(c, 0), (const uint8_t *)AC_IN(c, 0) + first * (ptrdiff_t)size, size, 0);
     return AC_OK;
 }
 
@@ -146,7 +161,7 @@ ac_status AC_KERNEL(slice_grad)(const ac_call *c) {
     dims_of(AC_IN_T(c, 0), w.size, w.from);
     ptrdiff_t first = part_of(AC_OUT_T(c, 0), a->start, a->step, w.size, w.to);
     memset(AC_OUT(c, 0), 0, AC_OUT_T(c, 0)->size * sizeof(float));
-    move(w, (float *)AC_OUT(c, 0) + first, AC_IN(c, 0), 0);
+    move(w, (float *)AC_OUT(c, 0) + first, AC_IN(c, 0), sizeof(float), 0);
     return AC_OK;
 }
 
@@ -157,7 +172,7 @@ ac_status AC_KERNEL(slice_add)(const ac_call *c) {
     dims_of(AC_IN_T(c, 1), w.size, w.from);
     ptrdiff_t first = part_of(AC_OUT_T(c, 0), a->start, a->step, w.size, w.to);
     if (AC_OUT(c, 0) != AC_IN(c, 0)) memmove(AC_OUT(c, 0), AC_IN(c, 0), AC_OUT_T(c, 0)->size * sizeof(float));
-    move(w, (float *)AC_OUT(c, 0) + first, AC_IN(c, 1), 1);
+    move(w, (float *)AC_OUT(c, 0) + first, AC_IN(c, 1), sizeof(float), 1);
     return AC_OK;
 }
 
@@ -165,11 +180,15 @@ ac_status AC_KERNEL(slice_add)(const ac_call *c) {
 ac_status AC_KERNEL(pad)(const ac_call *c) {
     const ac_attr_pad *a = c->attr;
     walk w;
-    float *to = AC_OUT(c, 0);
+    uint8_t *to = AC_OUT(c, 0);
+    const uint32_t count = AC_OUT_T(c, 0)->size;
+    const size_t size = element(AC_OUT_T(c, 0));
     dims_of(AC_IN_T(c, 0), w.size, w.from);
     ptrdiff_t first = part_of(AC_OUT_T(c, 0), a->before, NULL, w.size, w.to);
-    for (uint32_t i = 0; i < AC_OUT_T(c, 0)->size; i++) to[i] = a->value;
-    move(w, to + first, AC_IN(c, 0), 0);
+    if (size == 1) memset(to, (int)a->value & 0xFF, count);
+    else
+        for (uint32_t i = 0; i < count; i++) ((float *)AC_OUT(c, 0))[i] = a->value;
+    move(w, to + first * (ptrdiff_t)size, AC_IN(c, 0), size, 0);
     return AC_OK;
 }
 
@@ -178,12 +197,12 @@ ac_status AC_KERNEL(take)(const ac_call *c) {
     const ac_attr_take *a = c->attr;
     const ac_tensor *x = AC_IN_T(c, 0);
     const int32_t *index = AC_IN(c, 1);
-    const float *from = AC_IN(c, 0);
-    float *to = AC_OUT(c, 0);
-    size_t inner = elements_from(x, a->axis + 1), whole = inner * (size_t)x->dim[a->axis], times = x->size / whole;
-    for (size_t k = 0; k < times; k++, from += whole)
+    const uint8_t *from = AC_IN(c, 0);
+    uint8_t *to = AC_OUT(c, 0);
+    size_t inner = elements_from(x, a->axis + 1) * element(x), whole = inner * (size_t)x->dim[a->axis];
+    for (size_t k = 0; k < x->size * element(x) / whole; k++, from += whole)
         for (uint32_t p = 0; p < AC_IN_T(c, 1)->size; p++, to += inner)
-            memmove(to, from + (size_t)index[p] * inner, inner * sizeof(float));
+            memmove(to, from + (size_t)index[p] * inner, inner);
     return AC_OK;
 }
 
@@ -198,7 +217,7 @@ ac_status AC_KERNEL(take_grad)(const ac_call *c) {
     memset(to, 0, x->size * sizeof(float));
     for (size_t k = 0; k < times; k++, to += whole)
         for (uint32_t p = 0; p < AC_IN_T(c, 1)->size; p++, from += inner)
-            move_row(to + (size_t)index[p] * inner, 1, from, 1, (int32_t)inner, 1);
+            add_row(to + (size_t)index[p] * inner, 1, from, 1, (int32_t)inner);
     return AC_OK;
 }
 
@@ -232,7 +251,7 @@ ac_status AC_KERNEL(embedding_grad)(const ac_call *c) {
     for (uint32_t i = 0; i < AC_IN_T(c, 1)->size; i++, from += inner) {
         int32_t row = row_of(index[i], table->dim[0]);
         if (row < 0) return AC_E_LABEL;
-        if (row != a->padding) move_row(to + (size_t)row * inner, 1, from, 1, (int32_t)inner, 1);
+        if (row != a->padding) add_row(to + (size_t)row * inner, 1, from, 1, (int32_t)inner);
     }
     return AC_OK;
 }

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x5B8A1F6Bu
+#define AC_TABLE_HASH 0x03836E76u
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -103,13 +103,36 @@ typedef enum {
     AC_OP_MSE_GRAD = 93,
     AC_OP_SGD = 94,
     AC_OP_ADAM = 95,
-    AC_OP_EMA = 96,
-    AC_OP_ACCUMULATE = 97,
-    AC_OP_CLEAR = 98,
-    AC_OP_INCREMENT = 99,
-    AC_OP_SUM_SQUARES = 100,
-    AC_OP_CLIP_SCALE = 101,
-    AC_OP_COUNT = 102
+    AC_OP_KEEP_TOP = 96,
+    AC_OP_EMA = 97,
+    AC_OP_ACCUMULATE = 98,
+    AC_OP_CLEAR = 99,
+    AC_OP_INCREMENT = 100,
+    AC_OP_SUM_SQUARES = 101,
+    AC_OP_CLIP_SCALE = 102,
+    AC_OP_QUANTIZE = 103,
+    AC_OP_DEQUANTIZE = 104,
+    AC_OP_Q_CONV = 105,
+    AC_OP_Q_CONV_INPUT_GRAD = 106,
+    AC_OP_Q_CONV_WEIGHT_GRAD = 107,
+    AC_OP_Q_ADD = 108,
+    AC_OP_Q_RESCALE = 109,
+    AC_OP_Q_AVG_POOL = 110,
+    AC_OP_Q_TABLE = 111,
+    AC_OP_Q_TABLE_GRAD = 112,
+    AC_OP_Q_SGD = 113,
+    AC_OP_BF_PACK = 114,
+    AC_OP_BF_UNPACK = 115,
+    AC_OP_BF_GATE = 116,
+    AC_OP_BF_ALIGN = 117,
+    AC_OP_BF_CONV_INPUT_GRAD = 118,
+    AC_OP_BF_CONV_WEIGHT_GRAD = 119,
+    AC_OP_BF_SUM = 120,
+    AC_OP_BF_ADD = 121,
+    AC_OP_BF_KEEP_TOP = 122,
+    AC_OP_BF_AVG_POOL_GRAD = 123,
+    AC_OP_BF_RESHAPE = 124,
+    AC_OP_COUNT = 125
 } ac_op;
 
 typedef struct {
@@ -393,6 +416,10 @@ typedef struct {
 } ac_attr_adam;
 
 typedef struct {
+    float share;
+} ac_attr_keep_top;
+
+typedef struct {
     float momentum;
     float scale;
 } ac_attr_ema;
@@ -400,6 +427,126 @@ typedef struct {
 typedef struct {
     float max_norm;
 } ac_attr_clip_scale;
+
+typedef struct {
+    float scale;
+    int32_t zero;
+} ac_attr_quantize;
+
+typedef struct {
+    float scale;
+    int32_t zero;
+} ac_attr_dequantize;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t x_zero;
+    int32_t y_zero;
+    int32_t low;
+    int32_t high;
+} ac_attr_q_conv;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t size[2];
+} ac_attr_q_conv_input_grad;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t kernel[2];
+    int32_t x_zero;
+    float x_scale;
+} ac_attr_q_conv_weight_grad;
+
+typedef struct {
+    int32_t a_zero;
+    int32_t b_zero;
+    int32_t y_zero;
+    int32_t a_multiplier;
+    int32_t a_shift;
+    int32_t b_multiplier;
+    int32_t b_shift;
+    int32_t y_multiplier;
+    int32_t y_shift;
+    int32_t low;
+    int32_t high;
+} ac_attr_q_add;
+
+typedef struct {
+    int32_t x_zero;
+    int32_t y_zero;
+    int32_t multiplier;
+    int32_t shift;
+    int32_t low;
+    int32_t high;
+} ac_attr_q_rescale;
+
+typedef struct {
+    int32_t kernel[2];
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t extra[2];
+    int32_t low;
+    int32_t high;
+} ac_attr_q_avg_pool;
+
+typedef struct {
+    int32_t axis;
+    float momentum;
+    int32_t nesterov;
+    float weight_decay;
+    int32_t rounding;
+    int32_t salt;
+} ac_attr_q_sgd;
+
+typedef struct {
+    int32_t spare;
+} ac_attr_bf_align;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t size[2];
+} ac_attr_bf_conv_input_grad;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t kernel[2];
+    int32_t x_zero;
+    float x_scale;
+} ac_attr_bf_conv_weight_grad;
+
+typedef struct {
+    float share;
+} ac_attr_bf_keep_top;
+
+typedef struct {
+    int32_t kernel[2];
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t extra[2];
+} ac_attr_bf_avg_pool_grad;
 
 ac_status AC_KERNEL(relu)(const ac_call *call);
 ac_status AC_FAST_KERNEL(relu)(const ac_call *call);
@@ -512,12 +659,35 @@ ac_status AC_KERNEL(mse)(const ac_call *call);
 ac_status AC_KERNEL(mse_grad)(const ac_call *call);
 ac_status AC_KERNEL(sgd)(const ac_call *call);
 ac_status AC_KERNEL(adam)(const ac_call *call);
+ac_status AC_KERNEL(keep_top)(const ac_call *call);
 ac_status AC_KERNEL(ema)(const ac_call *call);
 ac_status AC_KERNEL(accumulate)(const ac_call *call);
 ac_status AC_KERNEL(clear)(const ac_call *call);
 ac_status AC_KERNEL(increment)(const ac_call *call);
 ac_status AC_KERNEL(sum_squares)(const ac_call *call);
 ac_status AC_KERNEL(clip_scale)(const ac_call *call);
+ac_status AC_KERNEL(quantize)(const ac_call *call);
+ac_status AC_KERNEL(dequantize)(const ac_call *call);
+ac_status AC_KERNEL(q_conv)(const ac_call *call);
+ac_status AC_KERNEL(q_conv_input_grad)(const ac_call *call);
+ac_status AC_KERNEL(q_conv_weight_grad)(const ac_call *call);
+ac_status AC_KERNEL(q_add)(const ac_call *call);
+ac_status AC_KERNEL(q_rescale)(const ac_call *call);
+ac_status AC_KERNEL(q_avg_pool)(const ac_call *call);
+ac_status AC_KERNEL(q_table)(const ac_call *call);
+ac_status AC_KERNEL(q_table_grad)(const ac_call *call);
+ac_status AC_KERNEL(q_sgd)(const ac_call *call);
+ac_status AC_KERNEL(bf_pack)(const ac_call *call);
+ac_status AC_KERNEL(bf_unpack)(const ac_call *call);
+ac_status AC_KERNEL(bf_gate)(const ac_call *call);
+ac_status AC_KERNEL(bf_align)(const ac_call *call);
+ac_status AC_KERNEL(bf_conv_input_grad)(const ac_call *call);
+ac_status AC_KERNEL(bf_conv_weight_grad)(const ac_call *call);
+ac_status AC_KERNEL(bf_sum)(const ac_call *call);
+ac_status AC_KERNEL(bf_add)(const ac_call *call);
+ac_status AC_KERNEL(bf_keep_top)(const ac_call *call);
+ac_status AC_KERNEL(bf_avg_pool_grad)(const ac_call *call);
+ac_status AC_KERNEL(bf_reshape)(const ac_call *call);
 ac_status ac_check_round(const ac_call *call);
 ac_status ac_check_add(const ac_call *call);
 ac_status ac_check_sub(const ac_call *call);
@@ -564,5 +734,28 @@ ac_status ac_check_embedding(const ac_call *call);
 ac_status ac_check_embedding_grad(const ac_call *call);
 ac_status ac_check_sgd(const ac_call *call);
 ac_status ac_check_adam(const ac_call *call);
+ac_status ac_check_keep_top(const ac_call *call);
+ac_status ac_check_quantize(const ac_call *call);
+ac_status ac_check_dequantize(const ac_call *call);
+ac_status ac_check_q_conv(const ac_call *call);
+ac_status ac_check_q_conv_input_grad(const ac_call *call);
+ac_status ac_check_q_conv_weight_grad(const ac_call *call);
+ac_status ac_check_q_add(const ac_call *call);
+ac_status ac_check_q_rescale(const ac_call *call);
+ac_status ac_check_q_avg_pool(const ac_call *call);
+ac_status ac_check_q_table(const ac_call *call);
+ac_status ac_check_q_table_grad(const ac_call *call);
+ac_status ac_check_q_sgd(const ac_call *call);
+ac_status ac_check_bf_pack(const ac_call *call);
+ac_status ac_check_bf_unpack(const ac_call *call);
+ac_status ac_check_bf_gate(const ac_call *call);
+ac_status ac_check_bf_align(const ac_call *call);
+ac_status ac_check_bf_conv_input_grad(const ac_call *call);
+ac_status ac_check_bf_conv_weight_grad(const ac_call *call);
+ac_status ac_check_bf_sum(const ac_call *call);
+ac_status ac_check_bf_add(const ac_call *call);
+ac_status ac_check_bf_keep_top(const ac_call *call);
+ac_status ac_check_bf_avg_pool_grad(const ac_call *call);
+ac_status ac_check_bf_reshape(const ac_call *call);
 
 #endif

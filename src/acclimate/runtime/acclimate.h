@@ -72,7 +72,7 @@ typedef enum {
     AC_E_SINK        /* the caller's sink refused the bytes */
 } ac_status;
 
-typedef enum { AC_F32 = 0, AC_I32 = 1, AC_U8 = 2, AC_U16 = 3, AC_I8 = 4, AC_BIT = 5 } ac_dtype;
+typedef enum { AC_F32 = 0, AC_I32 = 1, AC_U8 = 2, AC_U16 = 3, AC_I8 = 4, AC_BIT = 5, AC_I16 = 6 } ac_dtype;
 
 /* Where a tensor's bytes lie: in the Program itself (read only), in the state block, or in the arena. */
 typedef enum { AC_CONST = 0, AC_STATE = 1, AC_ARENA = 2 } ac_area;
