@@ -205,7 +205,8 @@ def compact_masks(graph: Graph) -> Graph:
 
 
 def fuse(graph: Graph) -> Graph:
-    """Neighbours that one pass over memory can do: a clamp in the op before it, a gate in the op after it.
+    """Neighbours that one pass over memory can do: a clamp in the op before it, a gate in the op after it; and a product
+    that is made where it is added to a persistent sum.
 
     After differentiation and `compact_masks`, so that what backward keeps is not changed by it.
     """
@@ -223,9 +224,19 @@ def fuse(graph: Graph) -> Graph:
     for i, node in enumerate(graph.nodes):
         row = TABLE[node.op]
         at = alone(node.inputs[0]) if row.bounds or row.gated is not None else None
+        at = alone(node.inputs[1]) if row.adds else at
         if at is None or at in gone:
             continue
         other = new.nodes[at]
+        if row.adds:
+            total, *rest = node.inputs[0], *other.inputs[2:]
+            plain = not any(rest) and not (TABLE[other.op].clamps and is_clamped(other.attrs))
+            if TABLE[other.op].added and plain and len(graph.shape(total)) == 2:
+                added = TABLE[TABLE[other.op].added]
+                attrs = {k: v for k, v in other.attrs.items() if k in added.attrs}
+                new.nodes[i] = Node(added.name, (total, *other.inputs[:2]), node.outputs, attrs, other.where)
+                gone.add(at)
+            continue
         if row.bounds is not None and other.outputs[0] == node.inputs[0]:
             low, high = row.bounds(node.attrs)
             attrs = {**other.attrs, "low": low, "high": high}

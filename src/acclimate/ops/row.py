@@ -111,6 +111,8 @@ class Row:
     gated: int | None = None  # the optional input whose bits do the same to input 0 before anything else
     channel_of: int | None = None  # the input along whose axis 1 lie the channels of the output's axis 0
     accumulate: str = ""  # row that adds this op's result to an existing gradient instead of making a new one
+    added: str = ""  # row that adds this op's result, of its first two inputs, to a persistent value
+    adds: bool = False  # all that the row does is to add input 1 to the persistent input 0
     take: Callable[..., tuple[str, ...] | None] | None = None
     # (tape, node, axis, index) -> inputs that make this op compute only `index` along output `axis`
 
