@@ -205,8 +205,8 @@ def compact_masks(graph: Graph) -> Graph:
 
 
 def fuse(graph: Graph) -> Graph:
-    """Neighbours that one pass over memory can do: a clamp in the op before it, a gate in the op after it; and a product
-    that is made where it is added to a persistent sum.
+    """Neighbours that one pass over memory can do: a clamp in the op before it, a gate in the op after it, a sum over
+    runs in the op that makes what is added.
 
     After differentiation and `compact_masks`, so that what backward keeps is not changed by it.
     """
