@@ -113,7 +113,7 @@ def run(capsys, tmp_path, monkeypatch):
 
 
 def test_the_verbs_are_these():
-    assert set(VERBS) == {"demo", "inspect", "plan", "adapt", "evaluate", "report", "devices"}
+    assert set(VERBS) == {"demo", "inspect", "plan", "adapt", "evaluate", "quantize", "report", "devices"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
