@@ -113,7 +113,19 @@ def run(capsys, tmp_path, monkeypatch):
 
 
 def test_the_verbs_are_these():
-    assert set(VERBS) == {"demo", "inspect", "plan", "adapt", "evaluate", "quantize", "report", "devices"}
+    assert set(VERBS) == {
+        "demo",
+        "inspect",
+        "plan",
+        "export",
+        "adapt",
+        "evaluate",
+        "quantize",
+        "emulate",
+        "check",
+        "report",
+        "devices",
+    }
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -253,6 +265,29 @@ def test_memory_is_read(words, size):
 def test_what_is_no_memory_is_refused(words):
     with pytest.raises(WrongUse, match="memory"):
         cli.memory_bytes(words)
+
+
+# -- export ---------------------------------------------------------------------------------------
+
+
+def test_export_writes_a_project(run, files, tmp_path):
+    options = ["--scheme", "last", "--device", "nano33ble", "--json"]
+    out = tmp_path / "made"
+    found = run(
+        "export", files.digits_onnx, *options, "--target", "cortex-m4", "--mode", "unrolled", "--out", out
+    ).json
+    assert (
+        found["mode"] == "unrolled" and "board.ld" in found["files"] and "src/ac_unrolled.c" in found["files"]
+    )
+    assert (out / "program.acp").stat().st_size == found["program_bytes"]
+    linux = ["--target", "linux", "--room-for", "bias", "--out", tmp_path / "other"]
+    found = run("export", files.digits_onnx, *options, *linux).json
+    assert found["slot_bytes"] > 0 and (tmp_path / "other/Makefile").exists()
+    assert "make" in run("export", files.digits_onnx, *options[:-1], *linux).out
+    wrong = run("export", files.digits_onnx, *options, "--target", "pdp11")
+    assert wrong.code == 2 and wrong.json["error"]["action"].startswith("one of")
+    small = run("export", files.digits_onnx, *options, "--target", "cortex-m4", "--memory", "200")
+    assert small.code == 3 and small.json["error"]["type"] == "CannotFit"
 
 
 # -- adapt, evaluate, report ----------------------------------------------------------------------

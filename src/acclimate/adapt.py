@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, auto, delta, report, report_html, schemes
+from . import __version__, auto, delta, report, report_html, schemes, store
 from . import device as devices
 from .data import Dataset, split
 from .errors import AcclimateError, BadInput, CannotFit, Refused, WrongUse
@@ -224,16 +224,9 @@ def will_it_fit(
 
     curve: also what memory costs in time, by recomputing and micro-batches.
     """
-    loss, note = _loss_for(model, None if dataset is None else dataset.y, loss)
-    options: dict[str, Any] = {
-        "device": device,
-        "loss": loss,
-        "optimizer": optimizer_of(optimizer, lr),
-        "batch_size": batch_size,
-        "memory_bytes": memory_bytes,
-        "recompute": recompute,
-        "micro_batches": micro_batches,
-    }
+    options, note = _options(
+        model, device, dataset, memory_bytes, loss, optimizer, lr, batch_size, recompute, micro_batches
+    )
     error: CannotFit | None = None
     extra = None
     if scheme == "auto":
@@ -263,13 +256,63 @@ def will_it_fit(
         "recompute_us": own["recompute_us"],
         "micro_batches": own["micro_batches"],
         "explanation": plan.explanation,
-        "loss_name": loss,
+        "loss_name": options["loss"],
         "notes": [n for n in (note, plan.explanation) if n],
         "device": device_facts(plan),
         "model": model_facts(model, name),
         "plan": plan_facts(plan),
         "curve": plan.curve(tell=lambda done, total: tell("curve", done, total, "")) if curve else [],
     }, error
+
+
+def _options(
+    model: Graph,
+    device: str,
+    dataset: Dataset | None,
+    memory_bytes: int | None,
+    loss: str | None,
+    optimizer: str,
+    lr: float | None,
+    batch_size: int,
+    recompute: str | Sequence[str],
+    micro_batches: int | None,
+) -> tuple[dict[str, Any], str]:
+    """What `acclimate.plan` takes besides the scheme, and a note on the loss where it was chosen here."""
+    loss, note = _loss_for(model, None if dataset is None else dataset.y, loss)
+    options: dict[str, Any] = {
+        "device": device,
+        "loss": loss,
+        "optimizer": optimizer_of(optimizer, lr),
+        "batch_size": batch_size,
+        "memory_bytes": memory_bytes,
+        "recompute": recompute,
+        "micro_batches": micro_batches,
+    }
+    return options, note
+
+
+def plan_of(
+    model: Graph,
+    device: str,
+    scheme: str = "auto",
+    dataset: Dataset | None = None,
+    memory_bytes: int | None = None,
+    loss: str | None = None,
+    optimizer: str = "sgd",
+    lr: float | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    tell: Tell = silent,
+    recompute: str | Sequence[str] = "auto",
+    micro_batches: int | None = None,
+) -> Plan:
+    """The plan of these options. Raises CannotFit, with fixes."""
+    options, _ = _options(
+        model, device, dataset, memory_bytes, loss, optimizer, lr, batch_size, recompute, micro_batches
+    )
+    if scheme == "auto":
+        return _auto(model, dataset, seed, tell, options)
+    return compile_plan(model, scheme=schemes.resolve(scheme), **options)
 
 
 def _auto(model: Graph, dataset: Dataset | None, seed: int, tell: Tell, options: Mapping[str, Any]) -> Plan:
@@ -644,7 +687,8 @@ def write_run(figures: dict[str, Any], folder: Path) -> Path:
 
 def updated_model(model: Graph, path: Path) -> Graph:
     """The model with a saved update in it; BadInput where the update is damaged or of another model."""
-    fingerprint, records = delta.decode(delta.read(path), str(path))
+    raw = store.delta_in(delta.read(path), model_hash(model), str(path))
+    fingerprint, records = delta.decode(raw, str(path))
     if fingerprint != model_hash(model):
         raise BadInput(
             "the update was learned from another model",

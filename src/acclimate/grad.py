@@ -257,6 +257,54 @@ def predict_graph(model: Graph) -> Graph:
     return graph
 
 
+LATENT = "latent"  # the output of the frozen front
+
+
+def split(model: Graph, learned: set[str]) -> tuple[Graph, Graph]:
+    """(the frozen front as it predicts, from "x" to the output "latent"; the rest, which takes that latent as "x").
+
+    The latent is the last value before anything learns that all paths from the input go through; what is not learned
+    may be folded already.
+    """
+    depends = set(learned)
+    for node in model.nodes:
+        if any(n in depends for n in node.inputs):
+            depends.update(n for n in node.outputs if n)
+    start, ends = model.inputs["x"], set(model.outputs.values()) | depends
+
+    def passes(value: str) -> bool:
+        """Whether no path from the input reaches an end without `value`."""
+        reached = {start} - {value}
+        for node in model.nodes:
+            if any(n in reached for n in node.inputs):
+                reached.update(n for n in node.outputs if n and n != value)
+        return not reached & ends
+
+    made = [n for node in model.nodes for n in node.outputs[:1] if n and n not in depends]
+    latent = next((n for n in reversed(made) if passes(n)), "")
+    if not latent:
+        raise WrongUse(
+            "nothing is frozen before what learns, so there is no latent to replay",
+            where=", ".join(list(learned)[:4]),
+            action='a scheme such as "last", or latent=False to replay inputs',
+        )
+    front, back = model.copy(), model.copy()
+    front.nodes = reachable(model, [latent])
+    front.outputs = {LATENT: latent}
+    back.nodes = [n for n in model.nodes if latent not in n.outputs]
+    back.nodes = reachable(back, back.outputs.values())
+    back.values[latent] = replace(model.values[latent], kind="input")
+    back.inputs = {"x": latent}
+    return prune(predict_graph(front)), prune(back)
+
+
+def latent_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Optimizer) -> dict[str, Graph]:
+    """{"features": the frozen front, "step_latent" (or "accumulate_latent"): a step that starts from its output}."""
+    front, back = split(model, set(update_set.tensors))
+    steps = step_graphs(back, update_set, loss, optimizer)
+    return {"features": front, **{f"{name}_latent": g for name, g in steps.items() if name != "apply"}}
+
+
 def _with_loss(model: Graph, loss: Loss) -> tuple[Graph, str]:
     graph = model.copy()
     output = graph.outputs["output"]

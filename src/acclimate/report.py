@@ -251,6 +251,9 @@ def report_of(data: Mapping[str, Any]) -> Report:
         "demo": _demo,
         "devices": _devices,
         "quantize": _quantize,
+        "emulate": _emulate,
+        "check": _check,
+        "export": _export,
     }
     kind = data.get("kind") if isinstance(data, Mapping) else None
     if not isinstance(kind, str) or kind not in makers:
@@ -634,6 +637,24 @@ def _evaluate(data: Row) -> Report:
     )
 
 
+def _export(data: Row) -> Report:
+    facts = Facts(
+        (
+            ("Program", text(data["program_bytes"], "bytes"), "in flash, beside the code"),
+            ("arena", text(data["arena_bytes"], "bytes"), "RAM"),
+            ("state", text(data["state_bytes"], "bytes"), "RAM: what learns"),
+            ("slot", text(data["slot_bytes"], "bytes"), "RAM for Programs over the line"),
+        )
+    )
+    note = Note(f"Next: {data['build']}")
+    return Report(
+        data["model"]["name"],
+        f"firmware for {data['target']} ({data['mode']}), scheme {data['scheme']}, in {data['folder']}",
+        (Section("", (facts, note)),),
+        data,
+    )
+
+
 def _demo(data: Row) -> Report:
     device = data["device"]
     sections = []
@@ -787,6 +808,56 @@ def _devices(data: Row) -> Report:
 # -- the terminal -------------------------------------------------------------------------------------
 
 _SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def _emulate(data: Row) -> Report:
+    def share(value: Any) -> str:
+        return "" if value is None else text(value, "share")
+
+    facts = (
+        ("accuracy before", share(data["accuracy_before"]), "held-out samples, predicted on the board"),
+        ("accuracy after", share(data["accuracy_after"]), f"{data['steps']} steps of {data['batch_size']}"),
+        ("loss", f"{data['loss_first']:.4g} to {data['loss_last']:.4g}", "first and last tenth of the steps"),
+        ("a step", f"{data['instructions_per_step']:,} instructions", f"{data['cpu']}, {data['engine']}"),
+        ("a prediction", f"{data['instructions_per_prediction']:,} instructions", ""),
+        (
+            "stack",
+            f"{data['stack_bytes']:,} bytes",
+            f"deepest, painted; {data['stack_room_bytes']:,} set aside",
+        ),
+        (
+            "arena",
+            f"{data['arena_bytes']:,} bytes",
+            f"touched, painted; {data['arena_planned_bytes']:,} planned",
+        ),
+        ("RAM", f"{data['ram_bytes']:,} bytes", f"of {data['ram_limit_bytes']:,}, held by the linker"),
+        ("flash", f"{data['flash_bytes']:,} bytes", f"of {data['flash_limit_bytes']:,}, held by the linker"),
+    )
+    return Report(
+        data["name"],
+        f"on an emulated board ({data['machine']})",
+        (Section("", (Facts(tuple(f for f in facts if f[1])), *(Note(n) for n in data["notes"]))),),
+        data,
+    )
+
+
+def _check(data: Row) -> Report:
+    worst = data["largest_error"]
+    facts = Facts(
+        (
+            ("equal", "yes" if data["equal"] else "no", ", ".join(data["places"])),
+            ("steps", str(data["steps"]), f"{data['ops']} ops each, batch {data['batch_size']}"),
+            ("error", f"{worst['error']:.2g}", f"largest against float64, {worst['tensor']}, of its largest"),
+        )
+    )
+    notes = [
+        Note(
+            f"{place}: {d['op']} -> {d['tensor']} differs first, in step {d['step']}, {d['shapes']}",
+            "warning",
+        )
+        for place, d in data["differences"].items()
+    ]
+    return Report(data["name"], "the same steps everywhere", (Section("", (facts, *notes)),), data)
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:

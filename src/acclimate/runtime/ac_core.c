@@ -383,6 +383,10 @@ const char *ac_status_text(ac_status status) {
         "the delta was learned from another model",
         "a record of the delta does not fit: its name, type, shape or channels are not the Program's",
         "there is NaN or infinity among what was learned",
-        "the bytes could not be written"};
+        "the bytes could not be written",
+        "nothing was kept here yet",
+        "what was kept here was given up by a rollback",
+        "it does not fit into the room that there is",
+        "flash could not be read, erased or written, or reads back otherwise"};
     return (unsigned)status < sizeof text / sizeof *text ? text[status] : "unknown status";
 }
