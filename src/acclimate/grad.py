@@ -202,14 +202,17 @@ class Tape:
             self.update("increment", name)
 
 
-def differentiate(graph: Graph, loss: str, wanted: list[str]) -> dict[str, str]:
-    """Add the backward part to `graph`; returns wanted name -> name of its gradient ("" where the loss ignores it)."""
+def differentiate(graph: Graph, loss: str, wanted: list[str], scale: float = 1.0) -> dict[str, str]:
+    """Add the backward part of `scale` times the loss to `graph`.
+
+    Returns wanted name -> name of its gradient ("" where the loss ignores it).
+    """
     reaches = set(wanted)
     for node in graph.nodes:
         if any(n in reaches for n in node.inputs):
             reaches.update(n for n in node.outputs if n)
     tape = Tape(graph, reaches)
-    grads: dict[str, str] = {loss: graph.constant("d_loss", np.ones(1))}
+    grads: dict[str, str] = {loss: graph.constant("d_loss", np.full(1, scale))}
     for node in reversed(list(graph.nodes)):
         if not any(n in grads for n in node.outputs) or not any(tape.wants(n) for n in node.inputs):
             continue
@@ -343,7 +346,7 @@ def step_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Opti
     """{"step": forward, loss, backward and update in one}, or with accumulation {"accumulate": ..., "apply": ...}."""
     graph, value = _with_loss(model, loss)
     forward = list(graph.nodes)
-    grads = differentiate(graph, value, update_set.names())
+    grads = differentiate(graph, value, update_set.names(), 1.0 / optimizer.accumulate)
     graph.outputs = {"loss": value}
     tape = Tape(graph)
     parts: dict[str, tuple[str, str, int]] = {}  # name -> gradient, index, axis
@@ -371,7 +374,7 @@ def step_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Opti
 
 
 def _apply_graph(source: Graph, parts: Mapping[str, tuple[str, str, int]], optimizer: Optimizer) -> Graph:
-    """One optimiser step on the mean of the accumulated gradients, which are cleared."""
+    """One optimiser step on the accumulated gradients, shares of a mean, which are cleared."""
     graph = Graph(source.batch, aliases=dict(source.aliases))
     tape = Tape(graph)
     means = {}
@@ -379,11 +382,7 @@ def _apply_graph(source: Graph, parts: Mapping[str, tuple[str, str, int]], optim
         for n in (name, f"{name}{GRADIENT}", index):
             if n and n not in graph.values:
                 graph.add(source.values[n])
-        means[name] = (
-            tape.emit("affine", f"{name}{GRADIENT}", scale=1.0 / optimizer.accumulate),
-            index,
-            axis,
-        )
+        means[name] = (f"{name}{GRADIENT}", index, axis)
     _apply(tape, means, optimizer)
     for name in parts:
         tape.update("clear", f"{name}{GRADIENT}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,15 @@ def _macs(attrs: Any, ins: Any, outs: Any) -> Cost:
     return Cost(mac=outs[0].size * ins[0].shape[-2 if attrs["ta"] else -1])
 
 
+def _add_shape(attrs: Any, total: Type, a: Type, b: Type) -> list[Type]:
+    made = _shape(attrs, a, b)[0]
+    if made.shape != total.shape:
+        raise BadInput(
+            "a matrix product does not have the shape of its total", where=f"{made}", number=str(total)
+        )
+    return []
+
+
 def _softmax(attrs: Any, x: Any) -> list[Any]:
     e = np.exp(x - x.max(-1, keepdims=True))
     return [e / e.sum(-1, keepdims=True)]
@@ -117,10 +127,32 @@ ROWS = (
             cost=_macs,
             take=_take,
             couple=_couple,
+            added="matmul_add",
             check=True,
             fast=True,
             roles={0: "weight", 1: "weight", 2: "bias"},
         )
+    ),
+    Row(
+        "matmul_add",
+        "MN, ~, ~ ->",
+        "total += op(a) op(b), for gradients of matrices that are summed over runs.",
+        lambda a, total, *factors: [total + _matmul(a, *factors)[0]],
+        tuple(
+            Example(s, {"ta": ta, "tb": tb})
+            for s, ta, tb in (
+                (((5, 9), (5, 7), (7, 9)), 0, 0),
+                (((6, 10), (6, 40), (10, 40)), 0, 1),
+                (((5, 9), (7, 5), (7, 9)), 1, 0),
+                (((5, 9), (7, 5), (9, 7)), 1, 1),
+            )
+        ),
+        attrs={"ta": Attr("i", 0), "tb": Attr("i", 0)},
+        shape=_add_shape,
+        cost=lambda a, i, o: replace(_macs(a, i[1:], i[:1]), elementwise=i[0].size),
+        updates=(0,),
+        check=True,
+        no_grad="it writes a persistent value",
     ),
     Row(
         "softmax",

@@ -56,6 +56,7 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"conv_input_grad", "NO~, Oc~ -> NC~", 2, 1, 11, 0, AC_FAST_OR_PLAIN(conv_input_grad), ac_check_conv_input_grad},
     {"conv_weight_grad", "NC~, NO~ -> Oc~", 2, 1, 11, 0, AC_FAST_OR_PLAIN(conv_weight_grad), ac_check_conv_weight_grad},
     {"matmul", "~, ~, O? -> ~", 3, 1, 4, 0, AC_FAST_OR_PLAIN(matmul), ac_check_matmul},
+    {"matmul_add", "MN, ~, ~ ->", 3, 0, 2, 1, AC_KERNEL(matmul_add), ac_check_matmul_add},
     {"softmax", "~D -> ~D", 1, 1, 0, 0, AC_FAST_OR_PLAIN(softmax), ac_check_softmax},
     {"softmax_grad", "*, * -> *", 2, 1, 0, 0, AC_FAST_OR_PLAIN(softmax_grad), ac_check_softmax_grad},
     {"log_softmax", "~D -> ~D", 1, 1, 0, 0, AC_KERNEL(log_softmax), ac_check_log_softmax},
