@@ -129,7 +129,8 @@ class Plan:
 
     def _prepared(self, batch_size: int) -> Graph:
         """The model at a batch size, with all that never changes folded away."""
-        return prepare(with_batch(self.model, batch_size), self.update_set, {IN_USE})
+        learned = {*self.update_set.tensors, IN_USE}
+        return prepare(with_batch(self.model, batch_size), learned, self.update_set)
 
     def with_batch_size(self, batch_size: int) -> Plan:
         """The same plan for another batch size, without its limits: the same micro-batches or smaller ones."""
