@@ -337,3 +337,5 @@ def test_bytes_of_a_training_step(name):
 def test_bytes_with_gradients_in_blocks():
     plan = plan_of("49kb", gradients="int16")
     assert plan.arena_bytes <= 77320 and plan.peak_bytes <= 111476
+    plan = plan_of("148kb", gradients="int16")
+    assert plan.arena_bytes <= 92300 and plan.peak_bytes <= 214360

@@ -17,7 +17,16 @@ _PUBLIC = {
     "plan": "auto",
     "Plan": "planner",
     "Learner": "learner",
+    "export": "firmware.export",
+    "Replay": "replay",
+    "Prototypes": "prototypes",
+    "reserve_classes": "classes",
     "load": "frontend",
+    "save": "frontend",
+    "quantize": "quantizer",
+    "fake_quantize": "quantizer",
+    "prune": "pruning",
+    "quantization_report": "quantizer",
     "from_torch": "frontend",
     "devices": "device",
     "Device": "device",
@@ -58,9 +67,11 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from .auto import plan
+    from .classes import reserve_classes
     from .device import Device, devices
     from .errors import AcclimateError, BadInput, CannotFit, Refused, Unsupported, WrongUse
-    from .frontend import from_torch, load
+    from .firmware.export import export
+    from .frontend import from_torch, load, save
     from .grad import Channels, UpdateSet
     from .ir import Graph
     from .learner import Learner
@@ -85,6 +96,10 @@ if TYPE_CHECKING:
         ThresholdedDistillation,
     )
     from .planner import Plan
+    from .prototypes import Prototypes
+    from .pruning import prune
+    from .quantizer import fake_quantize, quantization_report, quantize
+    from .replay import Replay
 
 
 def __getattr__(name: str) -> Any:
