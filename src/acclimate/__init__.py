@@ -18,6 +18,9 @@ _PUBLIC = {
     "Plan": "planner",
     "Learner": "learner",
     "load": "frontend",
+    "save": "frontend",
+    "quantize": "quantizer",
+    "quantization_report": "quantizer",
     "from_torch": "frontend",
     "devices": "device",
     "Device": "device",
@@ -60,7 +63,7 @@ if TYPE_CHECKING:
     from .auto import plan
     from .device import Device, devices
     from .errors import AcclimateError, BadInput, CannotFit, Refused, Unsupported, WrongUse
-    from .frontend import from_torch, load
+    from .frontend import from_torch, load, save
     from .grad import Channels, UpdateSet
     from .ir import Graph
     from .learner import Learner
@@ -85,6 +88,7 @@ if TYPE_CHECKING:
         ThresholdedDistillation,
     )
     from .planner import Plan
+    from .quantizer import quantization_report, quantize
 
 
 def __getattr__(name: str) -> Any:

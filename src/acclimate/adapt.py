@@ -21,6 +21,7 @@ from . import __version__, auto, delta, report, report_html, schemes
 from . import device as devices
 from .data import Dataset, split
 from .errors import AcclimateError, BadInput, CannotFit, Refused, WrongUse
+from .frontend import save
 from .grad import predict_graph
 from .ir import PERSISTENT, Graph, Type
 from .learner import Learner
@@ -28,6 +29,7 @@ from .objective import LOSSES, OPTIMIZERS, Optimizer, resolve
 from .ops import TABLE, cost
 from .planner import Plan, cannot_fit, compile_plan
 from .program import model_hash
+from .quantizer import Quantization
 
 HELD_OUT = 0.25  # share of the data that the report is about, where the file has no x_val
 VALIDATION = 0.2  # share of the rest that chooses the epoch
@@ -696,3 +698,38 @@ def _any_plan(model: Graph, loss: str) -> Plan:
             first = first or error
     assert first is not None
     raise first
+
+
+def quantize(
+    model: Graph,
+    dataset: Dataset,
+    out: Path,
+    name: str = "model",
+    loss: str | None = None,
+    samples: int = 256,
+    seed: int = 0,
+    tell: Tell = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Quantise a model on `samples` random ones of the data, save it as `out` (.npz), and measure what it cost.
+
+    Accuracy is on the held-out part of the data where it has one, otherwise on all of it. options: of
+    `acclimate.quantize`.
+    """
+    loss, note = _loss_for(model, dataset.y, loss)
+    if samples < 1:
+        raise WrongUse("calibration needs a sample", number=str(samples), action="--samples 256")
+    chosen = np.random.default_rng(seed).permutation(len(dataset.x))[:samples]
+    done = Quantization(model, dataset.x[np.sort(chosen)], **options)
+    x, y = dataset.x, dataset.y
+    if dataset.x_val is not None and dataset.y_val is not None:
+        x, y = dataset.x_val, dataset.y_val
+    figures = done.report(x, y, loss, tell)
+    return {
+        **figures,
+        "metric": "loss" if LOSSES[loss].kind == "values" else "accuracy",
+        "notes": [note] if note else [],
+        "model": model_facts(model, name),
+        "file": str(out),
+        "file_bytes": save(done.graph, out),
+    }

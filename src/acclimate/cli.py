@@ -72,7 +72,7 @@ def _numbers(words: str | None, option: str) -> list[float] | None:
 
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="The model: an .onnx or .pt2 file.", show_default=False)
+    Path, typer.Argument(metavar="MODEL", help="The model: an .onnx, .pt2 or .npz file.", show_default=False)
 ]
 Data = Annotated[
     Path,
@@ -307,7 +307,7 @@ def _point_at(figures: Mapping[str, Any], as_json: bool) -> None:
 def inspect(model: Model, device: DeviceName = "nano33ble", seed: Seed = 0, as_json: AsJson = False) -> None:
     """Layers of a model, and what learning takes.
 
-    MODEL is an .onnx or .pt2 file. Weights and MACs of each layer, and the memory of each scheme at batch
+    MODEL is an .onnx, .pt2 or .npz file. Weights and MACs of each layer, and the memory of each scheme at batch
     1, exact to the byte.
     """
     from .adapt import inspect as run
@@ -357,7 +357,7 @@ def plan(
 ) -> None:
     """Will it fit? Every scheme, exact to the byte.
 
-    MODEL is an .onnx or .pt2 file. Where it cannot fit, the cheapest changes that do, and exit code 3.
+    MODEL is an .onnx, .pt2 or .npz file. Where it cannot fit, the cheapest changes that do, and exit code 3.
     """
     from .adapt import will_it_fit, write_run
     from .planner import RECOMPUTE
@@ -419,7 +419,7 @@ def adapt(
 ) -> None:
     """Learn from data; keep it if held-out samples agree.
 
-    MODEL is an .onnx or .pt2 file. Chooses what learns, learns, and saves the update (update.acu), run.json and
+    MODEL is an .onnx, .pt2 or .npz file. Chooses what learns, learns, and saves the update (update.acu), run.json and
     report.html. Ctrl-C stops it with the best so far. Where held-out samples get worse nothing is saved, and
     the exit code is 5.
     """
@@ -472,7 +472,7 @@ def evaluate(
 ) -> None:
     """Accuracy and loss, with or without an update.
 
-    MODEL is an .onnx or .pt2 file. On x_val and y_val where the data has them, else on all of it.
+    MODEL is an .onnx, .pt2 or .npz file. On x_val and y_val where the data has them, else on all of it.
     """
     from .adapt import evaluate as run
 
@@ -480,6 +480,67 @@ def evaluate(
     _show(
         run(graph, _dataset(data, graph, seed, label, mean, std, resize), model.stem, update, loss), as_json
     )
+
+
+@app.command(
+    epilog="Example:  acclimate quantize model.onnx --data mine.npz --out model-int8.npz --method percentile"
+)
+def quantize(
+    model: Model,
+    data: Data,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="The int8 graph; by default MODEL-int8.npz.", show_default=False
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--method", metavar="M", help="How ranges are chosen: minmax, percentile or mse.")
+    ] = "minmax",
+    samples: Annotated[int, typer.Option("--samples", metavar="N", help="Calibrate on so many.")] = 256,
+    keep_float: Annotated[
+        str,
+        typer.Option(
+            "--keep-float", metavar="LAYER,...", help="Layers that stay in float.", show_default=False
+        ),
+    ] = "",
+    per_tensor: Annotated[
+        bool, typer.Option("--per-tensor", help="One weight scale a tensor instead of one a channel.")
+    ] = False,
+    bits: Annotated[int, typer.Option("--bits", metavar="B", help="Of a weight, 2 to 8.")] = 8,
+    loss: Loss = None,
+    mean: Mean = None,
+    std: Std = None,
+    label: Label = "label",
+    resize: Resize = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """A float model to int8, and what it costs by layer.
+
+    MODEL is an .onnx, .pt2 or .npz file. Ranges come from the data; accuracy is measured on x_val and y_val where the
+    data has them, else on all of it. FILE is read by every other verb.
+    """
+    from .adapt import quantize as run
+
+    graph = _model(model)
+    dataset = _dataset(data, graph, seed, label, mean, std, resize)
+    with _progress() as tell:
+        figures = run(
+            graph,
+            dataset,
+            out or model.with_name(f"{model.stem}-int8.npz"),
+            model.stem,
+            loss,
+            samples,
+            seed,
+            tell,
+            method=method,
+            per_channel=not per_tensor,
+            keep_float=[name.strip() for name in keep_float.split(",") if name.strip()],
+            bits=bits,
+        )
+    _show(figures, as_json)
 
 
 @app.command("report", epilog="Example:  acclimate report model-run")

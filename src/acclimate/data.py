@@ -165,8 +165,11 @@ def load(
     return Dataset(**parts, **labels, class_names=found, name=path.stem)
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
-    hint = "write it with numpy.savez(path, x=x, y=y)"
+def read_arrays(path: Path, keys: Sequence[str] | None, hint: str) -> tuple[dict[str, Any], list[str]]:
+    """(the arrays `keys` of an .npz archive that are there, or all of them; the names of all), bytes of any origin.
+
+    hint: what to do about a file that is none. Raises BadInput.
+    """
     if not zipfile.is_zipfile(path):
         raise BadInput(
             "not an .npz archive", where=str(path), number=f"{path.stat().st_size} bytes", action=hint
@@ -185,7 +188,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
             )
         with np.load(path, allow_pickle=False) as archive:
             present = list(archive.files)
-            for key in ("x", "y", "x_val", "y_val", "class_names"):
+            for key in present if keys is None else keys:
                 if key in present:
                     raw[key] = archive[key]
     except _UNREADABLE as error:
@@ -201,6 +204,12 @@ def _read_npz(path: Path) -> dict[str, Any]:
             number=str(error)[:200],
             action=hint,
         ) from error
+    return raw, present
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    hint = "write it with numpy.savez(path, x=x, y=y)"
+    raw, present = read_arrays(path, ("x", "y", "x_val", "y_val", "class_names"), hint)
     for key in ("x", "y") + (("x_val", "y_val") if "x_val" in raw or "y_val" in raw else ()):
         if key not in raw:
             raise BadInput(

@@ -250,6 +250,7 @@ def report_of(data: Mapping[str, Any]) -> Report:
         "evaluate": _evaluate,
         "demo": _demo,
         "devices": _devices,
+        "quantize": _quantize,
     }
     kind = data.get("kind") if isinstance(data, Mapping) else None
     if not isinstance(kind, str) or kind not in makers:
@@ -703,6 +704,43 @@ def _demo(data: Row) -> Report:
         f"{data['epochs']} epochs, one sample a step.",
         (Section("", head), *sections, Section("Memory", _memory_blocks(data["plan"], device))),
         data,
+    )
+
+
+def _quantize(data: Row) -> Report:
+    facts = [
+        (
+            "weights",
+            _change(data["parameter_bytes_float"], data["parameter_bytes_int8"], "bytes"),
+            "float, int8",
+        ),
+        ("calibration", data["method"], f"{data['calibration_samples']} samples"),
+    ]
+    columns = [
+        Column("name", "layer"),
+        Column("op", "op"),
+        Column("snr_db", "SNR, dB", "number"),
+        Column("cosine", "cosine", "number"),
+    ]
+    if "accuracy_int8" in data:
+        unit = "number" if data.get("metric") == "loss" else "share"
+        change = _change(data["accuracy_float"], data["accuracy_int8"], unit)
+        facts.insert(0, ("accuracy", change, f"float, int8; {data['samples']} samples"))
+        columns += [Column("accuracy_alone", "accuracy, this alone", unit), Column("cost", "its cost", unit)]
+    blocks: list[Block] = [
+        Facts(tuple(facts)),
+        Table(
+            "Layers",
+            tuple(columns),
+            tuple(data["layers"]),
+            caption="Signal against noise of each output in the int8 graph; accuracy with only this layer on int8.",
+        ),
+    ]
+    if data["float_layers"]:
+        shown = (Column("name", "value"), Column("op", "op"), Column("why", "why"))
+        blocks.append(Table("In float", shown, tuple(data["float_layers"])))
+    return Report(
+        data.get("model", {}).get("name", "quantised"), "on int8", (Section("", tuple(blocks)),), data
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from ..errors import BadInput, Unsupported
-from ..ir import Dim, Graph, Node, reachable
+from ..ir import Dim, Graph, Node, Quant, reachable
 from ..ops import TABLE, emit, parse, verify, with_batch, without_unread
 from ..ops.row import MAX_ARGS
 
@@ -176,10 +176,10 @@ class Builder:
         self.whole.update([made] if whole else [])
         return Ref(made)
 
-    def parameter(self, name: str, data: np.ndarray) -> Ref:
-        """A parameter under the user's name."""
+    def parameter(self, name: str, data: np.ndarray, quant: Quant | None = None) -> Ref:
+        """A parameter under the user's name. quant: the numbers that `data` was rounded to; see ops.integer."""
         self.learned.add(name)
-        return Ref(self.graph.persistent(name, data))
+        return Ref(self.graph.persistent(name, data, quant=quant))
 
     def state(self, data: Any, stem: str) -> Ref:
         """A persistent value that the model keeps track of, such as a running mean."""

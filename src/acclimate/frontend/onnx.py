@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import AcclimateError, BadInput, Unsupported, missing_extra
 from ..ir import Graph
+from ..ops.integer import lower
 from . import common as c
 from .common import LOST, Builder, Ref, Retry, Untaken
 from .onnx_model import RANDOM, Model, Node, evaluated, has_graph
@@ -26,6 +27,8 @@ DEEPEST_CALLS = 100
 def load_onnx(path: str | PathLike[str]) -> Graph:
     """The Graph of an ONNX file, for batches of any size, also where the file was exported for one.
 
+    What QuantizeLinear and DequantizeLinear enclose becomes integers. The file's own arithmetic is float, rounded to
+    integers at these points; ours is integer throughout, so that results may differ by a step of a scale.
     Raises BadInput for a file that is no ONNX model or whose external data is missing, Unsupported with all nodes
     that cannot be taken.
     """
@@ -45,12 +48,12 @@ def load_onnx(path: str | PathLike[str]) -> Graph:
             action="export the model again",
         ) from error
     try:
-        return c.attempts(lambda b: _Walk(b, model).run(), model.baked)
+        return lower(c.attempts(lambda b: _Walk(b, model).run(), model.baked))
     except Unsupported:
         if model.baked is not None:
             raise
         try:  # a dynamic batch dimension over shapes that were traced with a batch of one
-            return c.attempts(lambda b: _Walk(b, model).run(), 1)
+            return lower(c.attempts(lambda b: _Walk(b, model).run(), 1))
         except Unsupported:
             pass
         raise
@@ -149,7 +152,7 @@ class _Walk:
 
     def run(self) -> Graph:
         for name, array in self.model.parameters.items():
-            self.env[name] = self.b.parameter(name, array)
+            self.env[name] = self.b.parameter(name, array, self.model.quants.get(name))
         for name, shape in self.model.inputs:
             self.env[name] = self.b.input(shape, name, name in self.model.whole)
         for node in self.model.nodes:

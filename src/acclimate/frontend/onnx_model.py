@@ -16,6 +16,7 @@ from ..errors import Unsupported
 from ..ir import Dim
 from . import common as c
 from .common import Ref, Untaken
+from .onnx_quantized import read_weights
 
 OLDEST_OPSET = 7
 MOST_ELEMENTS = 1 << 26  # of a constant that a file does not hold, but asks to be made
@@ -110,6 +111,7 @@ class Model:
             raise Unsupported("the file holds sparse tensors", where=source, action="export dense ones")
         self.tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
         self.nodes = [Node(n, self.opset) for n in graph.node]
+        self.quants = read_weights(self.nodes, self.tensors, source)
         self.uses = Counter(name for n in self.nodes for name in n.inputs)
         self.whole: set[str] = set()  # inputs of integers
         self.inputs = self._inputs(graph, fixed)
@@ -394,5 +396,5 @@ _FIXED = {
     "Pad": (2,),
     "Dropout": (1,),
     "Upsample": (1,),
-    **dict.fromkeys(("Clip", "Where", "Resize"), (1, 2)),
+    **dict.fromkeys(("Clip", "Where", "Resize", "QuantizeLinear", "DequantizeLinear"), (1, 2)),
 }

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..ir import Dim
 from . import common as c
-from . import layers
+from . import layers, onnx_quantized
 from . import lowering as f
 from .common import LOST, Builder, Ref, Untaken
 from .onnx_model import WHOLE, Node, bounded, evaluated
@@ -764,9 +764,12 @@ TABLE: dict[str, Callable[[Builder, Node], Any]] = {
     "Identity": lambda b, n: n.x,
     "Cast": _cast,
     "CastLike": lambda b, n: n.x,
+    # integers
+    "QuantizeLinear": onnx_quantized.quantize,
+    "DequantizeLinear": onnx_quantized.dequantize,
 }
 
-_QUANTISED = "bring the float model"
+_QUANTISED = "bring the float model, or one in the QDQ form"
 
 #: operators that look into a comparison rather than take it as numbers
 COMPARED = {"Where", "Not"}
@@ -776,8 +779,6 @@ REWRITES: dict[str, str] = {
     **dict.fromkeys(_CELLS, "the usual activations, sequences of one length, no clip and no peepholes"),
     **dict.fromkeys(
         (
-            "QuantizeLinear",
-            "DequantizeLinear",
             "QLinearConv",
             "QLinearMatMul",
             "ConvInteger",
