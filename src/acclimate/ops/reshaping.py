@@ -188,7 +188,7 @@ _PART = {"start": Attr("i6", pad=0), "step": Attr("i6", pad=1)}
 ROWS = (
     Row(
         "reshape",
-        "~:t -> ~:t",
+        "~:f32/i8/i16 -> ~:f32/i8/i16",
         "The same elements under another shape; costs nothing.",
         lambda a, x: [x.reshape(a["shape"])],
         (Example(((3, 4, 5),), {"shape": (12, 5)}),),

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0xE93CF1A4u
+#define AC_TABLE_HASH 0x03836E76u
 
 typedef enum {
     AC_OP_RELU = 0,

@@ -77,7 +77,7 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"layer_norm", "~D, D?, D? -> ~D, ~?, ~?", 3, 3, 1, 0, AC_FAST_OR_PLAIN(layer_norm), ac_check_layer_norm},
     {"layer_norm_grad", "~D, ~D, ~, ~, D? -> ~D?, D?, D?", 5, 3, 1, 0, AC_KERNEL(layer_norm_grad), ac_check_layer_norm_grad},
     {"dropout", "*, 1:i32 -> *", 2, 1, 2, 0, AC_KERNEL(dropout), NULL},
-    {"reshape", "~:t -> ~:t", 1, 1, 0, 0, NULL, NULL},
+    {"reshape", "~:f32/i8/i16 -> ~:f32/i8/i16", 1, 1, 0, 0, NULL, NULL},
     {"transpose", "~:t -> ~:t", 1, 1, 6, 0, AC_KERNEL(transpose), ac_check_transpose},
     {"expand", "~ -> ~", 1, 1, 0, 0, AC_KERNEL(expand), ac_check_expand},
     {"concat", "~:t+ -> ~:t", 1, 1, 1, 0, AC_KERNEL(concat), ac_check_concat},
