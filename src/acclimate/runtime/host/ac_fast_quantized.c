@@ -255,20 +255,44 @@ static void pair_up(int16_t *to, const int16_t *from, int count) {
     }
 }
 
+/* A kernel as pairs of taps, `row` of them a row; from one pair to the next `by` int16, from one row of x to the next `line`. */
+typedef struct {
+    int height, row, by;
+    size_t line;
+    const uint32_t *taps;
+} window;
+
+/* The sums of the windows at `from` and to the right of it, `vectors` times WIDE of them. */
+AC_INLINE void slide(int32_t *to, const window *k, const int16_t *from, int vectors) {
+    const uint32_t *w = k->taps;
+    pairs sum[4];
+    for (int v = 0; v < vectors; v++) sum[v] = no_sum();
+    for (int i = 0; i < k->height; i++, from += k->line)
+        for (int j = 0; j < k->row; j++, w++) {
+            const pairs by = same_pair(*w);
+            AC_UNROLL for (int v = 0; v < vectors; v++)
+                sum[v] = add_products(sum[v], load_pairs(from + j * k->by + 2 * WIDE * v), by);
+        }
+    for (int v = 0; v < vectors; v++) store_sums(to + WIDE * v, sum[v]);
+}
+
 /* Strides 1 and 2: taps of a row are taken in pairs, which lie beside each other where the stride is two. */
 static void depthwise(const ac_call *call, const results *r, int16_t *scratch, int n, int o) {
     const ac_attr_q_conv *a = call->attr;
     const shape in = shape_of(AC_IN_T(call, 0)), kernel = shape_of(AC_IN_T(call, 1)), out = shape_of(AC_OUT_T(call, 0));
-    const int step = a->stride[1], per_group = out.c / a->groups, width = (out.w + WIDE) * step + kernel.w + 1;
+    const int step = a->stride[1], per_group = out.c / a->groups, width = (out.w + TILE) * step + kernel.w + 1;
     const size_t line = (size_t)width * (step == 1 ? 2 : 1);
     const int height = (out.h - 1) * a->stride[0] + kernel.h;
     const int8_t *x = (const int8_t *)AC_IN(call, 0) + ((size_t)n * (size_t)in.c + (size_t)(o / per_group)) * in.plane;
     int16_t *wide = scratch, weight[64] = {0};
-    const int columns = (kernel.w + 1) / 2 * 2;
+    uint32_t taps[64];
     int16_t *single = wide + (size_t)height * line; /* one row, where its neighbours are paired */
     const int most = smaller(in.w, width - a->before[1]);
     memset(single, 0, ((size_t)width + WIDE) * sizeof *single);
     weights_of(weight, call, &kernel, o);
+    for (int i = 0, at = 0; i < kernel.h; i++)
+        for (int j = 0; j < kernel.w; j += 2, at++)
+            taps[at] = pair_of(weight[i * kernel.w + j], j + 1 < kernel.w ? weight[i * kernel.w + j + 1] : 0);
     for (int row = 0; row < height; row++) { /* rows of the input with what surrounds them, as int16 or pairs of them */
         int16_t *to = wide + (size_t)row * line;
         const int from = row - a->before[0];
@@ -279,27 +303,23 @@ static void depthwise(const ac_call *call, const results *r, int16_t *scratch, i
         for (int col = 0; col < most; col++) plain[col] = (int16_t)(source[col] - a->x_zero);
         if (step == 1) pair_up(to, single, width);
     }
+    const window k = {kernel.h, (kernel.w + 1) / 2, step == 1 ? 4 : 2, line, taps};
     for (int p = 0; p < out.h; p++)
-        for (int q = 0; q < out.w; q += WIDE) {
-            pairs sum = no_sum();
-            for (int i = 0; i < kernel.h; i++) {
-                const int16_t *from = wide + (size_t)(p * a->stride[0] + i) * line + 2 * (size_t)q;
-                const int16_t *by = weight + i * kernel.w;
-                for (int j = 0; j < columns; j += 2) {
-                    const uint32_t w = pair_of(by[j], j + 1 < kernel.w ? by[j + 1] : 0);
-                    sum = add_products(sum, load_pairs(from + (step == 1 ? 2 * j : j)), same_pair(w));
-                }
-            }
-            int32_t flat[WIDE];
-            store_sums(flat, sum);
+        for (int q = 0, count; q < out.w; q += count) {
+            const int16_t *from = wide + (size_t)(p * a->stride[0]) * line + 2 * (size_t)q;
+            int32_t flat[TILE];
+            if (out.w - q > 2 * WIDE) slide(flat, &k, from, 4);
+            else if (out.w - q > WIDE) slide(flat, &k, from, 2);
+            else slide(flat, &k, from, 1);
+            count = smaller(TILE, out.w - q);
             put_results(r, o, ((size_t)n * (size_t)out.c + (size_t)o) * out.plane + (size_t)p * (size_t)out.w + (size_t)q, flat,
-                        smaller(WIDE, out.w - q));
+                        count);
         }
 }
 
 static int is_depthwise(const ac_attr_q_conv *a, const shape *kernel, const shape *out) {
     const int step = a->stride[1];
-    const size_t line = (size_t)((out->w + WIDE) * step + kernel->w + 1) * 2, height = (size_t)(out->h - 1) * (size_t)a->stride[0]
+    const size_t line = (size_t)((out->w + TILE) * step + kernel->w + 1) * 2, height = (size_t)(out->h - 1) * (size_t)a->stride[0]
                                                                                      + (size_t)kernel->h;
     return kernel->c == 1 && a->groups > 1 && kernel->plane < 64 && (step == 1 || step == 2) && a->dilation[0] == 1
            && a->dilation[1] == 1 && a->before[1] <= 64 && line * (height + 1) * sizeof(int16_t) + 64 <= AC_SCRATCH_BYTES;
