@@ -262,6 +262,12 @@ typedef struct {
     const uint32_t *taps;
 } window;
 
+/* Columns whose sums are made where `columns` are wanted. */
+static int padded(int columns) {
+    const int whole = (columns + WIDE - 1) / WIDE * WIDE;
+    return whole > 2 * WIDE ? whole + WIDE : whole;
+}
+
 /* The sums of the windows at `from` and to the right of it, `vectors` times WIDE of them. */
 AC_INLINE void slide(int32_t *to, const window *k, const int16_t *from, int vectors) {
     const uint32_t *w = k->taps;
@@ -280,7 +286,7 @@ AC_INLINE void slide(int32_t *to, const window *k, const int16_t *from, int vect
 static void depthwise(const ac_call *call, const results *r, int16_t *scratch, int n, int o) {
     const ac_attr_q_conv *a = call->attr;
     const shape in = shape_of(AC_IN_T(call, 0)), kernel = shape_of(AC_IN_T(call, 1)), out = shape_of(AC_OUT_T(call, 0));
-    const int step = a->stride[1], per_group = out.c / a->groups, width = (out.w + TILE) * step + kernel.w + 1;
+    const int step = a->stride[1], per_group = out.c / a->groups, width = padded(out.w) * step + kernel.w + 1;
     const size_t line = (size_t)width * (step == 1 ? 2 : 1);
     const int height = (out.h - 1) * a->stride[0] + kernel.h;
     const int8_t *x = (const int8_t *)AC_IN(call, 0) + ((size_t)n * (size_t)in.c + (size_t)(o / per_group)) * in.plane;
@@ -319,7 +325,7 @@ static void depthwise(const ac_call *call, const results *r, int16_t *scratch, i
 
 static int is_depthwise(const ac_attr_q_conv *a, const shape *kernel, const shape *out) {
     const int step = a->stride[1];
-    const size_t line = (size_t)((out->w + TILE) * step + kernel->w + 1) * 2, height = (size_t)(out->h - 1) * (size_t)a->stride[0]
+    const size_t line = (size_t)(padded(out->w) * step + kernel->w + 1) * 2, height = (size_t)(out->h - 1) * (size_t)a->stride[0]
                                                                                      + (size_t)kernel->h;
     return kernel->c == 1 && a->groups > 1 && kernel->plane < 64 && (step == 1 || step == 2) && a->dilation[0] == 1
            && a->dilation[1] == 1 && a->before[1] <= 64 && line * (height + 1) * sizeof(int16_t) + 64 <= AC_SCRATCH_BYTES;
