@@ -310,16 +310,27 @@ static void depthwise(const ac_call *call, const results *r, int16_t *scratch, i
         if (step == 1) pair_up(to, single, width);
     }
     const window k = {kernel.h, (kernel.w + 1) / 2, step == 1 ? 4 : 2, line, taps};
+    size_t at = ((size_t)n * (size_t)out.c + (size_t)o) * out.plane;
+    int32_t flat[2 * TILE]; /* rows of less than a tile wait for each other */
+    int held = 0;
     for (int p = 0; p < out.h; p++)
         for (int q = 0, count; q < out.w; q += count) {
             const int16_t *from = wide + (size_t)(p * a->stride[0]) * line + 2 * (size_t)q;
-            int32_t flat[TILE];
-            if (out.w - q > 2 * WIDE) slide(flat, &k, from, 4);
-            else if (out.w - q > WIDE) slide(flat, &k, from, 2);
-            else slide(flat, &k, from, 1);
+            if (out.w - q > 2 * WIDE) slide(flat + held, &k, from, 4);
+            else if (out.w - q > WIDE) slide(flat + held, &k, from, 2);
+            else slide(flat + held, &k, from, 1);
             count = smaller(TILE, out.w - q);
-            put_results(r, o, ((size_t)n * (size_t)out.c + (size_t)o) * out.plane + (size_t)p * (size_t)out.w + (size_t)q, flat,
-                        count);
+            held += count;
+            if (held < TILE && p * out.w + q + count < (int)out.plane) continue;
+            const int ready = smaller(held, TILE);
+            put_results(r, o, at, flat, ready);
+            if (held > ready && p * out.w + q + count == (int)out.plane) {
+                put_results(r, o, at + (size_t)ready, flat + ready, held - ready);
+                held = ready;
+            }
+            memmove(flat, flat + ready, (size_t)(held - ready) * sizeof *flat);
+            at += (size_t)ready;
+            held -= ready;
         }
 }
 
