@@ -60,3 +60,16 @@ def test_results_merge(peers, tmp_path):
         (1, "torch", 2.0),
         (8, "torch", 1.0),
     ]
+
+
+@pytest.mark.slow
+def test_published_time_and_energy_of_a_pi():
+    """Within 10 % on average on the cells of the table that nothing was fitted to."""
+    done = subprocess.run([sys.executable, FOLDER / "energy.py", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for what, fitted in (("seconds", 1), ("joules", 2)):
+        errors = [
+            abs(c[what] / c[f"published_{what}"] - 1) for c in found["cells"] if not c[f"{what}_fitted"]
+        ]
+        assert len(errors) == 10 - fitted and sum(errors) / len(errors) < 0.10

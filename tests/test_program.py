@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from runtime.nets import cnn, mlp, plans, samples
 
-from acclimate import delta, runtime
+from acclimate import delta, runtime, store
 from acclimate.errors import BadInput
 from acclimate.ops import TABLE, table_hash
 from acclimate.planner import compile_plan
@@ -289,7 +289,7 @@ def test_counts_that_add_up_but_shift_the_sections(program):
 @pytest.mark.parametrize(
     ("at", "form", "values"),
     [
-        (0, "B", (6,)),
+        (0, "B", (7,)),
         (0, "B", (255,)),  # dtype
         (1, "B", (7,)),
         (1, "B", (0,)),  # rank; with rank 0 the dims must be one
@@ -480,7 +480,7 @@ def tables_of_the_page() -> list[list[list[str]]]:
 
 
 def test_the_page_says_what_the_code_does():
-    program_header, tensor, delta_header, record = tables_of_the_page()
+    program_header, tensor, delta_header, record, _, slot = tables_of_the_page()
     assert [(int(r[0]), int(r[1]), r[2]) for r in program_header] == [
         (4 * i, i, name) for i, name in enumerate(FIELDS)
     ]
@@ -511,5 +511,13 @@ def test_the_page_says_what_the_code_does():
     assert f"0x{delta.MAGIC:08X}" in delta_header[0][2] and delta_header[1][2] == str(delta.FORMAT)
     assert [int(r[0]) for r in record] == [0, 2, 3, 4, 8, delta.RECORD.size]
     assert record[1][3] == ", ".join(f"{i} {name}" for i, name in enumerate(delta.DTYPE_LIST))
+    source = (runtime.SOURCE / "ac_store.c").read_text()
+    words = [
+        w.strip()[2:].lower()
+        for w in re.search(r"enum \{\s*(W_MAGIC.*?) = 15", source, re.DOTALL)[1].split(",")
+    ]
+    assert [r[1] for r in slot] == words and slot[-1][0] == "15" and store.HEADER.size == 60
+    assert f"0x{int.from_bytes(store.MAGIC, 'little'):08X}" in slot[0][2] and slot[1][2] == str(store.FORMAT)
+    assert f"0x{int.from_bytes(store.SEAL, 'little'):08X}" in page
     raw = delta.encode([delta.Record("ab", np.zeros(3, np.float32))], 7)
     assert struct.unpack_from("<HBBII", raw, delta.HEADER.size) == (2, 0, 255, 0, 3)

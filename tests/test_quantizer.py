@@ -324,6 +324,44 @@ def test_one_norm_for_two_places():
     assert steps.mean() < 2
 
 
+def test_several_inputs():
+    rng = np.random.default_rng(0)
+    graph = Graph()
+    a, b = graph.input("x", (Dim(1, 1), 6)), graph.input("state", (Dim(1, 1), 6))
+    parts = [
+        emit(graph, "matmul", v, graph.persistent(f"{n}.weight", rng.normal(0, 0.4, (5, 6))), name=n, tb=1)
+        for n, v in (("p", a), ("q", b))
+    ]
+    graph.outputs["output"] = emit(graph, "add", *parts, name="sum")
+    verify(graph)
+    feeds = {r: rng.normal(0, 1, (32, 6)).astype(np.float32) for r in ("x", "state")}
+    done = Quantization(graph, feeds)
+    assert ops(done.graph) == ["q_conv", "q_conv", "q_add", "dequantize"]
+    row = done.report(feeds)["layers"][-1]
+    assert row["name"] == "sum" and row["snr_db"] > 30
+    with pytest.raises(errors.BadInput, match="inputs"):
+        acclimate.quantize(graph, feeds["x"])
+
+
+@pytest.mark.parametrize("name", ["classic", "residual", "inverted", "signal", "attention", "branches"])
+def test_gradients_go_the_same_way(name):
+    """Those of the int8 graph against the folded float one's, for every parameter, on the same batch."""
+    models = pytest.importorskip("models", reason="torch is not installed (the test extra)")
+    _, graph = models.exported(name)
+    x, y = models.batch(name, 16)
+    loss = models.MODELS[name][3]
+    both = [
+        acclimate.Learner(acclimate.plan(g, scheme="full", loss=loss, batch_size=16)).gradients(x, y)
+        for g in (acclimate.quantize(graph, x), fold(graph))
+    ]
+    assert set(both[0]) == set(both[1])
+    for parameter, found in both[0].items():
+        want = both[1][parameter]
+        size = np.linalg.norm(want)
+        if size > 1e-6:
+            assert (found * want).sum() / size / np.linalg.norm(found) > 0.9, parameter
+
+
 def test_what_stays_float_is_listed():
     graph = chain(conv(4, 3), ("softmax", (), {}), conv(4, 4), ("sigmoid", (), {}), conv(2, 4))
     done, steps = quantised(graph)

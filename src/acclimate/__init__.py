@@ -17,9 +17,15 @@ _PUBLIC = {
     "plan": "auto",
     "Plan": "planner",
     "Learner": "learner",
+    "export": "firmware.export",
+    "Replay": "replay",
+    "Prototypes": "prototypes",
+    "reserve_classes": "classes",
     "load": "frontend",
     "save": "frontend",
     "quantize": "quantizer",
+    "fake_quantize": "quantizer",
+    "prune": "pruning",
     "quantization_report": "quantizer",
     "from_torch": "frontend",
     "devices": "device",
@@ -61,8 +67,10 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from .auto import plan
+    from .classes import reserve_classes
     from .device import Device, devices
     from .errors import AcclimateError, BadInput, CannotFit, Refused, Unsupported, WrongUse
+    from .firmware.export import export
     from .frontend import from_torch, load, save
     from .grad import Channels, UpdateSet
     from .ir import Graph
@@ -88,7 +96,10 @@ if TYPE_CHECKING:
         ThresholdedDistillation,
     )
     from .planner import Plan
-    from .quantizer import quantization_report, quantize
+    from .prototypes import Prototypes
+    from .pruning import prune
+    from .quantizer import fake_quantize, quantization_report, quantize
+    from .replay import Replay
 
 
 def __getattr__(name: str) -> Any:

@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import __version__, auto, delta, report, report_html, schemes
+from . import __version__, auto, delta, pruning, report, report_html, schemes, store
 from . import device as devices
 from .data import Dataset, split
 from .errors import AcclimateError, BadInput, CannotFit, Refused, WrongUse
@@ -224,16 +225,9 @@ def will_it_fit(
 
     curve: also what memory costs in time, by recomputing and micro-batches.
     """
-    loss, note = _loss_for(model, None if dataset is None else dataset.y, loss)
-    options: dict[str, Any] = {
-        "device": device,
-        "loss": loss,
-        "optimizer": optimizer_of(optimizer, lr),
-        "batch_size": batch_size,
-        "memory_bytes": memory_bytes,
-        "recompute": recompute,
-        "micro_batches": micro_batches,
-    }
+    options, note = _options(
+        model, device, dataset, memory_bytes, loss, optimizer, lr, batch_size, recompute, micro_batches
+    )
     error: CannotFit | None = None
     extra = None
     if scheme == "auto":
@@ -263,13 +257,63 @@ def will_it_fit(
         "recompute_us": own["recompute_us"],
         "micro_batches": own["micro_batches"],
         "explanation": plan.explanation,
-        "loss_name": loss,
+        "loss_name": options["loss"],
         "notes": [n for n in (note, plan.explanation) if n],
         "device": device_facts(plan),
         "model": model_facts(model, name),
         "plan": plan_facts(plan),
         "curve": plan.curve(tell=lambda done, total: tell("curve", done, total, "")) if curve else [],
     }, error
+
+
+def _options(
+    model: Graph,
+    device: str,
+    dataset: Dataset | None,
+    memory_bytes: int | None,
+    loss: str | None,
+    optimizer: str,
+    lr: float | None,
+    batch_size: int,
+    recompute: str | Sequence[str],
+    micro_batches: int | None,
+) -> tuple[dict[str, Any], str]:
+    """What `acclimate.plan` takes besides the scheme, and a note on the loss where it was chosen here."""
+    loss, note = _loss_for(model, None if dataset is None else dataset.y, loss)
+    options: dict[str, Any] = {
+        "device": device,
+        "loss": loss,
+        "optimizer": optimizer_of(optimizer, lr),
+        "batch_size": batch_size,
+        "memory_bytes": memory_bytes,
+        "recompute": recompute,
+        "micro_batches": micro_batches,
+    }
+    return options, note
+
+
+def plan_of(
+    model: Graph,
+    device: str,
+    scheme: str = "auto",
+    dataset: Dataset | None = None,
+    memory_bytes: int | None = None,
+    loss: str | None = None,
+    optimizer: str = "sgd",
+    lr: float | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    tell: Tell = silent,
+    recompute: str | Sequence[str] = "auto",
+    micro_batches: int | None = None,
+) -> Plan:
+    """The plan of these options. Raises CannotFit, with fixes."""
+    options, _ = _options(
+        model, device, dataset, memory_bytes, loss, optimizer, lr, batch_size, recompute, micro_batches
+    )
+    if scheme == "auto":
+        return _auto(model, dataset, seed, tell, options)
+    return compile_plan(model, scheme=schemes.resolve(scheme), **options)
 
 
 def _auto(model: Graph, dataset: Dataset | None, seed: int, tell: Tell, options: Mapping[str, Any]) -> Plan:
@@ -644,7 +688,8 @@ def write_run(figures: dict[str, Any], folder: Path) -> Path:
 
 def updated_model(model: Graph, path: Path) -> Graph:
     """The model with a saved update in it; BadInput where the update is damaged or of another model."""
-    fingerprint, records = delta.decode(delta.read(path), str(path))
+    raw = store.delta_in(delta.read(path), model_hash(model), str(path))
+    fingerprint, records = delta.decode(raw, str(path))
     if fingerprint != model_hash(model):
         raise BadInput(
             "the update was learned from another model",
@@ -685,6 +730,108 @@ def evaluate(
         "model": facts,
         "update": "" if update is None else str(update),
     }
+
+
+# -- prune --------------------------------------------------------------------------------------------
+
+
+def prune(
+    model: Graph,
+    dataset: Dataset,
+    name: str = "model",
+    channels: Sequence[float] = (),
+    connections: Sequence[float] = (),
+    criterion: str = "l2",
+    device: str = "host",
+    loss: str | None = None,
+    optimizer: str = "sgd",
+    lr: float | None = None,
+    batch_size: int = 8,
+    epochs: int = 5,
+    sensitivity: float | None = None,
+    seed: int = 0,
+    tell: Tell = silent,
+) -> tuple[dict[str, Any], list[Graph]]:
+    """(figures, the pruned graphs as learned on): what pruning saves and costs, at each pair of shares.
+
+    The first row is the whole model, which learns on for as long as the others do. Bytes are those of learning
+    everything one sample at a time; accuracy is on samples that took no part in choosing or learning.
+    sensitivity: also the accuracy where this share of one group of layers alone is removed, and nothing is learned.
+    """
+    if epochs < 0:
+        raise WrongUse("epochs must be a whole number from 0", number=str(epochs))
+    loss, loss_note = _loss_for(model, dataset.y, loss)
+    known, held_out, notes = _parted(model, dataset, loss, seed)
+    fit, validation = carved(known, seed)
+    shares = {(0.0, 0.0): None} | dict.fromkeys(
+        (c, k) for c in channels or (0.0,) for k in connections or (0.0,)
+    )
+    look: dict[str, Any] = {"criterion": criterion, "data": (fit.x, fit.y), "loss": loss, "seed": seed}
+    rows, graphs = [], []
+    for done, (c, k) in enumerate(shares):
+        small = pruning.prune(model, c, k, **look)
+        plan = compile_plan(
+            small,
+            device=device,
+            scheme="full",
+            loss=loss,
+            optimizer=optimizer_of(optimizer, lr),
+            must_fit=False,
+        )
+        row = {"channels": c, "connections": k, **pruning.size(small), **plan.row()}
+        row["accuracy"] = Learner(plan).score(held_out.x, held_out.y)
+        learned = small
+        if epochs:
+            told = partial(
+                _told_of_part, tell, done, len(shares), f"{c:.0%} of channels, {k:.0%} of connections"
+            )
+            rates = [
+                plan.optimizer.lr * f
+                for f in (RATE_FACTORS if lr is None and validation is not None else (1.0,))
+            ]
+            batches = replace(plan, batch_size=batch_size)
+            kept, _ = learn_at_best_rate(batches, rates, fit, validation, epochs, seed, told)
+            row |= {"accuracy_learned": kept.learner.score(held_out.x, held_out.y), "lr": kept.lr}
+            learned = small.with_data({**kept.learner.parameters(), **kept.learner.statistics()})
+        rows.append(row)
+        graphs.append(learned)
+    figures: dict[str, Any] = {
+        "kind": "prune",
+        "criterion": criterion,
+        "what": pruning.CRITERIA[criterion],
+        "rows": rows,
+        "sensitivity": [],
+        "epochs": epochs,
+        "samples": {"learned_from": len(fit), "held_out": len(held_out)},
+        "metric": "loss" if LOSSES[loss].kind == "values" else "accuracy",
+        "loss_name": loss,
+        "seed": seed,
+        "notes": [n for n in (loss_note, *notes) if n],
+        "model": model_facts(model, name),
+        "data": {"name": dataset.name},
+        "device": device_facts(plan),
+    }
+    if sensitivity is not None:
+        for group, small in pruning.each_alone(model, sensitivity, **look):
+            score = Learner(_any_plan(small, loss)).score(held_out.x, held_out.y)
+            figures["sensitivity"].append(
+                {
+                    "name": group.name,
+                    "layers": len(group.weights),
+                    "channels": len(group.units),
+                    "share": sensitivity,
+                    "accuracy": score,
+                    "cost": rows[0]["accuracy"] - score,
+                    **pruning.size(small),
+                }
+            )
+    return figures, graphs
+
+
+def _told_of_part(
+    tell: Tell, part: int, parts: int, what: str, stage: str, done: int, total: int, remark: str
+) -> None:
+    tell(stage, part * total + done, parts * total, f"{what}, {remark}")
 
 
 def _any_plan(model: Graph, loss: str) -> Plan:

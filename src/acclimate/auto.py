@@ -36,6 +36,7 @@ def plan(
     threads: int | None = None,
     recompute: str | Sequence[str] = "auto",
     micro_batches: int | None = None,
+    latent: bool = False,
     gradients: str = "float32",
     data: tuple[np.ndarray, np.ndarray] | None = None,
     seed: int = 0,
@@ -51,10 +52,11 @@ def plan(
     but computed again, the same bits at more time: "auto" (only where it would not fit otherwise), "none", "exact"
     (by an integer program, with the extra "exact"), or names of values. micro_batches: parts that a batch is learned
     in, with the same mean gradient up to rounding; None: only where it would not fit otherwise, and the model has no
-    batch statistics. gradients: what flows back through integer layers: "float32", or "int16" or "int8" with an
-    exponent for each channel (block floating point), which needs fewer bytes and no floating point unit. data: (x, y),
-    on which "auto" holds a short race between the schemes that fit; without it the one that lets most weights learn is
-    taken. callback: told of each contender, a row of figures.
+    batch statistics. latent: also compile the entries by which acclimate.Replay keeps and replays what the frozen
+    layers make of a sample; some layers must be frozen, so name a scheme. gradients: what flows back through integer
+    layers: "float32", or "int16" or "int8" with an exponent for each channel (block floating point), which needs fewer
+    bytes and no floating point unit. data: (x, y), on which "auto" holds a short race between the schemes that fit;
+    without it the one that lets most weights learn is taken. callback: told of each contender, a row of figures.
 
     Raises CannotFit, with the cheapest `fixes`, where nothing asked for fits; WrongUse for impossible arguments.
     """
@@ -71,6 +73,7 @@ def plan(
         "threads": threads,
         "recompute": recompute,
         "micro_batches": micro_batches,
+        "latent": latent,
         "gradients": gradients,
     }
     if not (isinstance(scheme, str) and scheme == "auto"):

@@ -389,6 +389,89 @@ def plan(
     _show(figures, as_json, error)
 
 
+@app.command(
+    epilog="Example:  acclimate export model.onnx --target cortex-m4 --device nano33ble --scheme last"
+)
+def export(
+    model: Model,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            metavar="T",
+            help="cortex-m0plus, -m4, -m7, -m33, -m55, riscv32, esp32, arduino, zephyr or linux.",
+            show_default=False,
+        ),
+    ],
+    device: DeviceName = "host",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            help="Where the project goes; by default MODEL-TARGET.",
+            show_default=False,
+        ),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            "--mode",
+            metavar="M",
+            help="interpreter, which can be sent other Programs, or unrolled: only the kernels that this one needs.",
+        ),
+    ] = "interpreter",
+    room_for: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--room-for",
+            metavar="SCHEME",
+            help="Set memory aside for this scheme's Program too, to be sent later; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    data: MaybeData = None,
+    scheme: Scheme = "auto",
+    memory: Memory = None,
+    batch: Batch = 1,
+    recompute: Recompute = "auto",
+    micro_batches: MicroBatches = None,
+    loss: Loss = None,
+    optimizer: OptimizerName = "sgd",
+    lr: Rate = None,
+    mean: Mean = None,
+    std: Std = None,
+    label: Label = "label",
+    resize: Resize = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write a C project that learns on a board.
+
+    MODEL is an .onnx or .pt2 file. The runtime, the Program in flash, memory blocks of its exact sizes, and an app that
+    learns from samples over a serial line. Where it cannot fit the device: exit code 3.
+    """
+    from .adapt import plan_of
+    from .firmware.export import check, figures
+    from .firmware.export import export as write
+    from .planner import RECOMPUTE
+
+    check(target, mode)
+    limit = None if memory is None else memory_bytes(memory)
+    graph = _model(model)
+    dataset = None if data is None else _dataset(data, graph, seed, label, mean, std, resize)
+    ways = recompute if recompute in RECOMPUTE else [name.strip() for name in recompute.split(",")]
+    with _progress() as tell:
+        plans = [
+            plan_of(
+                graph, device, s, dataset, limit, loss, optimizer, lr, batch, seed, tell, ways, micro_batches
+            )
+            for s in (scheme, *(room_for or ()))
+        ]
+        project = write(plans[0], out or Path(f"{model.stem}-{target}"), target, mode, plans[1:])
+    _show(figures(project, plans[0], model.stem), as_json)
+
+
 @app.command(epilog="Example:  acclimate adapt model.onnx --data mine.npz --device nano33ble --memory 96KB")
 def adapt(
     model: Model,
@@ -460,7 +543,12 @@ def evaluate(
     data: Data,
     update: Annotated[
         Path | None,
-        typer.Option("--update", metavar="FILE", help="What was learned: an .acu file.", show_default=False),
+        typer.Option(
+            "--update",
+            metavar="FILE",
+            help="What was learned: an .acu file, or the raw flash in which a board keeps it.",
+            show_default=False,
+        ),
     ] = None,
     loss: Loss = None,
     mean: Mean = None,
@@ -543,6 +631,107 @@ def quantize(
     _show(figures, as_json)
 
 
+def _shares(words: str | None, option: str) -> list[float]:
+    shares = _numbers(words, option) or []
+    if any(not 0 <= share < 1 for share in shares):
+        raise WrongUse(
+            f"{option} takes shares from 0, below 1", number=repr(words), action=f"{option} 0.25,0.5"
+        )
+    return shares
+
+
+@app.command(epilog="Example:  acclimate prune model.onnx --data mine.npz --channels 0.25,0.5 --sensitivity")
+def prune(
+    model: Model,
+    data: Data,
+    channels: Annotated[
+        str | None,
+        typer.Option(
+            "--channels",
+            metavar="SHARE,...",
+            help="Of each group of layers, the shares of channels to remove; 0.5 if nothing is given.",
+            show_default=False,
+        ),
+    ] = None,
+    connections: Annotated[
+        str | None,
+        typer.Option(
+            "--connections",
+            metavar="SHARE,...",
+            help="Of each weight, the shares of elements to set to zero for good.",
+            show_default=False,
+        ),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option("--criterion", metavar="C", help="What is kept: l1, l2, taylor, fisher or random.")
+    ] = "l2",
+    sensitivity: Annotated[
+        bool,
+        typer.Option("--sensitivity", help="Also what each group of layers costs alone, at the first share."),
+    ] = False,
+    epochs: Annotated[
+        int, typer.Option("--epochs", metavar="N", help="Passes over the data after pruning; 0: none.")
+    ] = 5,
+    device: DeviceName = "nano33ble",
+    lr: Rate = None,
+    batch: Batch = 8,
+    optimizer: OptimizerName = "sgd",
+    loss: Loss = None,
+    mean: Mean = None,
+    std: Std = None,
+    label: Label = "label",
+    resize: Resize = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Save the pruned model (.npz), which every verb takes as MODEL; of one pair of shares.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Remove channels or connections, and what it costs.
+
+    Accuracy right after and after learning on, weights, MACs, arena and flash, for each pair of shares, beside the
+    whole model learning as long.
+    """
+    from .adapt import prune as run
+    from .frontend import save
+
+    gone, cut = _shares(channels, "--channels"), _shares(connections, "--connections")
+    gone = gone or ([] if cut else [0.5])
+    if out is not None and max(len(gone), 1) * max(len(cut), 1) > 1:
+        raise WrongUse(
+            "--out takes one pair of shares", number=f"{channels} and {connections}", action="--channels 0.5"
+        )
+    graph = _model(model)
+    dataset = _dataset(data, graph, seed, label, mean, std, resize)
+    with _progress() as tell:
+        figures, graphs = run(
+            graph,
+            dataset,
+            model.stem,
+            gone,
+            cut,
+            criterion,
+            device,
+            loss,
+            optimizer,
+            lr,
+            batch,
+            epochs,
+            (gone or [0.5])[0] if sensitivity else None,
+            seed,
+            tell,
+        )
+    if out is not None:
+        figures |= {"out": str(out), "out_bytes": save(graphs[-1], out)}
+    _show(figures, as_json)
+
+
 @app.command("report", epilog="Example:  acclimate report model-run")
 def report_verb(
     run: Annotated[
@@ -565,6 +754,222 @@ def report_verb(
     figures["report"] = str(write_run(figures, run if run.is_dir() else run.parent))
     _show(figures, as_json)
     _point_at(figures, as_json)
+
+
+EngineName = Annotated[
+    str,
+    typer.Option("--engine", metavar="E", help="unicorn (from pip alone) or qemu (where it is installed)."),
+]
+CpuName = Annotated[
+    str,
+    typer.Option(
+        "--cpu",
+        metavar="C",
+        help="Processor to build for, by default the device's: cortex-m0plus, -m4, -m7, -m33, -m55 (QEMU) or riscv32.",
+        show_default=False,
+    ),
+]
+CompilerName = Annotated[
+    str, typer.Option("--compiler", metavar="CC", help="zig (from pip) or gcc (where it is installed).")
+]
+
+
+def _firmware_plan(
+    path: Path,
+    data: Path,
+    device: str,
+    scheme: str,
+    batch: int,
+    optimizer: str,
+    lr: float | None,
+    loss: str | None,
+    seed: int,
+    label: str,
+    mean: str | None,
+    std: str | None,
+    resize: bool,
+) -> tuple[Any, Any]:
+    """A model's plan for a board and the data set, a held-out part with it."""
+    from . import data as data_sets
+    from .adapt import HELD_OUT, choose_loss, optimizer_of
+    from .auto import plan as plan_of
+
+    graph = _model(path)
+    dataset = data_sets.split(_dataset(data, graph, seed, label, mean, std, resize), HELD_OUT, seed)
+    loss = loss or choose_loss(graph.type(graph.outputs["output"]), dataset.y)[0]
+    plan = plan_of(
+        graph,
+        device,
+        scheme,
+        loss,
+        optimizer_of(optimizer, lr),
+        batch,
+        data=(dataset.x, dataset.y),
+        seed=seed,
+    )
+    return plan, dataset
+
+
+@app.command(epilog="Example:  acclimate emulate model.onnx --data mine.npz --device nano33ble")
+def emulate(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL|PROJECT",
+            help="An .onnx or .pt2 file, or a folder that export wrote.",
+            show_default=False,
+        ),
+    ],
+    data: Data,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help="The board, by default nano33ble, or the one that the project was exported for.",
+            show_default=False,
+        ),
+    ] = None,
+    scheme: Scheme = "last",
+    epochs: Annotated[int, typer.Option("--epochs", metavar="N", min=0, help="Passes over the data.")] = 1,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="N", min=0, help="Training steps at most.", show_default=False),
+    ] = None,
+    engine: EngineName = "unicorn",
+    cpu: CpuName = "",
+    compiler: CompilerName = "zig",
+    batch: Batch = 1,
+    optimizer: OptimizerName = "sgd",
+    lr: Rate = None,
+    loss: Loss = None,
+    mean: Mean = None,
+    std: Std = None,
+    label: Label = "label",
+    resize: Resize = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run the firmware on an emulated board, and learn there.
+
+    The firmware is built as it is exported, in exactly the board's RAM and flash, and gets the data over its serial
+    protocol. Instructions are counted; instructions are not cycles.
+    """
+    from . import data as data_sets
+    from .adapt import HELD_OUT
+    from .device import get
+    from .firmware import trial
+
+    if model.is_dir():
+        what, shape = model, trial.sample_shape(model)
+        found = data_sets.load(
+            data, shape, label, _numbers(mean, "--mean"), _numbers(std, "--std"), seed, resize
+        )
+        dataset, board, rate = (
+            data_sets.split(found, HELD_OUT, seed),
+            get(device) if device else None,
+            0.01 if lr is None else lr,
+        )
+    else:
+        what, dataset = _firmware_plan(
+            model,
+            data,
+            device or "nano33ble",
+            scheme,
+            batch,
+            optimizer,
+            lr,
+            loss,
+            seed,
+            label,
+            mean,
+            std,
+            resize,
+        )
+        board, rate = None, what.optimizer.lr
+    with _progress() as tell:
+        figures = trial.emulate(
+            what,
+            (dataset.x, dataset.y),
+            (dataset.x_val, dataset.y_val),
+            engine,
+            cpu,
+            compiler,
+            board,
+            epochs,
+            steps,
+            rate,
+            seed,
+            tell,
+        )
+    _show(figures | {"name": model.stem}, as_json)
+
+
+@app.command(
+    epilog="Example:  acclimate check model.onnx --data mine.npz --device nano33ble --port /dev/ttyACM0,115200"
+)
+def check(
+    model: Model,
+    data: Data,
+    device: DeviceName = "nano33ble",
+    scheme: Scheme = "last",
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Training steps to replay.")] = 4,
+    engine: EngineName = "unicorn",
+    cpu: CpuName = "",
+    compiler: CompilerName = "zig",
+    port: Annotated[
+        str | None,
+        typer.Option(
+            "--port",
+            metavar="ADDRESS",
+            help="Also a real board: a serial device with its rate (/dev/ttyACM0,115200), or tcp://HOST:PORT.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Batch = 1,
+    optimizer: OptimizerName = "sgd",
+    lr: Rate = None,
+    loss: Loss = None,
+    mean: Mean = None,
+    std: Std = None,
+    label: Label = "label",
+    resize: Resize = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Does a step give the same here, emulated and on a board?
+
+    Replays training steps on the host, an emulated board and (--port) a real one, and against references in float64.
+    All must give equal bits. Where one differs its first tensor is named, and the exit code is 4.
+    """
+    import tempfile
+    from contextlib import ExitStack
+
+    from .firmware import trial
+    from .firmware.link import Board
+
+    plan, dataset = _firmware_plan(
+        model, data, device, scheme, batch, optimizer, lr, loss, seed, label, mean, std, resize
+    )
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as open_boards, _progress() as tell:
+        firmware = trial.firmware_of(plan, Path(scratch) / "project", cpu, compiler)
+        places = {f"{engine} {firmware.machine.cpu}": trial.start(firmware, engine)}
+        if port is not None:
+            places[port] = Board(port, timeout_s=60.0)
+            places[port].reset()
+        for board in places.values():
+            open_boards.enter_context(board)
+        figures = trial.check(plan, dataset.x, dataset.y, places, steps, plan.optimizer.lr, tell=tell)
+    error = None
+    if figures["differences"]:
+        place, found = next(iter(figures["differences"].items()))
+        error = BadInput(
+            "a step does not give the same everywhere",
+            where=f"{place}, {found['op']} -> {found['tensor']}",
+            number=f"step {found['step']}, {found['shapes']}",
+            action="report it with this model, the device and both versions of acclimate",
+        )
+    _show(figures | {"name": model.stem}, as_json, error)
 
 
 @app.command(epilog="Example:  acclimate devices nano33ble")

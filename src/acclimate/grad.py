@@ -169,6 +169,19 @@ class Tape:
                 return self.emit(node.op, *inputs, **node.attrs), index
         return self.emit("take", name, index, axis=channels.axis), index
 
+    def learnable(self, name: str, grad: str, channels: Channels | None) -> tuple[str, str]:
+        """(the part of a tensor's gradient that it learns by, the index of its channels or "").
+
+        Zeros of a sparse tensor get none, so that pruned connections stay pruned, whatever the optimiser.
+        """
+        index = ""
+        if channels is not None:
+            grad, index = self.take(grad, channels)
+        if self.graph.values[name].sparse:
+            now = self.emit("take", name, index, axis=channels.axis) if channels is not None else name
+            grad = self.emit("keep", grad, now)
+        return grad, index
+
     # -- persistent values --------------------------------------------------------------------------------------
     def state(self, name: str, shape: tuple[int, ...], dtype: str = "f32") -> str:
         """A persistent value that starts at zero; the same one each time it is asked for."""
@@ -185,14 +198,17 @@ class Tape:
             self.update("increment", name)
 
 
-def differentiate(graph: Graph, loss: str, wanted: list[str]) -> dict[str, str]:
-    """Add the backward part to `graph`; returns wanted name -> name of its gradient ("" where the loss ignores it)."""
+def differentiate(graph: Graph, loss: str, wanted: list[str], scale: float = 1.0) -> dict[str, str]:
+    """Add the backward part of `scale` times the loss to `graph`.
+
+    Returns wanted name -> name of its gradient ("" where the loss ignores it).
+    """
     reaches = set(wanted)
     for node in graph.nodes:
         if any(n in reaches for n in node.inputs):
             reaches.update(n for n in node.outputs if n)
     tape = Tape(graph, reaches)
-    grads: dict[str, str] = {loss: graph.constant("d_loss", np.ones(1))}
+    grads: dict[str, str] = {loss: graph.constant("d_loss", np.full(1, scale))}
     for node in reversed(list(graph.nodes)):
         if not any(n in grads for n in node.outputs) or not any(tape.wants(n) for n in node.inputs):
             continue
@@ -254,6 +270,54 @@ def predict_graph(model: Graph) -> Graph:
     return graph
 
 
+LATENT = "latent"  # the output of the frozen front
+
+
+def split(model: Graph, learned: set[str]) -> tuple[Graph, Graph]:
+    """(the frozen front as it predicts, from "x" to the output "latent"; the rest, which takes that latent as "x").
+
+    The latent is the last value before anything learns that all paths from the input go through; what is not learned
+    may be folded already.
+    """
+    depends = set(learned)
+    for node in model.nodes:
+        if any(n in depends for n in node.inputs):
+            depends.update(n for n in node.outputs if n)
+    start, ends = model.inputs["x"], set(model.outputs.values()) | depends
+
+    def passes(value: str) -> bool:
+        """Whether no path from the input reaches an end without `value`."""
+        reached = {start} - {value}
+        for node in model.nodes:
+            if any(n in reached for n in node.inputs):
+                reached.update(n for n in node.outputs if n and n != value)
+        return not reached & ends
+
+    made = [n for node in model.nodes for n in node.outputs[:1] if n and n not in depends]
+    latent = next((n for n in reversed(made) if passes(n)), "")
+    if not latent:
+        raise WrongUse(
+            "nothing is frozen before what learns, so there is no latent to replay",
+            where=", ".join(list(learned)[:4]),
+            action='a scheme such as "last", or latent=False to replay inputs',
+        )
+    front, back = model.copy(), model.copy()
+    front.nodes = reachable(model, [latent])
+    front.outputs = {LATENT: latent}
+    back.nodes = [n for n in model.nodes if latent not in n.outputs]
+    back.nodes = reachable(back, back.outputs.values())
+    back.values[latent] = replace(model.values[latent], kind="input")
+    back.inputs = {"x": latent}
+    return prune(predict_graph(front)), prune(back)
+
+
+def latent_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Optimizer) -> dict[str, Graph]:
+    """{"features": the frozen front, "step_latent" (or "accumulate_latent"): a step that starts from its output}."""
+    front, back = split(model, set(update_set.tensors))
+    steps = step_graphs(back, update_set, loss, optimizer)
+    return {"features": front, **{f"{name}_latent": g for name, g in steps.items() if name != "apply"}}
+
+
 def _with_loss(model: Graph, loss: Loss) -> tuple[Graph, str]:
     graph = model.copy()
     output = graph.outputs["output"]
@@ -269,9 +333,7 @@ def gradient_graph(model: Graph, update_set: UpdateSet, loss: Loss) -> Graph:
     graph.outputs = {"loss": value}
     for name, channels in update_set.tensors.items():
         if grads[name]:
-            graph.outputs[f"d_{name}"] = (
-                grads[name] if channels is None else Tape(graph).take(grads[name], channels)[0]
-            )
+            graph.outputs[f"d_{name}"] = Tape(graph).learnable(name, grads[name], channels)[0]
     return graph
 
 
@@ -279,14 +341,14 @@ def step_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Opti
     """{"step": forward, loss, backward and update in one}, or with accumulation {"accumulate": ..., "apply": ...}."""
     graph, value = _with_loss(model, loss)
     forward = list(graph.nodes)
-    grads = differentiate(graph, value, update_set.names())
+    grads = differentiate(graph, value, update_set.names(), 1.0 / optimizer.accumulate)
     graph.outputs = {"loss": value}
     tape = Tape(graph)
     parts: dict[str, tuple[str, str, int]] = {}  # name -> gradient, index, axis
     for name in reversed(update_set.names()):  # backward reaches the last layers first
         channels = update_set.tensors[name]
         if grads[name]:
-            grad, index = (grads[name], "") if channels is None else tape.take(grads[name], channels)
+            grad, index = tape.learnable(name, grads[name], channels)
             parts[name] = (grad, index, 0 if channels is None else channels.axis)
     if not parts:
         raise WrongUse(
@@ -307,7 +369,7 @@ def step_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Opti
 
 
 def _apply_graph(source: Graph, parts: Mapping[str, tuple[str, str, int]], optimizer: Optimizer) -> Graph:
-    """One optimiser step on the mean of the accumulated gradients, which are cleared."""
+    """One optimiser step on the accumulated gradients, shares of a mean, which are cleared."""
     graph = Graph(source.batch, aliases=dict(source.aliases))
     tape = Tape(graph)
     means = {}
@@ -315,11 +377,7 @@ def _apply_graph(source: Graph, parts: Mapping[str, tuple[str, str, int]], optim
         for n in (name, f"{name}{GRADIENT}", index):
             if n and n not in graph.values:
                 graph.add(source.values[n])
-        means[name] = (
-            tape.emit("affine", f"{name}{GRADIENT}", scale=1.0 / optimizer.accumulate),
-            index,
-            axis,
-        )
+        means[name] = (f"{name}{GRADIENT}", index, axis)
     _apply(tape, means, optimizer)
     for name in parts:
         tape.update("clear", f"{name}{GRADIENT}")

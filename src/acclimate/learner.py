@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from . import delta
+from . import delta, store
+from .classes import IN_USE
 from .errors import BadInput, WrongUse
-from .grad import GRADIENT, Channels, Tape
+from .grad import GRADIENT, LATENT, Channels, Tape
 from .ir import Graph, Type
 from .ops import TABLE, evaluate
 from .planner import Plan
 from .program import STATE_ENTRY
+from .replay import Buffer, Replay
 from .runtime import Session
 
 PREDICT_BATCH = 256  # samples predicted at once, at most,
@@ -41,9 +43,22 @@ class Learner:
     >>> learner.score(x_new, y_new)                                                   # doctest: +SKIP
     """
 
-    def __init__(self, plan: Plan, kernels: str = "") -> None:
-        """kernels: "fast", or "plain": slower, and the same bits on every processor; see runtime.Session."""
+    def __init__(self, plan: Plan, kernels: str = "", replay: Replay | None = None) -> None:
+        """kernels: "fast", or "plain": slower, and the same bits on every processor; see runtime.Session.
+
+        replay: samples learned before are learned again beside new ones; start with `remember`.
+        """
         self.plan = plan
+        self.replay = replay
+        self.buffer: Buffer | None = None  # of the replay, made when its first samples come
+        if replay is not None and replay.latent and not plan.latent:
+            raise WrongUse(
+                "this plan has no entries to replay latents by",
+                number="latent=False",
+                action="acclimate.plan(..., latent=True), or Replay(latent=False) to keep inputs",
+            )
+        if replay is not None and plan.loss.kind != "classes":
+            raise WrongUse("replay keeps samples with a class each", where=type(plan.loss).__name__)
         self.lr: float = plan.optimizer.lr
         self.loss_history: list[float] = []
         self._main = Session(plan.program, threads=plan.threads, kernels=kernels)
@@ -65,11 +80,19 @@ class Learner:
         """One pass over x in its order, in batches of plan.batch_size; a step for each. Returns self.
 
         lr: learning rate of this call, else the optimiser's. callback: called after each step with a dict of
-        `step`, `steps`, `loss`, `samples`. Everything is checked before the first step.
+        `step`, `steps`, `loss`, `samples`. Everything is checked before the first step. With a replay, a part of each
+        batch is replayed, and the new samples are offered to the buffer after their step.
         """
+        return self._pass(x, y, lr, callback, remember=True)
+
+    def _pass(
+        self, x: np.ndarray, y: np.ndarray, lr: float | None, callback: Callback | None, remember: bool
+    ) -> Learner:
         x = self._samples(x)
         y, rate = self._targets(y, len(x)), self._rate(lr)
         batch = self.plan.batch_size
+        if self.replay is not None:
+            return self._rehearse(x, y, rate, callback, remember)
         steps = -(-len(x) // batch)
         if len(x) % batch:
             self._session(
@@ -109,30 +132,97 @@ class Learner:
                 def tell(event: dict[str, Any], epoch: int = epoch) -> None:
                     callback({**event, "epoch": epoch + 1, "epochs": epochs})
 
-            self.partial_fit(x[order], y[order], lr, tell)
+            self._pass(x[order], y[order], lr, tell, remember=epoch == epochs - 1)
         return self
 
-    def _step(self, x: np.ndarray, y: np.ndarray, rate: float) -> float:
+    # -- classes that come later -----------------------------------------------------------------------------------
+    def add_class(self, label: int) -> Learner:
+        """Put a spare class (acclimate.reserve_classes) to use: from now on it is learned and predicted."""
+        if IN_USE not in self._main.program.entries[STATE_ENTRY]:
+            raise WrongUse(
+                "the model has no spare classes", action="acclimate.reserve_classes(model, n) before planning"
+            )
+        self._main.run("add_class", label=np.array([label], np.int32))
+        return self
+
+    # -- rehearsing ----------------------------------------------------------------------------------------------
+    def remember(self, x: np.ndarray, y: np.ndarray) -> Learner:
+        """Offer samples to the replay buffer without learning from them; the first ones set its range or codebook."""
+        x = self._samples(x)
+        y = self._targets(y, len(x))
+        if self.replay is None:
+            raise WrongUse("this learner has no replay", action="Learner(plan, replay=acclimate.Replay())")
+        kept = self._kept_as(x)
+        if self.buffer is None:
+            self.buffer = self.replay.buffer(kept, int(self._output.shape[-1]))
+        for sample, label in zip(kept, y, strict=True):
+            self.buffer.add(sample, int(label))
+        return self
+
+    def _kept_as(self, x: np.ndarray) -> np.ndarray:
+        """What a replay keeps of samples: themselves, or what the frozen layers make of them."""
+        if self.replay is None or not self.replay.latent:
+            return x
+        step, parts = self.plan.batch_size, []
+        for i in range(0, len(x), step):
+            session = self._session("train", len(x[i : i + step]))
+            size = session.program.entries["features"]["x"].type.shape[0]
+            for k in range(i, min(i + step, len(x)), size):
+                parts.append(session.run("features", x=x[k : k + size])[LATENT])
+        return np.concatenate(parts)
+
+    def _rehearse(
+        self, x: np.ndarray, y: np.ndarray, rate: float, callback: Callback | None, remember: bool
+    ) -> Learner:
+        """One pass in which a part of each batch comes from the buffer."""
+        assert self.replay is not None
+        batch, entry = self.plan.batch_size, "_latent" if self.replay.latent else ""
+        old = min(max(round(batch * self.replay.share), 1), batch - 1) if batch > 1 else 0
+        if not old:
+            raise WrongUse(
+                "a batch of one sample has no room for a replayed one", action="batch_size=2 or more"
+            )
+        if self.buffer is None:
+            self.remember(x[:batch], y[:batch])
+        assert self.buffer is not None
+        steps = -(-len(x) // (batch - old))
+        for i in range(steps):
+            part = slice(i * (batch - old), (i + 1) * (batch - old))
+            new, labels = self._kept_as(x[part]), y[part]
+            x_old, y_old = self.buffer.batch(old)
+            mixed = np.concatenate([new, x_old]), np.concatenate([labels, y_old.astype(labels.dtype)])
+            loss = self._step(*mixed, rate, entry)
+            self.loss_history.append(loss)
+            for sample, label in zip(new, labels, strict=True) if remember else ():
+                self.buffer.add(sample, int(label))
+            if callback is not None:
+                callback({"step": i + 1, "steps": steps, "loss": loss, "samples": min(part.stop, len(x))})
+        return self
+
+    def _step(self, x: np.ndarray, y: np.ndarray, rate: float, kind: str = "") -> float:
+        """kind: "_latent" where x is what the entry "features" gives."""
         session = self._session("train", len(x))
         if self.plan.optimizer.accumulate == 1:
-            return self._whole_step(session, x, y, rate)
-        loss = float(session.run("accumulate", x=x, y=y)["loss"][0])
+            return self._whole_step(session, x, y, rate, kind)
+        loss = float(session.run(f"accumulate{kind}", x=x, y=y)["loss"][0])
         self._pending += 1
         if self._pending == self.plan.optimizer.accumulate:
             self._main.run("apply", lr=rate)
             self._pending = 0
         return loss
 
-    def _whole_step(self, session: Session, x: np.ndarray, y: np.ndarray, rate: float) -> float:
+    def _whole_step(
+        self, session: Session, x: np.ndarray, y: np.ndarray, rate: float, kind: str = ""
+    ) -> float:
         """One update from x; the mean loss. The session's micro-batches are run one after another."""
         if "step" in session.program.entries:
-            return float(session.run("step", x=x, y=y, lr=rate)["loss"][0])
+            return float(session.run(f"step{kind}", x=x, y=y, lr=rate)["loss"][0])
         size = session.program.entries["accumulate"]["x"].type.shape[0]
         losses = []
         with session.lock:
             try:
                 for i in range(0, len(x), size):
-                    out = session.run("accumulate", x=x[i : i + size], y=y[i : i + size])
+                    out = session.run(f"accumulate{kind}", x=x[i : i + size], y=y[i : i + size])
                     losses.append(out["loss"][0])
             except BaseException:  # a step that stops on the way leaves no part of its gradient behind
                 for name in session.state_names():
@@ -149,8 +239,8 @@ class Learner:
         """
         x = self._samples(x)
         y = self._targets(y, len(x))
-        session = Session(self.plan.gradient_program(len(x)), self._main)
-        out = session.run("gradient", x=x, y=y)
+        with self._main.lock:
+            out = self._session("gradient", len(x)).run("gradient", x=x, y=y)
         found = {}
         for name, channels in self.plan.update_set.tensors.items():
             shape = self.plan.model.shape(name)
@@ -250,8 +340,11 @@ class Learner:
         return len(raw)
 
     def restore(self, path: str | Path) -> Learner:
-        """Take over what `save` wrote. On any error everything stays as it was."""
-        model, records = delta.decode(delta.read(path), str(path))
+        """Take over what `save` wrote, or what a board kept: the raw bytes of its flash, whose newest slot of this
+        model counts (acclimate.store). On any error everything stays as it was.
+        """
+        raw = store.delta_in(delta.read(path), self.plan.model_hash, str(path))
+        model, records = delta.decode(raw, str(path))
         if model != self.plan.model_hash:
             raise BadInput(
                 "the delta was learned from another model",
@@ -319,10 +412,13 @@ class Learner:
             "saved": self._saved,
             "pending": self._pending,
             "kernels": self._main.kernels,
+            "replay": self.replay,
+            "buffer": self.buffer,
         }
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        self.__init__(kept["plan"], kept["kernels"])  # type: ignore[misc]
+        self.__init__(kept["plan"], kept["kernels"], kept["replay"])  # type: ignore[misc]
+        self.buffer = kept["buffer"]
         self.lr, self.loss_history, self._pending = kept["lr"], kept["loss_history"], kept["pending"]
         self._main.state[:] = kept["state"]
         self._saved = kept["saved"]
@@ -332,9 +428,13 @@ class Learner:
         """The session for a batch size; all share one block of persistent memory."""
         key = (kind, batch)
         if key not in self._sessions:
-            program = (
-                self.plan.predict_program(batch) if kind == "predict" else self.plan.train_program(batch)
-            )
+            plan = self.plan
+            make = {
+                "predict": plan.predict_program,
+                "train": plan.train_program,
+                "gradient": plan.gradient_program,
+            }
+            program = make[kind](batch)
             extra = [k for k, s in self._sessions.items() if s is not self._main]
             if len(extra) >= KEPT_SESSIONS:
                 del self._sessions[extra[0]]
@@ -411,10 +511,18 @@ class Learner:
                 number=f"dtype {y.dtype}",
                 action="map class names to 0..classes-1",
             )
-        if y.dtype.kind != "f":
-            return self.plan.loss.check(y, self._output)
         with np.errstate(over="ignore"):
-            return self.plan.loss.check(y, self._output)
+            y = self.plan.loss.check(y, self._output)
+        if IN_USE in self._main.program.entries[STATE_ENTRY] and self.plan.loss.kind == "classes":
+            unused = np.flatnonzero(self._main.view(STATE_ENTRY, IN_USE)[y] != 0)
+            if unused.size:
+                raise BadInput(
+                    "a label is of a class that is not in use yet",
+                    where=f"row {unused[0]} and {len(unused) - 1} more",
+                    number=f"class {y[unused[0]]}",
+                    action=f"learner.add_class({y[unused[0]]})",
+                )
+        return y
 
 
 def _array(value: Any, what: str) -> np.ndarray:

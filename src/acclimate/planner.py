@@ -16,9 +16,10 @@ import numpy as np
 from . import device as devices
 from . import recompute as recomputing
 from . import schemes
+from .classes import IN_USE, add_class_graph
 from .device import Device
 from .errors import CannotFit, WrongUse
-from .grad import UpdateSet, gradient_graph, predict_graph, step_graphs
+from .grad import UpdateSet, gradient_graph, latent_graphs, predict_graph, step_graphs
 from .ir import Dim, Graph, Node
 from .layout import Layout, arrange, persistent_layout
 from .objective import LOSSES, OPTIMIZERS, SGD, Loss, Optimizer, resolve
@@ -52,6 +53,9 @@ class Plan:
     threads: int = 1
     recompute: str | tuple[str, ...] = "auto"  # or "none", "exact", or names of values
     micro_batches: int | None = None  # a batch is learned in so many parts; None: as many as is quickest
+    latent: bool = (
+        False  # also entries that replay from the frozen layers' output: "features" and "step_latent"
+    )
     gradients: str = "float32"  # or "int16", "int8": through integer layers, as block floating point
     explanation: str = ""  # why this scheme, where it was chosen automatically
     tried: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)  # rows of what else was tried
@@ -64,7 +68,8 @@ class Plan:
 
     @property
     def layouts(self) -> dict[str, Layout]:
-        """Entry name -> order and places: "predict" and "step" (or "accumulate" and "apply")."""
+        """Entry name -> order and places: "predict" and "step" (or "accumulate" and "apply"); with `latent`
+        also "features" and "step_latent" (or "accumulate_latent"), with spare classes "add_class"."""
         return self._choice.layouts
 
     @property
@@ -98,12 +103,12 @@ class Plan:
 
     def predict_program(self, batch_size: int) -> Program:
         """Only the entry "predict", for another batch size, on the same block of persistent values."""
-        return self._build(_arranged({"predict": predict_graph(self._prepared(batch_size))}))
+        return self._build(arranged({"predict": predict_graph(self._prepared(batch_size))}))
 
     def gradient_program(self, batch_size: int) -> Program:
         """The entry "gradient": loss and gradients as outputs, nothing updated. For inspection on the host."""
         graph = gradient_graph(self._prepared(batch_size), self.update_set, self.loss)
-        return self._build(_arranged({"gradient": self._narrowed(graph)}))
+        return self._build(arranged({"gradient": self._narrowed(graph)}))
 
     def _partly(self, graph: Graph) -> Graph:
         share = getattr(self.optimizer, "share", 1.0)
@@ -123,7 +128,7 @@ class Plan:
 
     def _prepared(self, batch_size: int) -> Graph:
         """The model at a batch size, with all that never changes folded away."""
-        return prepare(with_batch(self.model, batch_size), set(self.update_set.tensors))
+        return prepare(with_batch(self.model, batch_size), {*self.update_set.tensors, IN_USE})
 
     def with_batch_size(self, batch_size: int) -> Plan:
         """The same plan for another batch size, without its limits: the same micro-batches or smaller ones."""
@@ -365,8 +370,12 @@ def _plain(plan: Plan, parts: int) -> Choice:
     optimizer = plan.optimizer if parts == 1 else replace(plan.optimizer, accumulate=parts)
     model = plan._prepared(plan.batch_size // parts)
     steps = step_graphs(model, plan.update_set, plan.loss, optimizer)
+    if plan.latent:
+        steps |= latent_graphs(model, plan.update_set, plan.loss, optimizer)
     steps = {name: plan._narrowed(plan._partly(graph)) for name, graph in steps.items()}
-    return Choice(_arranged({"predict": predict_graph(model), **steps}), parts)
+    if IN_USE in model.values:
+        steps["add_class"] = add_class_graph(model)
+    return Choice(arranged({"predict": predict_graph(model), **steps}), parts)
 
 
 def _room(plan: Plan, way: Choice) -> int:
@@ -474,7 +483,8 @@ def _mixes_samples(model: Graph) -> str:
     return ""
 
 
-def _arranged(graphs: Mapping[str, Graph]) -> dict[str, Layout]:
+def arranged(graphs: Mapping[str, Graph]) -> dict[str, Layout]:
+    """Each graph through the passes, with an order and places."""
     return {name: arrange(run_passes(graph)) for name, graph in graphs.items()}
 
 
@@ -532,12 +542,14 @@ def compile_plan(
     must_fit: bool = True,
     recompute: str | Sequence[str] = "auto",
     micro_batches: int | None = None,
+    latent: bool = False,
     gradients: str = "float32",
 ) -> Plan:
     """Compile one scheme. Raises CannotFit, with `fixes`, where it does not fit and `must_fit` is left on.
 
     model: a Graph. device: a name of acclimate.devices() or a Device. memory_bytes: a limit on peak RAM below the
-    device's own. micro_batches: parts that a batch is learned in; None: as the limit asks. The other arguments are
+    device's own. micro_batches: parts that a batch is learned in; None: as the limit asks. latent: also compile what
+    replays the frozen layers' output (acclimate.Replay). The other arguments are
     those of acclimate.plan.
     """
     whole = isinstance(batch_size, (int, np.integer)) and not isinstance(batch_size, bool)
@@ -567,6 +579,7 @@ def compile_plan(
         int(threads or 1),
         _recompute(recompute),
         micro_batches,
+        latent,
         gradients,
     )
     if micro_batches is not None:

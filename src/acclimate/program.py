@@ -42,6 +42,23 @@ class Binding:
 
 
 @dataclass(frozen=True)
+class Operation:
+    """An op of a Program's stream: its row, the types of its inputs and outputs (None where one is absent), and the
+    indices of the outputs' tensor records."""
+
+    op: str
+    inputs: tuple[Type | None, ...]
+    outputs: tuple[Type | None, ...]
+    records: tuple[int, ...]
+
+    @property
+    def shapes(self) -> str:
+        """The types in a line, inputs -> outputs."""
+        sides = [[str(t) if t else "-" for t in side] for side in (self.inputs, self.outputs)]
+        return " -> ".join(", ".join(side) for side in sides)
+
+
+@dataclass(frozen=True)
 class Program:
     """A Program's bytes and what Python needs to know of them."""
 
@@ -54,6 +71,11 @@ class Program:
     def op_counts(self) -> dict[str, int]:
         """Number of ops of each entry."""
         return {name: count for name, (_, count) in _entry_words(self.bytes).items()}
+
+    def place(self, record: int) -> tuple[int, int]:
+        """Area and offset of a tensor record."""
+        _, _, area, _, offset = struct.unpack_from("<4BI", self.bytes, 4 * HEADER_WORDS + 40 * record)
+        return area, offset
 
 
 def pack_bits(array: np.ndarray) -> np.ndarray:
@@ -320,3 +342,27 @@ def decode(raw: bytes) -> Program:
                 text, Type(tuple(dims[:rank]), codes[dtype]), area, offset, bool(is_output)
             )
     return Program(bytes(raw), out, header[12], header[13])
+
+
+def operations(program: Program, entry: str) -> list[Operation]:
+    """The ops of an entry in the order in which they run."""
+    raw, found = program.bytes, []
+    n_tensors = struct.unpack_from("<I", raw, 20)[0]
+    codes, rows = {code: name for name, code in DTYPE_CODES.items()}, list(TABLE.values())
+    stream = 4 * HEADER_WORDS + 40 * n_tensors
+
+    def type_of(index: int) -> Type | None:
+        if index == ABSENT:
+            return None
+        dtype, rank, _, _, _, _, _, *dims = struct.unpack_from("<4BIII6i", raw, 4 * HEADER_WORDS + 40 * index)
+        return Type(tuple(dims[:rank]), codes[dtype])
+
+    for name, at, end, *_ in _read_entries(raw)[0]:
+        while name == entry and at < end:
+            op, n_in, n_out = struct.unpack_from("<HBB", raw, stream + 4 * at)
+            indices = struct.unpack_from(f"<{n_in + n_out}H", raw, stream + 4 * at + 4)
+            types = [type_of(i) for i in indices]
+            row = rows[op]
+            found.append(Operation(row.name, tuple(types[:n_in]), tuple(types[n_in:]), indices[n_in:]))
+            at += 1 + (n_in + n_out + 1) // 2 + sum(a.words for a in row.encoded().values())
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,13 +27,16 @@ from .ops.integer import (
     HIGH,
     LOW,
     MOST,
+    Int,
     affine,
+    averages,
     channel_axis,
     float_nodes,
     form,
     lower,
     norms_as_convolutions,
     sources,
+    without_float_quants,
 )
 from .ops.quantized import half_away
 from .program import build
@@ -61,7 +65,7 @@ class Layer(NamedTuple):
 
 def quantize(
     model: Graph,
-    calibration: Any,
+    calibration: Any = None,
     method: str = "minmax",
     percentile: float = PERCENTILE,
     per_channel: bool = True,
@@ -71,7 +75,8 @@ def quantize(
     """The int8 graph of a float model, as it predicts (batch norm on running statistics, no dropout).
 
     model: a float Graph. calibration: x as the model takes it, (n, ...), unlabelled; also (x, y), a Dataset, or a
-    mapping of input roles to arrays. A few hundred typical samples do.
+    mapping of input roles to arrays. A few hundred typical samples do. What `fake_quantize` gave holds all scales and
+    takes no calibration, nor any other option.
     method: how the range of an activation is chosen. "minmax": all that was seen; "percentile": the middle
     `percentile` per cent; "mse": the part of it with the smallest mean squared error (as TensorRT and others do).
     per_channel: one weight scale an output channel, else one a tensor. keep_float: names of layers or parameters that
@@ -84,7 +89,29 @@ def quantize(
     >>> int8 = acclimate.quantize(model, x[:256])                                     # doctest: +SKIP
     >>> plan = acclimate.plan(int8, device="nano33ble")                               # doctest: +SKIP
     """
+    if any(TABLE[n.op].fakes for n in model.nodes):
+        if calibration is not None:
+            raise WrongUse(
+                "this graph holds its scales already", where="calibration", action="quantize(model)"
+            )
+        return lower(model)
     return Quantization(model, calibration, method, percentile, per_channel, keep_float, bits).graph
+
+
+def fake_quantize(model: Graph, calibration: Any, learn_scales: bool = False, **options: Any) -> Graph:
+    """A float graph that computes as `quantize`'s int8 graph does, and learns: quantisation-aware training.
+
+    Weights pass `fake_quant`, activations `quantize` and `dequantize`, where and at the scales that `quantize` with the
+    same options would; gradients pass all of them as if nothing were rounded, but where a clamp held (Jacob et
+    al. 2018, arXiv:1712.05877). The batch norms are folded and learn as part of the weights. A bias stays as it is:
+    its int32 is finer than the step of an activation. learn_scales: weight scales are parameters too,
+    `<weight>.scale` (Esser et al. 2020, arXiv:1902.08153). What was learned becomes int8 without another calibration:
+
+    >>> fake = acclimate.fake_quantize(model, x[:256], bits=4)                        # doctest: +SKIP
+    >>> learner = acclimate.Learner(acclimate.plan(fake, scheme="full")).fit(x, y)    # doctest: +SKIP
+    >>> int8 = acclimate.quantize(fake.with_data(learner.parameters()))               # doctest: +SKIP
+    """
+    return Quantization(model, calibration, **options).fake(learns=True, learn_scales=learn_scales)
 
 
 def quantization_report(
@@ -132,8 +159,9 @@ def fold(model: Graph) -> Graph:
                 names[old] = new
     values = {names.get(n, n): replace(v, name=names.get(n, n)) for n, v in graph.values.items()}
     learned = {*model.parameters(), *names.values()}
+    sparse = {n for n, v in model.parameters().items() if v.sparse}
     graph.values = {
-        n: replace(v, kind="parameter") if v.kind == "constant" and n in learned else v
+        n: replace(v, kind="parameter", sparse=n in sparse) if v.kind == "constant" and n in learned else v
         for n, v in values.items()
     }
     graph.nodes = [replace(n, inputs=tuple(names.get(i, i) for i in n.inputs)) for n in graph.nodes]
@@ -142,7 +170,7 @@ def fold(model: Graph) -> Graph:
     for name in before.values:
         order += [name, *(names[b] for w, b in pairs if names.get(w) == name and b in names)]
     graph.values = {n: graph.values[n] for n in dict.fromkeys([*order, *graph.values]) if n in graph.values}
-    return norms_as_convolutions(graph)
+    return without_float_quants(norms_as_convolutions(graph))
 
 
 # -- which nodes, and where their values are quantised ----------------------------------------------------------------
@@ -195,9 +223,9 @@ def _layers(graph: Graph, keep_float: Sequence[str]) -> tuple[list[Layer], set[s
             n for n in graph.nodes if any(s == wanted or s.startswith(f"{wanted}.") for s in _named(graph, n))
         ]
         if not found:
-            layers = [_layer_name(graph, n) for n in graph.nodes if form(graph, n) == "weighted"]
+            known = [_layer_name(graph, n) for n in graph.nodes if form(graph, n) == "weighted"]
             raise WrongUse(
-                "keep_float names no layer", number=repr(wanted), action=f"one of {', '.join(layers[:12])}"
+                "keep_float names no layer", number=repr(wanted), action=f"one of {', '.join(known[:12])}"
             )
         kept |= {id(n): "kept by keep_float" for n in found}
     for name in graph.parameters():
@@ -438,7 +466,7 @@ def weight_scales(
 
 @dataclass
 class Quantization:
-    """One model's way to int8; `graph` is the result."""
+    """One model's way to int8."""
 
     model: Graph
     calibration: Any
@@ -455,6 +483,10 @@ class Quantization:
             self.keep_float = (self.keep_float,)
         if any(v.quant is not None for v in self.model.values.values()):
             raise WrongUse("this graph is quantised already", action="give the float model")
+        if self.calibration is None:
+            raise WrongUse(
+                "ranges are measured on samples", where="calibration", action="quantize(model, x[:256])"
+            )
         self.float_graph = fold(self.model)
         self.layers, self._int8_inputs, self._kept = _layers(self.float_graph, self.keep_float)
         if not self.layers:
@@ -471,11 +503,16 @@ class Quantization:
         self.ranges = {name: affine(*ends[name]) for name in names}
         _share_joined(self.float_graph, self.layers, self.ranges)
         self.weights = self._weights()
-        self.graph = lower(self.fake())
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The int8 graph."""
+        return lower(self.fake())
 
     def _weights(self) -> dict[str, Quant]:
         """The scales of every weight; one that several layers share gets the widest."""
-        graph, scales = self.float_graph, {}
+        graph = self.float_graph
+        scales: dict[str, np.ndarray] = {}
         for layer in self.layers:
             if form(graph, layer.node) != "weighted":
                 continue
@@ -488,22 +525,29 @@ class Quantization:
             scales[name] = np.maximum(scales[name], s) if name in scales else s
         return {name: Quant(s) for name, s in scales.items()}
 
-    def fake(self, only: Layer | None = None) -> Graph:
-        """The float graph with its numbers rounded to what int8 can hold, everywhere or in one layer; it runs."""
+    def fake(self, only: Layer | None = None, learns: bool = False, learn_scales: bool = False) -> Graph:
+        """The float graph with its numbers rounded to what int8 can hold, everywhere or in one layer.
+
+        learns: weights are rounded whenever the graph runs, not once, so that they learn; learn_scales: so do their
+        scales.
+        """
         old, layers = self.float_graph, self.layers if only is None else [only]
         chosen = {id(layer.node): layer for layer in layers}
         ends = {layer.output for layer in layers if layer.output}
+        averaged = {n.node.outputs[0]: n.inputs[0] for n in layers if averages(old, n.node)}
+        ends |= averaged.keys()
         new = old.copy()
         new.nodes = []
 
         def rounded(name: str) -> str:
-            scale, zero = self.ranges[self._root[name]]
+            scale, zero = self.ranges[self._root[averaged.get(name, name)]]
             q = emit(new, "quantize", name, name=f"{name}.q", scale=scale, zero=zero)
             return str(emit(new, "dequantize", q, name=f"{name}.dq", scale=scale, zero=zero))
 
         # value -> its rounded twin; what is made in float is rounded for the integer layers only
         held = {n: rounded(n) for n in self._int8_inputs if only is None}
         here: dict[str, str] = {}
+        weights: dict[str, str] = {}
         keeps = {layer.node.outputs[0] for layer in layers if not layer.output}
         for node in old.nodes:
             names = dict(held)
@@ -512,11 +556,25 @@ class Quantization:
                 for name in {*layer.inputs} - held.keys() - keeps:
                     here[name] = names[name] = here.get(name) or rounded(name)
                 if form(old, node) == "weighted":
-                    self._round_weight(new, node)
+                    weight = node.inputs[1]
+                    if not learns:
+                        self._round_weight(new, node)
+                    elif weight not in weights:
+                        weights[weight] = self._fake_weight(
+                            new, node, "parameter" if learn_scales else "constant"
+                        )
+                    names |= weights
             new.nodes.append(replace(node, inputs=tuple(names.get(n, n) for n in node.inputs)))
             held.update({name: rounded(name) for name in node.outputs if name in ends})
         new.outputs = {role: held.get(n, n) for role, n in old.outputs.items()}
         return verify(new, "fake quantisation")
+
+    def _fake_weight(self, graph: Graph, node: Node, kind: str) -> str:
+        name, most = node.inputs[1], 2 ** (self.bits - 1) - 1
+        scale = self.weights[name].scale
+        s = graph.persistent(graph.fresh(f"{name}.scale"), scale, kind)
+        attrs = {"axis": channel_axis(node), "low": -most, "high": most}
+        return str(emit(graph, "fake_quant", name, s, name=f"{name}.fake", **attrs))
 
     def _round_weight(self, graph: Graph, node: Node) -> None:
         name, axis = node.inputs[1], channel_axis(node)
@@ -535,13 +593,8 @@ class Quantization:
         kept = {n.outputs[0]: self._kept[id(n)] for n in self.float_graph.nodes if id(n) in self._kept}
         rows = []
         for node in float_nodes(self.graph):
-            why = kept.get(node.outputs[0], "no integer form")
-            if node.outputs[0] in kept:
-                pass
-            elif node.op == "quantize":
-                why = "conversion to int8"
-            elif form(self.graph, node):
-                why = "its input is float"
+            why = "its input is float" if form(self.graph, node) else "no integer form"
+            why = kept.get(node.outputs[0], why)
             rows.append({"name": node.outputs[0], "op": node.op, "why": why, "where": node.where})
         return rows
 
@@ -565,7 +618,7 @@ class Quantization:
             logits = np.concatenate([a for (a,) in _values(graph, [graph.outputs["output"]], data)])
             return float(resolve(loss, LOSSES, "loss").correct(logits, target))
 
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"name": layer.name, "op": layer.node.op, "output": layer.output}
             for layer in self.layers
             if layer.output
@@ -603,7 +656,7 @@ class Quantization:
                 b = q
                 if q.dtype == np.int8:
                     scale, zero = self.ranges[name]
-                    b = Quant(np.float32(scale), zero).real(q)
+                    b = Int(name, scale, zero).quant.real(q)
                 a64, b64 = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
                 signal[i] += a64 @ a64
                 noise[i] += (a64 - b64) @ (a64 - b64)

@@ -248,9 +248,13 @@ def report_of(data: Mapping[str, Any]) -> Report:
         "plan": _plan,
         "adapt": _adapt,
         "evaluate": _evaluate,
+        "prune": _prune,
         "demo": _demo,
         "devices": _devices,
         "quantize": _quantize,
+        "emulate": _emulate,
+        "check": _check,
+        "export": _export,
     }
     kind = data.get("kind") if isinstance(data, Mapping) else None
     if not isinstance(kind, str) or kind not in makers:
@@ -634,6 +638,71 @@ def _evaluate(data: Row) -> Report:
     )
 
 
+def _prune(data: Row) -> Report:
+    unit = "number" if data["metric"] == "loss" else "share"
+    learned = (Column("accuracy_learned", "after learning", unit),) if data["epochs"] else ()
+    table = Table(
+        "What is left",
+        (
+            Column("channels", "channels gone", "share"),
+            Column("connections", "connections gone", "share"),
+            Column("accuracy", "accuracy", unit),
+            *learned,
+            Column("nonzero", "weights", "count"),
+            Column("macs", "MACs", "macs"),
+            Column("predict_arena_bytes", "arena, predicting", "bytes", 2),
+            Column("arena_bytes", "arena, learning", "bytes", 1),
+            _FLASH,
+        ),
+        tuple(data["rows"]),
+        caption=f"Least important by {data['criterion']}: {data['what']}. Accuracy on {data['samples']['held_out']} "
+        f"held-out samples"
+        + (
+            f", and after {data['epochs']} epochs on {data['samples']['learned_from']}."
+            if data["epochs"]
+            else "."
+        )
+        + " A weight that is zero still takes its bytes and its MAC.",
+    )
+    alone = Table(
+        "One group of layers alone",
+        (
+            Column("name", "first weight"),
+            Column("layers", "layers", "count", 2),
+            Column("channels", "channels", "count"),
+            Column("share", "gone", "share"),
+            Column("accuracy", "accuracy", unit),
+            Column("nonzero", "weights", "count", 1),
+            Column("macs", "MACs", "macs"),
+        ),
+        tuple(data["sensitivity"]),
+        caption="Nothing was learned in between. Layers that share their channels are one group.",
+    )
+    notes = tuple(Note(n) for n in data["notes"])
+    blocks: tuple[Block, ...] = (table, *((alone,) if data["sensitivity"] else ()), *notes)
+    return Report(
+        f"{data['model']['name']}, pruned", _model_line(data["model"]), (Section("", blocks),), data
+    )
+
+
+def _export(data: Row) -> Report:
+    facts = Facts(
+        (
+            ("Program", text(data["program_bytes"], "bytes"), "in flash, beside the code"),
+            ("arena", text(data["arena_bytes"], "bytes"), "RAM"),
+            ("state", text(data["state_bytes"], "bytes"), "RAM: what learns"),
+            ("slot", text(data["slot_bytes"], "bytes"), "RAM for Programs over the line"),
+        )
+    )
+    note = Note(f"Next: {data['build']}")
+    return Report(
+        data["model"]["name"],
+        f"firmware for {data['target']} ({data['mode']}), scheme {data['scheme']}, in {data['folder']}",
+        (Section("", (facts, note)),),
+        data,
+    )
+
+
 def _demo(data: Row) -> Report:
     device = data["device"]
     sections = []
@@ -787,6 +856,56 @@ def _devices(data: Row) -> Report:
 # -- the terminal -------------------------------------------------------------------------------------
 
 _SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def _emulate(data: Row) -> Report:
+    def share(value: Any) -> str:
+        return "" if value is None else text(value, "share")
+
+    facts = (
+        ("accuracy before", share(data["accuracy_before"]), "held-out samples, predicted on the board"),
+        ("accuracy after", share(data["accuracy_after"]), f"{data['steps']} steps of {data['batch_size']}"),
+        ("loss", f"{data['loss_first']:.4g} to {data['loss_last']:.4g}", "first and last tenth of the steps"),
+        ("a step", f"{data['instructions_per_step']:,} instructions", f"{data['cpu']}, {data['engine']}"),
+        ("a prediction", f"{data['instructions_per_prediction']:,} instructions", ""),
+        (
+            "stack",
+            f"{data['stack_bytes']:,} bytes",
+            f"deepest, painted; {data['stack_room_bytes']:,} set aside",
+        ),
+        (
+            "arena",
+            f"{data['arena_bytes']:,} bytes",
+            f"touched, painted; {data['arena_planned_bytes']:,} planned",
+        ),
+        ("RAM", f"{data['ram_bytes']:,} bytes", f"of {data['ram_limit_bytes']:,}, held by the linker"),
+        ("flash", f"{data['flash_bytes']:,} bytes", f"of {data['flash_limit_bytes']:,}, held by the linker"),
+    )
+    return Report(
+        data["name"],
+        f"on an emulated board ({data['machine']})",
+        (Section("", (Facts(tuple(f for f in facts if f[1])), *(Note(n) for n in data["notes"]))),),
+        data,
+    )
+
+
+def _check(data: Row) -> Report:
+    worst = data["largest_error"]
+    facts = Facts(
+        (
+            ("equal", "yes" if data["equal"] else "no", ", ".join(data["places"])),
+            ("steps", str(data["steps"]), f"{data['ops']} ops each, batch {data['batch_size']}"),
+            ("error", f"{worst['error']:.2g}", f"largest against float64, {worst['tensor']}, of its largest"),
+        )
+    )
+    notes = [
+        Note(
+            f"{place}: {d['op']} -> {d['tensor']} differs first, in step {d['step']}, {d['shapes']}",
+            "warning",
+        )
+        for place, d in data["differences"].items()
+    ]
+    return Report(data["name"], "the same steps everywhere", (Section("", (facts, *notes)),), data)
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:

@@ -34,8 +34,9 @@ def build_harness(folder: Path, *more: str) -> Harness:
         pytest.skip(f"{cc} cannot build with {' '.join(flags)}")
     objects = compile_all([*sources(), ROOT / "fuzz/fuzz.c"], folder, [*STRICT, *flags])
     call(cc, *flags, *objects, "-o", folder / "fuzz")
-    objects, (delta,) = objects[:-1], compile_all([ROOT / "fuzz/delta.c"], folder, [*STRICT, *flags])
-    call(cc, *flags, *objects, delta, "-o", folder / "delta")
+    objects, drivers = objects[:-1], [ROOT / "fuzz/delta.c", ROOT / "fuzz/store.c"]
+    for driver in compile_all(drivers, folder, [*STRICT, *flags]):
+        call(cc, *flags, *objects, driver, "-o", folder / driver.stem)
     seeds, pairs = folder / "seeds.bin", folder / "pairs.bin"
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     call(sys.executable, ROOT / "fuzz/seeds.py", seeds, pairs, env={**os.environ, "PYTHONPATH": path})

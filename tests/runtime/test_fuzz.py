@@ -128,3 +128,39 @@ def test_a_missing_check_of_deltas_is_found(harness, tmp_path, check, without):
     done = harness.run(harness.pairs, "--count", 300_000, "--save", kept, binary=tmp_path / "delta", expect=1)
     assert "FINDING: mutant" in done["error"] and "a seed is refused" not in done["error"]
     assert kept.stat().st_size > 0
+
+
+@pytest.mark.parametrize("count", [5_000, pytest.param(500_000, marks=pytest.mark.slow)])
+def test_flash(harness, count):
+    """And for the flash of a board: every reason of refusal that its bytes can give."""
+    summary = harness.run(harness.pairs, "--count", count, binary=harness.delta_binary.with_name("store"))
+    assert summary["mutants"] > count and summary["accepted_changed"] > 0.3 * count
+    reached = {text for text, number in summary["refused"].items() if number}
+    assert reached == {
+        "the file is cut off or has bytes too many",
+        "the file is not a Program, or not a delta where one is read",
+        "the file has a format version that this runtime does not read",
+        "the checksum does not match: bytes were changed",
+        "an offset or size points outside its area",
+        "nothing was kept here yet",
+        "it does not fit into the room that there is",
+    } | (OF_DELTAS - {"the bytes could not be written"})
+
+
+@pytest.mark.parametrize(
+    ("check", "without"),
+    [
+        ("needed(h[W_BYTES], line_of(f)) > s->slot_bytes", "0"),
+        ("if (in_use <= 0)", "if (in_use < 0)"),
+    ],
+)
+def test_a_missing_check_of_flash_is_found(harness, tmp_path, check, without):
+    source = (acclimate.runtime.SOURCE / "ac_store.c").read_text()
+    assert source.count(check) == 1
+    (tmp_path / "ac_store.c").write_text(source.replace(check, without))
+    others = [o for o in harness.objects if o.stem not in ("ac_store", "fuzz")]
+    flags = [*harness.flags, f"-I{acclimate.runtime.SOURCE}", "-Wno-unused"]
+    driver = harness.delta_binary.with_name("store.o")
+    call(compiler(), *flags, tmp_path / "ac_store.c", driver, *others, "-o", tmp_path / "store")
+    done = harness.run(harness.pairs, "--count", 30_000, binary=tmp_path / "store", expect=1)
+    assert "FINDING: mutant" in done["error"] and "a seed is refused" not in done["error"]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadInput, Unsupported, WrongUse
-from ..ir import Dim, Graph, Quant
+from ..ir import Dim, Graph
 from ..ops import emit, verify
 from ..ops import integer as q
 from ..ops.quantized import half_away
@@ -41,8 +41,8 @@ def published(
     first = told["first_conv"]
     side = net.whole(first["in_shape"], 1, MOST_SIDE, "first_conv")
     y = net.scale(first["params"], "x", "first_conv")
-    quant = Quant(np.float32(y[0]), y[1])
-    x = q.Int(graph.input("x", (Dim(1, 1), CHANNELS, side, side), "i8", quant), *y)
+    x = q.Int("x", *y)
+    graph.input("x", (Dim(1, 1), CHANNELS, side, side), "i8", x.quant)
     x = net.conv(graph, x, first, "first_conv")
     for i, block in enumerate(told["blocks"]):
         name = f"blocks.{i}"

@@ -1,8 +1,9 @@
 """From a float graph with quantised points to int8: which integer row stands in for which float row.
 
 A graph says what is quantised by itself: where a value passes `quantize` and `dequantize`, and where a weight has a
-`quant`. Such a graph runs as it is (fake quantisation); `lower` turns whatever lies between two such points and has an
-integer form into integer rows, and leaves the rest in float. Calibration and files of other tools both end here.
+`quant`, or passes a row that `fakes` one while it learns. Such a graph runs as it is (fake quantisation); `lower` turns
+whatever lies between two such points and has an integer form into integer rows, and leaves the rest in float.
+Calibration and files of other tools both end here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .arithmetic import axes_of
 from .quantized import HIGH, LOW, add_attrs, conv_attrs, half_away, multiplier
 
 MOST = 2**31 - 1  # of an accumulator
+LEAST = 1e-12  # of the scale of a weight
 STEP = 1e-5  # of the differences that give the slopes of a table
 
 
@@ -33,7 +35,7 @@ class Int(NamedTuple):
 
     @property
     def quant(self) -> Quant:
-        return Quant(np.float32(self.scale), self.zero)
+        return Quant(np.array([self.scale]), self.zero)
 
 
 # -- numbers -------------------------------------------------------------------------------------------------------
@@ -103,10 +105,16 @@ def form(graph: Graph, node: Node) -> str:
         kind, possible = _FORMS[node.op]
         return kind if possible(graph, node) else ""
     inputs, outputs = parse(row.signature)
-    if inputs and inputs[0].dtype == "t":
+    if row.view or inputs and inputs[0].dtype == "t":
         return "join" if inputs[0].repeated else "keep"
     plain = len(inputs) == 1 and inputs[0].dims == "*" == outputs[0].dims and inputs[0].dtype == "f32"
     return "table" if plain and outputs[0].dtype == "f32" and not row.updates else ""
+
+
+def averages(graph: Graph, node: Node) -> bool:
+    """Does a node keep its input's scale, but not its very numbers, so that its result is rounded?"""
+    row = TABLE[node.op]
+    return form(graph, node) == "keep" and not row.view and parse(row.signature)[0][0].dtype != "t"
 
 
 def sources(graph: Graph, node: Node) -> tuple[str, ...]:
@@ -159,9 +167,8 @@ def conv(
 
 def _parameter(graph: Graph, name: str, data: np.ndarray, dtype: str, quant: Quant) -> str:
     have = graph.values.get(name)
-    same = have is not None and have.data is not None and have.quant is not None
-    if same and have.type.dtype == dtype and np.array_equal(have.data, data):  # type: ignore[union-attr]
-        if np.array_equal(have.quant.scale, quant.scale):  # type: ignore[union-attr]
+    if have is not None and have.data is not None and have.quant is not None and have.type.dtype == dtype:
+        if np.array_equal(have.data, data) and np.array_equal(have.quant.scale, quant.scale):
             return name
     return graph.persistent(graph.fresh(name), data, dtype=dtype, quant=quant)
 
@@ -177,7 +184,7 @@ def add(
     where: str = "",
 ) -> Int:
     """Add a q_add."""
-    attrs = add_attrs(a[1:], b[1:], y, low, high)
+    attrs: dict[str, Any] = dict(add_attrs(a[1:], b[1:], y, low, high))
     return Int(emit(graph, "q_add", a.name, b.name, name=name, where=where, **attrs), *y)
 
 
@@ -186,7 +193,7 @@ def rescale(graph: Graph, x: Int, y: tuple[float, int], name: str) -> Int:
     if (np.float32(x.scale), x.zero) == (np.float32(y[0]), y[1]):
         return x
     m, shift = multiplier(float(np.float32(x.scale)) / float(np.float32(y[0])))
-    attrs = {"x_zero": x.zero, "y_zero": y[1], "multiplier": m, "shift": shift}
+    attrs: Any = {"x_zero": x.zero, "y_zero": y[1], "multiplier": m, "shift": shift}
     return Int(emit(graph, "q_rescale", x.name, name=name, **attrs), *y)
 
 
@@ -208,14 +215,40 @@ def lower(graph: Graph) -> Graph:
     int32 under their own names and shapes, with a `quant`; the weight of a product x @ w is stored as (O, K). An input
     that is only read quantised is int8 itself. Outputs are float.
     """
+    graph = settled(graph)
     if any(node.op == "quantize" for node in graph.nodes):
         return _Lowering(norms_as_convolutions(graph)).run()
-    if any(v.quant is not None and v.type.dtype == "f32" for v in graph.values.values()):  # weights alone
-        graph = graph.copy()
-        graph.values = {
-            n: replace(v, quant=None) if v.type.dtype == "f32" else v for n, v in graph.values.items()
-        }
-    return graph
+    return without_float_quants(graph)
+
+
+def without_float_quants(graph: Graph) -> Graph:
+    """The graph with float weights that are no longer said to be rounded."""
+    new = graph
+    for name, value in graph.values.items():
+        if value.quant is not None and value.type.dtype == "f32":
+            new = graph.copy() if new is graph else new
+            new.values[name] = replace(value, quant=None)
+    return new
+
+
+def settled(graph: Graph) -> Graph:
+    """The graph with each weight that a row `fakes` rounded for good, and its `quant` beside it; itself without any."""
+    if not any(TABLE[n.op].fakes for n in graph.nodes):
+        return graph
+    new = graph.copy()
+    new.nodes = []
+    names: dict[str, str] = {}
+    for node in graph.nodes:
+        if TABLE[node.op].fakes:
+            value, scale = (graph.values[n] for n in node.inputs)
+            assert value.data is not None and scale.data is not None
+            real = TABLE[node.op].ref(node.attrs, value.data.astype(np.float64), scale.data)[0]
+            positive = np.maximum(np.abs(scale.data), LEAST)  # one that was learned may have crossed zero
+            new.values[value.name] = replace(value, data=real.astype(np.float32), quant=Quant(positive))
+            names[node.outputs[0]] = value.name
+        else:
+            new.nodes.append(replace(node, inputs=tuple(names.get(n, n) for n in node.inputs)))
+    return new
 
 
 def norms_as_convolutions(graph: Graph) -> Graph:
@@ -244,7 +277,7 @@ def norms_as_convolutions(graph: Graph) -> Graph:
         for name, array, quant in zip(names, arrays, (Quant(scale), None), strict=True):
             array = array.astype(np.float32)
             new.values[name] = Value(name, Type(array.shape), "parameter", array, quant)
-        geometry = {
+        geometry: Any = {
             "stride": (1,) * rank,
             "before": (0,) * rank,
             "after": (0,) * rank,
@@ -482,7 +515,7 @@ class _Lowering:
             name,
             name=self._stem(sink, node),
             where=node.where,
-            slopes=tuple(float(s) for s in np.float32(slopes)),
+            slopes=tuple(slopes.astype(np.float32).tolist()),
         )
         return self._drain(sink, Int(made, *sink.y))
 
@@ -514,7 +547,7 @@ class _Lowering:
         if op == "avg_pool":
             op = "q_avg_pool"
             if attrs.pop("include_pad") and any((*attrs["before"], *attrs["after"])):  # zeros that count
-                sides = {k: (0, 0, *attrs[k]) for k in ("before", "after")}
+                sides: Any = {k: (0, 0, *attrs[k]) for k in ("before", "after")}
                 padded = emit(self.new, "pad", x.name, name=f"{out}.pad", value=float(x.zero), **sides)
                 x = x._replace(name=padded)
                 attrs |= dict.fromkeys(sides, (0,) * len(attrs["kernel"]))

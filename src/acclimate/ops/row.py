@@ -103,14 +103,23 @@ class Row:
     bounds: Callable[[Mapping[str, Any]], tuple[float, float]] | None = None
     # (attrs) -> (low, high), where all that the row does is to clamp: the row before it may do that, see `clamping`
     clamps: bool = False  # made by `clamping`
+    largest: Callable[[Mapping[str, Any]], bool] | None = None
+    # (attrs) -> is each element of the first output the largest of some of the input's, whatever they are?
     gates: bool = (
         False  # all that the row does, with slope 0, is to keep of input 0 where the bits of input 1 are set
     )
     gated: int | None = None  # the optional input whose bits do the same to input 0 before anything else
     channel_of: int | None = None  # the input along whose axis 1 lie the channels of the output's axis 0
     accumulate: str = ""  # row that adds this op's result to an existing gradient instead of making a new one
+    added: str = ""  # row that adds this op's result, of its first two inputs, to a persistent value
+    adds: bool = False  # all that the row does is to add input 1 to the persistent input 0
     take: Callable[..., tuple[str, ...] | None] | None = None
     # (tape, node, axis, index) -> inputs that make this op compute only `index` along output `axis`
+    fakes: bool = False  # rounds floats to what integers can hold; its gradient is as if it did not
+    couple: Callable[[Any], list[Any]] | None = None
+    # (coupling.Call) -> labels of the outputs: which channels of inputs and outputs go together
+    narrow: Callable[..., Mapping[str, Any]] | None = None
+    # (attrs, kept_in, kept_out, shape) -> attrs on what pruning leaves; kept: a mask an axis of each tensor; shape: new
 
     def encoded(self) -> dict[str, Attr]:
         """The attributes that reach the kernel, in the order of its struct."""

@@ -34,6 +34,11 @@ def best_isa() -> str:
     return _core.best_isa()
 
 
+def status_text(status: int) -> str:
+    """What a status of the C runtime means, in words."""
+    return _core.status_text(status)
+
+
 def load(raw: bytes) -> Program:
     """A Program from bytes of any origin. Everything is checked first; BadInput says what is wrong with them."""
     _handle(raw, "auto", False)

@@ -56,6 +56,7 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"conv_input_grad", "NO~, Oc~ -> NC~", 2, 1, 11, 0, AC_FAST_OR_PLAIN(conv_input_grad), ac_check_conv_input_grad},
     {"conv_weight_grad", "NC~, NO~ -> Oc~", 2, 1, 11, 0, AC_FAST_OR_PLAIN(conv_weight_grad), ac_check_conv_weight_grad},
     {"matmul", "~, ~, O? -> ~", 3, 1, 4, 0, AC_FAST_OR_PLAIN(matmul), ac_check_matmul},
+    {"matmul_add", "MN, ~, ~ ->", 3, 0, 2, 1, AC_KERNEL(matmul_add), ac_check_matmul_add},
     {"softmax", "~D -> ~D", 1, 1, 0, 0, AC_FAST_OR_PLAIN(softmax), ac_check_softmax},
     {"softmax_grad", "*, * -> *", 2, 1, 0, 0, AC_FAST_OR_PLAIN(softmax_grad), ac_check_softmax_grad},
     {"log_softmax", "~D -> ~D", 1, 1, 0, 0, AC_KERNEL(log_softmax), ac_check_log_softmax},
@@ -128,4 +129,6 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"bf_keep_top", "NC~:i16/i8, NC:i32 -> NC~:i16/i8, NC", 2, 2, 1, 0, AC_KERNEL(bf_keep_top), ac_check_bf_keep_top},
     {"bf_avg_pool_grad", "NC~:i16/i8, NC:i32 -> NC~:i16/i8, NC:i32", 2, 2, 10, 0, AC_KERNEL(bf_avg_pool_grad), ac_check_bf_avg_pool_grad},
     {"bf_reshape", "~:i16/i8, ~:i32 -> ~:i16/i8, ~:i32", 2, 2, 0, 0, AC_KERNEL(bf_reshape), ac_check_bf_reshape},
+    {"fake_quant", "*, S -> *, *:bit?", 2, 2, 4, 0, AC_KERNEL(fake_quant), ac_check_fake_quant},
+    {"fake_quant_scale_grad", "*, *, S -> S", 3, 1, 4, 0, AC_KERNEL(fake_quant_scale_grad), ac_check_fake_quant_scale_grad},
 };

@@ -8,6 +8,7 @@
  *   3. Find an entry ("predict", "step") with ac_find_entry and its inputs and outputs with ac_find_binding.
  *   4. Copy a sample to the input's address (ac_address), call ac_run, read the output's address.
  *   5. To keep what was learned, write a delta with ac_delta_save; ac_delta_load takes it up again, here or in Python.
+ *      ac_store.h keeps deltas in flash, safe from power cuts; ac_replay.h keeps samples to learn again.
  *
  * A complete example that trains is examples/c/learn.c. The shortest one:
  *
@@ -69,7 +70,11 @@ typedef enum {
     AC_E_MODEL,      /* a delta of another model, or the Program does not say of which model it is */
     AC_E_RECORD,     /* a record of a delta has a name, type, shape or channels that the Program does not */
     AC_E_VALUE,      /* NaN or infinity among what was learned */
-    AC_E_SINK        /* the caller's sink refused the bytes */
+    AC_E_SINK,       /* the caller's sink refused the bytes */
+    AC_E_EMPTY,      /* nothing was kept here yet (ac_store.h) */
+    AC_E_RETIRED,    /* what was kept here was given up by a rollback */
+    AC_E_ROOM,       /* it does not fit into the room that there is */
+    AC_E_FLASH       /* flash could not be read, erased or written, or reads back otherwise */
 } ac_status;
 
 typedef enum { AC_F32 = 0, AC_I32 = 1, AC_U8 = 2, AC_U16 = 3, AC_I8 = 4, AC_BIT = 5, AC_I16 = 6 } ac_dtype;
