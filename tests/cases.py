@@ -47,6 +47,8 @@ def arrays(row: Row, example: Example, seed: int = 0, dtype=np.float64) -> list[
             out.append(rng.integers(0, high, shape).astype(kind))
         elif domain.startswith("index:"):
             out.append(rng.permutation(int(domain[6:]))[: shape[0]].astype(np.int32))
+        elif domain.startswith("ascending:"):
+            out.append(np.sort(rng.permutation(int(domain[10:]))[: shape[0]]).astype(np.int32))
         elif domain == "step":
             out.append(rng.integers(0, 9, shape).astype(np.int32))
         elif domain == "i16":
@@ -59,6 +61,9 @@ def arrays(row: Row, example: Example, seed: int = 0, dtype=np.float64) -> list[
             out.append(rng.integers(-9000, 9000, shape).astype(np.int32))
         elif domain == "multiplier":
             out.append(rng.integers(2**30, 2**31, shape).astype(np.int32))
+        elif domain == "table":  # bias, multiplier and shift of each channel
+            low, high = np.array([[-9000, 2**30, -9]]).T, np.array([[9000, 2**31, 0]]).T
+            out.append(rng.integers(low, high, shape).astype(np.int32))
         elif domain == "shift":
             out.append(rng.integers(-12, 2, shape).astype(np.int32))
         elif domain == "i8" or patterns[i].dtype.split("/")[0] == "i8":

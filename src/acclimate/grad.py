@@ -55,8 +55,12 @@ class UpdateSet:
         parts = [(n, UpdateSet({n: c}).size(graph)) for n, c in self.tensors.items()]
         return sum(size * np.dtype(DTYPES[graph.type(n).dtype]).itemsize for n, size in parts)
 
+    def channels(self, graph: Graph, name: str) -> Channels | None:
+        """Those of the value called `name` that learn, None for all: it may hold nothing but them already."""
+        return None if graph.values[name].part else self.tensors[name]
+
     def check(self, graph: Graph) -> UpdateSet:
-        """This set with aliases resolved; WrongUse for unknown tensors or channels out of range."""
+        """This set with aliases resolved; WrongUse for unknown tensors, channels out of range."""
         tensors: dict[str, Channels | None] = {}
         known = graph.parameters()
         for name, channels in self.tensors.items():
@@ -331,7 +335,8 @@ def gradient_graph(model: Graph, update_set: UpdateSet, loss: Loss) -> Graph:
     graph, value = _with_loss(model, loss)
     grads = differentiate(graph, value, update_set.names())
     graph.outputs = {"loss": value}
-    for name, channels in update_set.tensors.items():
+    for name in update_set.names():
+        channels = update_set.channels(graph, name)
         if grads[name]:
             graph.outputs[f"d_{name}"] = Tape(graph).learnable(name, grads[name], channels)[0]
     return graph
@@ -346,7 +351,7 @@ def step_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Opti
     tape = Tape(graph)
     parts: dict[str, tuple[str, str, int]] = {}  # name -> gradient, index, axis
     for name in reversed(update_set.names()):  # backward reaches the last layers first
-        channels = update_set.tensors[name]
+        channels = update_set.channels(graph, name)
         if grads[name]:
             grad, index = tape.learnable(name, grads[name], channels)
             parts[name] = (grad, index, 0 if channels is None else channels.axis)

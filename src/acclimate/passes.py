@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from .errors import BadInput
-from .grad import Tape, prune
-from .ir import Graph, Node, Value
+from .grad import Tape, UpdateSet, prune
+from .ir import Graph, Node, Type, Value
 from .ops import TABLE, evaluate, parse, verify
 from .ops.blockfloat import NARROW
 from .ops.row import is_clamped
@@ -35,6 +35,37 @@ def freeze(model: Graph, learned: set[str]) -> Graph:
         if value.kind == "parameter" and name not in learned or value.kind == "state" and name not in kept:
             new.values[name] = replace(value, kind="constant")
     return new
+
+
+def split_parts(model: Graph, update_set: UpdateSet) -> Graph:
+    """A tensor of which some channels learn keeps them alone as a parameter; the rest is constant, and stays in flash.
+
+    Done where all that reads the tensor can read it in two parts (`row.parts`); others stay whole.
+    """
+    new, uses = model.copy(), model.consumers()
+    for name, channels in update_set.tensors.items():
+        value = model.values[name]
+        slots = [TABLE[n.op].parts for n in uses[name]]
+        apart = [
+            s is not None and n.inputs.count(name) == 1 and n.inputs[s[0]] == name and len(n.inputs) <= s[1]
+            for n, s in zip(uses[name], slots, strict=True)
+        ]
+        if channels is None or channels.axis != 1 or not apart or not all(apart):
+            continue
+        learned = sorted(channels.index)
+        index = new.constant(f"{name}.channels", np.array(learned), "i32")
+        fixed = new.add(replace(value, name=new.fresh(f"{name}.fixed"), kind="constant"))
+        data = np.ascontiguousarray(np.take(np.asarray(value.data), learned, 1))
+        new.values[name] = replace(
+            value, type=Type(data.shape, value.type.dtype), data=data, part=(fixed, index)
+        )
+        for i, node in enumerate(new.nodes):
+            if name in node.inputs:
+                at, part, which = TABLE[node.op].parts or (0, 0, 0)
+                inputs = [*node.inputs, *("",) * (which + 1 - len(node.inputs))]
+                inputs[at], inputs[part], inputs[which] = fixed, name, index
+                new.nodes[i] = replace(node, inputs=tuple(inputs))
+    return verify(new, "splitting tensors of which a part learns")
 
 
 def fold_constants(graph: Graph) -> Graph:
@@ -258,6 +289,46 @@ def fuse(graph: Graph) -> Graph:
     return new
 
 
+def join_updates(graph: Graph) -> Graph:
+    """An update that alone reads a gradient makes it itself, so that the whole of it never exists (`row.joins`).
+
+    It comes after all that reads the parameter, so what the gradient is made from lives longer: not where that is more.
+    """
+    new, uses, kept = graph.copy(), graph.consumers(), set(graph.outputs.values())
+    makers = graph.producers()
+    gone: set[int] = set()
+    for i, node in enumerate(graph.nodes):
+        maker = makers.get(node.inputs[1]) if len(node.inputs) > 1 else None
+        op = TABLE[node.op].joins.get(maker.op, "") if maker else ""
+        if not op or maker is None or len(uses[node.inputs[1]]) > 1 or node.inputs[1] in kept:
+            continue
+        attrs = {k: v for k, v in {**maker.attrs, **node.attrs}.items() if k in TABLE[op].attrs}
+        inputs = (node.inputs[0], *maker.inputs, *node.inputs[2:])
+        if len(inputs) > len(parse(TABLE[op].signature)[0]) or graph.type(node.inputs[0]).dtype != "i8":
+            continue  # of some channels only, which the joint row does not take
+        longer = [n for n in maker.inputs if n and (len(uses[n]) == 1 or _overwritten(graph, uses[n], n))]
+        if sum(graph.type(n).size_bytes for n in longer) > graph.type(node.inputs[1]).size_bytes:
+            continue
+        new.nodes[i] = Node(op, inputs, (), attrs, node.where or maker.where)
+        gone.add(id(maker))
+    new.nodes = [n for n in new.nodes if id(n) not in gone]
+    return new
+
+
+def _overwritten(graph: Graph, users: list[Node], name: str) -> bool:
+    """Whether one of the nodes may write its first output over a value."""
+    for node in users:
+        types = [graph.type(n) if n else None for n in node.inputs]
+        over = [node.inputs[i] for i in TABLE[node.op].overwrites(node.attrs, types) if i < len(node.inputs)]
+        if (
+            name in over
+            and node.outputs
+            and graph.type(node.outputs[0]).size_bytes == graph.type(name).size_bytes
+        ):
+            return True
+    return False
+
+
 def segment_time(model: Graph, steps: int | None = None) -> Graph:
     """Let recurrent layers keep their state before every `steps`-th step only, and compute the rest again in backward.
 
@@ -343,14 +414,16 @@ PIPELINE: tuple[Callable[[Graph], Graph], ...] = (
     select_early,
     compact_masks,
     fuse,
+    join_updates,
     prune,
 )
 
 
-def prepare(model: Graph, learned: set[str]) -> Graph:
+def prepare(model: Graph, update_set: UpdateSet, kept: Iterable[str] = ()) -> Graph:
     """A model before it is differentiated: frozen parts folded and clamps in their place, so that the backward part
-    meets them so too."""
-    return _checked(_checked(_checked(freeze(model, learned), fold_constants), fold_frozen), clamp_late)
+    meets them so too. kept: names of further persistent values that are written."""
+    frozen = split_parts(freeze(model, {*update_set.tensors, *kept}), update_set)
+    return _checked(_checked(_checked(frozen, fold_constants), fold_frozen), clamp_late)
 
 
 def run(graph: Graph) -> Graph:

@@ -29,7 +29,7 @@ def _geometry(stride: Any, before: Any, after: Any, dilation: Any, groups: int =
     return {"stride": stride, "before": before, "after": after, "dilation": dilation, "groups": groups}
 
 
-# x, w, geometry: plain; strided, uneven padding; grouped, dilated; depthwise; pointwise; one dimension
+# x, w, geometry: plain; strided, uneven padding; grouped, dilated; depthwise; pointwise; one dimension; depthwise alike
 _CASES: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
     ((2, 3, 7, 6), (4, 3, 3, 3), _geometry((1, 1), (1, 1), (1, 1), (1, 1))),
     ((1, 2, 9, 10), (5, 2, 4, 3), _geometry((2, 3), (2, 0), (1, 2), (1, 1))),
@@ -41,6 +41,8 @@ _CASES: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
     ((2, 3, 33), (4, 3, 16), _geometry((1,), (7,), (8,), (1,))),
     ((2, 4, 35), (4, 4, 16), _geometry((4,), (6,), (6,), (1,))),
     ((1, 4, 20), (8, 2, 3), _geometry((2,), (2,), (2,), (2,), 2)),
+    ((2, 3, 7, 6), (3, 1, 3, 3), _geometry((1, 1), (1, 1), (1, 1), (1, 1), 3)),
+    ((1, 2, 5, 9), (2, 1, 7, 7), _geometry((1, 1), (3, 4), (3, 2), (1, 1), 2)),
 )
 
 

@@ -174,21 +174,23 @@ static void sum_part(int32_t *acc, const ac_attr_bf_conv_input_grad *a, const sh
             }
 }
 
-/* g (N, O, P, Q), t (N), w (O, C / groups, kH, kW) -> m (N, C, H, W), e (N, C) */
+/* g (N, O, P, Q), t (N), w (O, C / groups, kH, kW), part (O, K, kH, kW)?, index (K)? -> m (N, C, H, W), e (N, C) */
 ac_status AC_KERNEL(bf_conv_input_grad)(const ac_call *call) {
     const ac_attr_bf_conv_input_grad *a = call->attr;
     const shape in = shape_of(AC_OUT_T(call, 0)), kernel = shape_of(AC_IN_T(call, 2)), out = shape_of(AC_IN_T(call, 0));
     const int32_t *t = AC_IN(call, 1);
-    const int8_t *w = AC_IN(call, 2);
+    const int parts = AC_IN(call, 3) ? AC_IN_T(call, 3)->dim[1] : 0;
+    const ac_weights w = {AC_IN(call, 2), AC_IN(call, 3), AC_IN(call, 4), kernel.c, parts, kernel.plane};
     int32_t *e = AC_OUT(call, 1), acc[CHUNK];
     const int from_narrow = is_narrow(AC_IN_T(call, 0)), narrow = is_narrow(AC_OUT_T(call, 0)), per_group = out.c / a->groups;
     const int cols = smaller(in.w, CHUNK), rows = smaller(in.h, CHUNK / cols);
     const int passes = rows == in.h && cols == in.w ? 1 : 2; /* where a plane is more than a chunk its sums are made twice */
-    const size_t row_size = (size_t)kernel.c * kernel.plane;
     for (int n = 0; n < in.n; n++)
         for (int c = 0; c < in.c; c++) {
             const int group = c / kernel.c, o = group * per_group;
-            const int8_t *by = w + (size_t)o * row_size + (size_t)(c % kernel.c) * kernel.plane;
+            int next = 0;
+            const int8_t *by = ac_weights_of(&w, o, c % kernel.c, &next);
+            const size_t row_size = ac_weights_step(&w, c % kernel.c, next);
             const size_t first = ((size_t)n * (size_t)out.c + (size_t)o) * out.plane,
                          to = ((size_t)n * (size_t)in.c + (size_t)c) * in.plane;
             uint32_t largest = 0;

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x25317D33u
+#define AC_TABLE_HASH 0x3D7DC1CBu
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -117,25 +117,27 @@ typedef enum {
     AC_OP_Q_CONV_INPUT_GRAD = 107,
     AC_OP_Q_CONV_WEIGHT_GRAD = 108,
     AC_OP_Q_ADD = 109,
-    AC_OP_Q_RESCALE = 110,
-    AC_OP_Q_AVG_POOL = 111,
-    AC_OP_Q_TABLE = 112,
-    AC_OP_Q_TABLE_GRAD = 113,
-    AC_OP_Q_SGD = 114,
-    AC_OP_BF_PACK = 115,
-    AC_OP_BF_UNPACK = 116,
-    AC_OP_BF_GATE = 117,
-    AC_OP_BF_ALIGN = 118,
-    AC_OP_BF_CONV_INPUT_GRAD = 119,
-    AC_OP_BF_CONV_WEIGHT_GRAD = 120,
-    AC_OP_BF_SUM = 121,
-    AC_OP_BF_ADD = 122,
-    AC_OP_BF_KEEP_TOP = 123,
-    AC_OP_BF_AVG_POOL_GRAD = 124,
-    AC_OP_BF_RESHAPE = 125,
-    AC_OP_FAKE_QUANT = 126,
-    AC_OP_FAKE_QUANT_SCALE_GRAD = 127,
-    AC_OP_COUNT = 128
+    AC_OP_Q_BLOCK = 110,
+    AC_OP_Q_RESCALE = 111,
+    AC_OP_Q_AVG_POOL = 112,
+    AC_OP_Q_TABLE = 113,
+    AC_OP_Q_TABLE_GRAD = 114,
+    AC_OP_Q_SGD = 115,
+    AC_OP_Q_CONV_SGD = 116,
+    AC_OP_BF_PACK = 117,
+    AC_OP_BF_UNPACK = 118,
+    AC_OP_BF_GATE = 119,
+    AC_OP_BF_ALIGN = 120,
+    AC_OP_BF_CONV_INPUT_GRAD = 121,
+    AC_OP_BF_CONV_WEIGHT_GRAD = 122,
+    AC_OP_BF_SUM = 123,
+    AC_OP_BF_ADD = 124,
+    AC_OP_BF_KEEP_TOP = 125,
+    AC_OP_BF_AVG_POOL_GRAD = 126,
+    AC_OP_BF_RESHAPE = 127,
+    AC_OP_FAKE_QUANT = 128,
+    AC_OP_FAKE_QUANT_SCALE_GRAD = 129,
+    AC_OP_COUNT = 130
 } ac_op;
 
 typedef struct {
@@ -493,6 +495,14 @@ typedef struct {
 } ac_attr_q_add;
 
 typedef struct {
+    int32_t geometry[36];
+    int32_t scaling[24];
+    int32_t rows[6];
+    int32_t adds;
+    int32_t add[11];
+} ac_attr_q_block;
+
+typedef struct {
     int32_t x_zero;
     int32_t y_zero;
     int32_t multiplier;
@@ -519,6 +529,21 @@ typedef struct {
     int32_t rounding;
     int32_t salt;
 } ac_attr_q_sgd;
+
+typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t x_zero;
+    float x_scale;
+    float momentum;
+    int32_t nesterov;
+    float weight_decay;
+    int32_t rounding;
+    int32_t salt;
+} ac_attr_q_conv_sgd;
 
 typedef struct {
     int32_t spare;
@@ -699,11 +724,13 @@ ac_status AC_KERNEL(q_conv_weight_grad)(const ac_call *call);
 ac_status AC_FAST_KERNEL(q_conv_weight_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_add)(const ac_call *call);
 ac_status AC_FAST_KERNEL(q_add)(const ac_call *call);
+ac_status AC_KERNEL(q_block)(const ac_call *call);
 ac_status AC_KERNEL(q_rescale)(const ac_call *call);
 ac_status AC_KERNEL(q_avg_pool)(const ac_call *call);
 ac_status AC_KERNEL(q_table)(const ac_call *call);
 ac_status AC_KERNEL(q_table_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_sgd)(const ac_call *call);
+ac_status AC_KERNEL(q_conv_sgd)(const ac_call *call);
 ac_status AC_KERNEL(bf_pack)(const ac_call *call);
 ac_status AC_KERNEL(bf_unpack)(const ac_call *call);
 ac_status AC_KERNEL(bf_gate)(const ac_call *call);
@@ -771,11 +798,13 @@ ac_status ac_check_q_conv(const ac_call *call);
 ac_status ac_check_q_conv_input_grad(const ac_call *call);
 ac_status ac_check_q_conv_weight_grad(const ac_call *call);
 ac_status ac_check_q_add(const ac_call *call);
+ac_status ac_check_q_block(const ac_call *call);
 ac_status ac_check_q_rescale(const ac_call *call);
 ac_status ac_check_q_avg_pool(const ac_call *call);
 ac_status ac_check_q_table(const ac_call *call);
 ac_status ac_check_q_table_grad(const ac_call *call);
 ac_status ac_check_q_sgd(const ac_call *call);
+ac_status ac_check_q_conv_sgd(const ac_call *call);
 ac_status ac_check_bf_pack(const ac_call *call);
 ac_status ac_check_bf_unpack(const ac_call *call);
 ac_status ac_check_bf_gate(const ac_call *call);

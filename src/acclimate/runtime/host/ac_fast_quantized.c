@@ -186,8 +186,13 @@ static void widen(int16_t *to, const int8_t *w, int taps) {
 
 /* Output channel o's weights, with those that lie apart in their places. */
 static void weights_of(int16_t *to, const ac_call *call, const shape *kernel, int o) {
-    const int taps = kernel->c * (int)kernel->plane;
+    const int plane = (int)kernel->plane, taps = kernel->c * plane;
     widen(to, (const int8_t *)AC_IN(call, 1) + (size_t)o * (size_t)taps, taps);
+    if (!AC_IN(call, 5)) return;
+    const int count = AC_IN_T(call, 5)->dim[1];
+    const int8_t *part = (const int8_t *)AC_IN(call, 5) + (size_t)o * (size_t)(count * plane);
+    for (int k = 0; k < count; k++)
+        for (int i = 0; i < plane; i++) to[((const int32_t *)AC_IN(call, 6))[k] * plane + i] = part[k * plane + i];
 }
 
 static void dense(const ac_call *call, const results *r, int16_t *scratch, int n, int first, int last) {
@@ -440,6 +445,13 @@ ac_status AC_FAST_KERNEL(q_conv_input_grad)(const ac_call *call) {
     const uint32_t *bits = AC_IN(call, 3);
     for (int o = 0; o < out.c; o++)
         for (int c = 0; c < in.c; c++) w[o * in.c + c] = (float)from[o * in.c + c] * scale[o];
+    if (AC_IN(call, 4)) {
+        const int8_t *part = AC_IN(call, 4);
+        const int32_t *index = AC_IN(call, 5);
+        const int count = AC_IN_T(call, 4)->dim[1];
+        for (int o = 0; o < out.c; o++)
+            for (int k = 0; k < count; k++) w[o * in.c + index[k]] = (float)part[o * count + k] * scale[o];
+    }
     const product p = {in.c, (int)out.plane, out.c, 0, 0, 1, (size_t)in.c, out.plane, out.plane, 0, {0, 0, 0}};
     for (int n = 0; n < out.n; n++) {
         const float *source = d + (size_t)n * (size_t)out.c * out.plane;
