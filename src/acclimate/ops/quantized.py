@@ -690,6 +690,7 @@ ROWS = (
         shape=_q_block_shape,
         fixed=tuple(range(2, 2 + 2 * MAX_STAGES, 2)),
         check=True,
+        fast=True,
         no_grad="blocks are made after differentiation, of what does not learn",
         cost=_q_block_cost,
     ),

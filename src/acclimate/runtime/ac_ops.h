@@ -725,6 +725,7 @@ ac_status AC_FAST_KERNEL(q_conv_weight_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_add)(const ac_call *call);
 ac_status AC_FAST_KERNEL(q_add)(const ac_call *call);
 ac_status AC_KERNEL(q_block)(const ac_call *call);
+ac_status AC_FAST_KERNEL(q_block)(const ac_call *call);
 ac_status AC_KERNEL(q_rescale)(const ac_call *call);
 ac_status AC_KERNEL(q_avg_pool)(const ac_call *call);
 ac_status AC_KERNEL(q_table)(const ac_call *call);

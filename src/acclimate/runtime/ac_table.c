@@ -113,7 +113,7 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"q_conv_input_grad", "NO~, Oc~:i8, O, NO~:bit?, OK~:i8?, K:i32? -> NC~", 6, 1, 11, 0, AC_FAST_OR_PLAIN(q_conv_input_grad), ac_check_q_conv_input_grad},
     {"q_conv_weight_grad", "NC~:i8, NO~ -> Oc~", 2, 1, 13, 0, AC_FAST_OR_PLAIN(q_conv_weight_grad), ac_check_q_conv_weight_grad},
     {"q_add", "*:i8, *:i8 -> *:i8, *:bit?", 2, 2, 11, 0, AC_FAST_OR_PLAIN(q_add), ac_check_q_add},
-    {"q_block", "NCHW:i8, ~:i8/i32+ -> NOPQ:i8, S:i8", 2, 2, 78, 0, AC_KERNEL(q_block), ac_check_q_block},
+    {"q_block", "NCHW:i8, ~:i8/i32+ -> NOPQ:i8, S:i8", 2, 2, 78, 0, AC_FAST_OR_PLAIN(q_block), ac_check_q_block},
     {"q_rescale", "*:i8 -> *:i8, *:bit?", 1, 2, 6, 0, AC_KERNEL(q_rescale), ac_check_q_rescale},
     {"q_avg_pool", "NC~:i8 -> NC~:i8", 1, 1, 12, 0, AC_KERNEL(q_avg_pool), ac_check_q_avg_pool},
     {"q_table", "*:i8, T:i8 -> *:i8", 2, 1, 0, 0, AC_KERNEL(q_table), ac_check_q_table},

@@ -63,6 +63,7 @@ AC_INLINE pairs no_sum(void) { return same_pair(0); }
 AC_INLINE void store_sums(int32_t *to, pairs sum) { memcpy(to, &sum, sizeof sum); }
 #endif
 
+enum { CONV_SCRATCH = 160 * 1024 }; /* of a worker's scratch what a convolution uses */
 enum { TILE = 4 * WIDE }; /* output pixels whose sums are made together */
 
 AC_INLINE uint32_t pair_of(int16_t low, int16_t high) { return (uint16_t)low | (uint32_t)(uint16_t)high << 16; }
@@ -344,7 +345,7 @@ static int is_depthwise(const ac_attr_q_conv *a, const shape *kernel, const shap
     const size_t line = (size_t)(padded(out->w) * step + kernel->w + 1) * 2, height = (size_t)(out->h - 1) * (size_t)a->stride[0]
                                                                                      + (size_t)kernel->h;
     return kernel->c == 1 && a->groups > 1 && kernel->plane < 64 && (step == 1 || step == 2) && a->dilation[0] == 1
-           && a->dilation[1] == 1 && a->before[1] <= 64 && line * (height + 1) * sizeof(int16_t) + 64 <= AC_SCRATCH_BYTES;
+           && a->dilation[1] == 1 && a->before[1] <= 64 && line * (height + 1) * sizeof(int16_t) + 64 <= CONV_SCRATCH;
 }
 
 typedef struct {
@@ -422,6 +423,63 @@ ac_status AC_FAST_KERNEL(q_add)(const ac_call *call) {
 #else
     return AC_KERNEL(q_add)(call);
 #endif
+}
+
+/* ---- blocks ---- */
+
+static ac_tensor planes(int dtype, int n, int c, int h, int w) {
+    const uint32_t size = (uint32_t)n * (uint32_t)c * (uint32_t)h * (uint32_t)w;
+    return (ac_tensor){(uint8_t)dtype, 4, AC_ARENA, 0, 0, size, 0, {n, c, h, w, 1, 1}};
+}
+
+/* One convolution after another, with what lies between two of them whole in the scratch: there is room here. Where it
+ * does not fit, a few rows at a time, as the plain kernel does it. */
+ac_status AC_FAST_KERNEL(q_block)(const ac_call *call) {
+    enum { STAGES = sizeof(((ac_attr_q_block *)0)->rows) / sizeof(int32_t), ROOM = AC_SCRATCH_BYTES - CONV_SCRATCH };
+    const ac_attr_q_block *a = call->attr;
+    const int count = ((int)call->n_in - 1) / 2, skip = STAGES - count;
+    ac_tensor image[STAGES + 1], scaling[STAGES];
+    image[0] = *AC_IN_T(call, 0);
+    const int batch = image[0].dim[0];
+    image[0] = planes(AC_I8, 1, image[0].dim[1], image[0].dim[2], image[0].dim[3]);
+    uint32_t held = 0;
+    for (int i = 0; i < count; i++) {
+        const int32_t *g = a->geometry + 6 * (skip + i);
+        const ac_tensor *w = AC_IN_T(call, (uint32_t)(1 + 2 * i));
+        image[i + 1] = planes(AC_I8, 1, w->dim[0], (image[i].dim[2] + g[2] + g[4] - w->dim[2]) / g[0] + 1,
+                              (image[i].dim[3] + g[3] + g[5] - w->dim[3]) / g[1] + 1);
+        scaling[i] = (ac_tensor){AC_I32, 1, AC_CONST, 0, 0, (uint32_t)w->dim[0], 0, {w->dim[0], 1, 1, 1, 1, 1}};
+        if (i + 1 < count && image[i + 1].size > held) held = image[i + 1].size;
+    }
+    if (!call->workers || 2 * (uint64_t)held > ROOM) return AC_KERNEL(q_block)(call);
+    int8_t *between[2] = {(int8_t *)call->workers->scratch + CONV_SCRATCH, (int8_t *)call->workers->scratch + CONV_SCRATCH + held};
+    for (int n = 0; n < batch; n++) {
+        const int8_t *x = (const int8_t *)AC_IN(call, 0) + (size_t)n * image[0].size, *from = x;
+        int8_t *y = (int8_t *)AC_OUT(call, 0) + (size_t)n * image[count].size;
+        for (int i = 0; i < count; i++) {
+            const int32_t *g = a->geometry + 6 * (skip + i), *q = a->scaling + 4 * (skip + i);
+            const ac_tensor *w = AC_IN_T(call, (uint32_t)(1 + 2 * i));
+            int32_t *table = AC_IN(call, (uint32_t)(2 + 2 * i));
+            const ac_attr_q_conv attr = {{g[0], g[1]}, {g[2], g[3]}, {g[4], g[5]}, {1, 1}, image[i].dim[1] / w->dim[1],
+                                         q[0], q[1], q[2], q[3]};
+            int8_t *to = i + 1 < count ? between[i & 1] : y;
+            const ac_call one = {7, 2,
+                                 {&image[i], w, &scaling[i], &scaling[i], &scaling[i], NULL, NULL, &image[i + 1], NULL},
+                                 {(void *)(uintptr_t)from, AC_IN(call, (uint32_t)(1 + 2 * i)), table, table + w->dim[0],
+                                  table + 2 * w->dim[0], NULL, NULL, to, NULL},
+                                 &attr, call->workers};
+            AC_FAST_KERNEL(q_conv)(&one);
+            from = to;
+        }
+        if (!a->adds) continue;
+        ac_attr_q_add add;
+        memcpy(&add, a->add, sizeof add);
+        const ac_call sum = {2, 2, {&image[count], &image[0], &image[count], NULL}, {y, (void *)(uintptr_t)x, y, NULL}, &add,
+                             call->workers};
+        AC_FAST_KERNEL(q_add)(&sum);
+    }
+    memset(AC_OUT(call, 1), 0, AC_OUT_T(call, 1)->size);
+    return AC_OK;
 }
 
 /* ---- gradients ---- */
