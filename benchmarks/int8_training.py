@@ -4,7 +4,8 @@
 watch     activity, a phone's model on a watch (har_spsw)
 ecg       beats of a new patient, the first 5 minutes (mitbih_beats); the mean over patients
 
-The float model, its batch norms folded into the layers before, learns in float32; its quantised twin in int8 by each rounding of the update, with gradients in float32 or in
+The float model, its batch norms folded into the layers before, learns in float32; its quantised twin in int8 by each
+rounding of the update, with gradients in float32 or in
 integers, and with only a quarter of the channels updated at each step. One learning rate (--lr) for all of them, from
 nothing tuned. Figures are the accuracy on samples that were kept out, means over seeds with their standard deviation.
 """
@@ -36,7 +37,11 @@ WAYS = {
     "int8 nearest": (True, {"rounding": "nearest"}, "float32"),
     "int8 stochastic, int16 gradients": (True, {"rounding": "stochastic"}, "int16"),
     "int8 stochastic, int8 gradients": (True, {"rounding": "stochastic"}, "int8"),
-    "int8 stochastic, a quarter of the channels": (True, {"rounding": "stochastic", "share": 0.25}, "float32"),
+    "int8 stochastic, a quarter of the channels": (
+        True,
+        {"rounding": "stochastic", "share": 0.25},
+        "float32",
+    ),
 }
 
 
@@ -65,7 +70,9 @@ TASKS = {"watch": watch, "ecg": ecg}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--quick", action="store_true", help="less data, two epochs, one seed")
     parser.add_argument("--seeds", type=int, default=3)

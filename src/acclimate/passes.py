@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -419,10 +419,14 @@ PIPELINE: tuple[Callable[[Graph], Graph], ...] = (
 )
 
 
-def prepare(model: Graph, update_set: UpdateSet, kept: Iterable[str] = ()) -> Graph:
+def prepare(model: Graph, learned: set[str], update_set: UpdateSet | None = None) -> Graph:
     """A model before it is differentiated: frozen parts folded and clamps in their place, so that the backward part
-    meets them so too. kept: names of further persistent values that are written."""
-    frozen = split_parts(freeze(model, {*update_set.tensors, *kept}), update_set)
+    meets them so too.
+
+    learned: names of the values that runs may write; update_set: says of which of them only a part.
+    """
+    frozen = freeze(model, learned)
+    frozen = split_parts(frozen, update_set) if update_set is not None else frozen
     return _checked(_checked(_checked(frozen, fold_constants), fold_frozen), clamp_late)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import passes
 from .errors import WrongUse
-from .grad import UpdateSet, predict_graph
+from .grad import predict_graph
 from .ir import Dim, Graph, Node, Value
 from .layout import arrange
 from .learner import Learner
@@ -292,7 +292,7 @@ def size(graph: Graph) -> dict[str, int]:
         ),
         "macs": macs,
         "nonzero_macs": nonzero,
-        "predict_arena_bytes": arrange(passes.run(passes.prepare(predicts, UpdateSet({})))).arena_bytes,
+        "predict_arena_bytes": arrange(passes.run(passes.prepare(predicts, set()))).arena_bytes,
     }
 
 

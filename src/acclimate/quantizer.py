@@ -18,7 +18,7 @@ import numpy as np
 from . import passes
 from .data import Dataset
 from .errors import BadInput, WrongUse
-from .grad import UpdateSet, predict_graph, prune
+from .grad import predict_graph, prune
 from .ir import Graph, Node, Quant, Value
 from .layout import arrange
 from .objective import LOSSES, Loss, resolve
@@ -143,7 +143,7 @@ def fold(model: Graph) -> Graph:
     biases = {
         n.inputs[1]: n.inputs[2] for n in before.nodes if TABLE[n.op].roles.get(2) and len(n.inputs) > 2
     }
-    graph = prune(passes.prepare(before, UpdateSet({})))
+    graph = prune(passes.prepare(before, set()))
     names: dict[str, str] = {}
     pairs: list[tuple[str, str]] = []  # a folded weight and its bias
     for node in graph.nodes:

@@ -11,6 +11,7 @@ import mmap
 import sys
 
 import numpy as np
+from cases import arrays as inputs_of
 
 from acclimate.ir import Graph, Type
 from acclimate.layout import Buffer, Layout, arrange
@@ -74,6 +75,9 @@ def cases(seed: int, count: int):
         added = add_attrs((0.03, 4), (0.05, -9), (0.06, 2), -100, 100)
         size = int(rng.integers(1, 200))
         yield "q_add", [rng.integers(-128, 128, size).astype(np.int8) for _ in "ab"], added
+        row = TABLE["q_block"]
+        block = row.examples[int(rng.integers(len(row.examples)))]
+        yield "q_block", inputs_of(row, block, int(rng.integers(1000))), dict(block.attrs)
         scale = rng.uniform(0.1, 1, w[0]).astype(np.float32)
         yield "q_conv_input_grad", [array(*y), w_q, scale], {**attrs, "size": x[2:]}
         weight_of = {"kernel": w[2:], "x_zero": zeros["x_zero"], "x_scale": 0.02}
@@ -122,13 +126,14 @@ def program_of(op: str, arrays: list[np.ndarray], attrs: dict, last: int = -1) -
         else graph.input(f"i{i}", a.shape, dtype_of(a))
         for i, a in enumerate(arrays)
     ]
-    others = tuple(range(1, len(parse(TABLE[op].signature)[1])))
+    others = tuple(i for i, p in enumerate(parse(TABLE[op].signature)[1]) if i and p.optional)
     out = emit(graph, op, *names, unused=others, **attrs)
     graph.outputs["o"] = out if isinstance(out, str) else out[0]
     if last < 0:
         return build({"run": arrange(graph)})
-    tensors = [*graph.inputs.values(), graph.outputs["o"]]
-    tensors.append(tensors.pop(last))
+    more = [] if isinstance(out, str) else [n for n in out[1:] if n]
+    tensors = [*more, *graph.inputs.values(), graph.outputs["o"]]
+    tensors.append(tensors.pop(len(more) + last))
     buffers, offsets, at = [], {}, 0
     for name in tensors:
         size = graph.type(name).size_bytes

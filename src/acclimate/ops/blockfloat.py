@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from .convolution import (
     _weight_grad_shape,
 )
 from .pooling import _AVERAGE, _AVG, _avg_grad_shape, _avg_pool_matrix, _avg_shape, _window_cost
-from .quantized import _PARTS, check_part, half_away, joined
+from .quantized import _PARTS, Q_SGD, check_part, half_away, joined, q_conv_sgd_check, q_sgd
 from .row import Attr, Cost, Example, Row
 from .update import kept_channels
 
@@ -370,6 +371,35 @@ ROWS = (
         check=True,
         no_grad=_NO_SECOND,
         cost=lambda a, i, o: _macs(a, i[1].size, o[0].shape),
+    ),
+    Row(
+        "bf_conv_sgd",
+        "Oc~:i8, NC~:i8, NO~:i16/i8, NO:i32, 1, S, Oc~?, Oc~:i8?, 1:i32? ->",
+        "bf_conv_weight_grad and q_sgd at once, as q_conv_sgd.",
+        lambda a, w, x, m, e, *rest: q_sgd(
+            {**a, "axis": 0}, w, _bf_weight_grad({**a, "kernel": w.shape[2:]}, x, m, e)[0], *rest
+        ),
+        tuple(
+            Example(
+                (w, x, _out(x, w, g), (x[0], w[0]), (1,), (w[0],), *more),
+                {**g, "x_zero": -9, "x_scale": 0.05, **attrs},
+                {2: "i16" if i % 2 else "i8", 3: "exponent", 4: "positive", 5: "positive", 8: "step"},
+            )
+            for i, ((x, w, g), more, attrs) in enumerate(
+                zip(
+                    _CASES[:4],
+                    ((), (None, None, (1,)), (_CASES[2][1],), (None, _CASES[3][1])),
+                    ({}, {"rounding": 1, "salt": 5}, {"momentum": 0.9}, {}),
+                    strict=True,
+                )
+            )
+        ),
+        attrs={**_GEOMETRY, "x_zero": Attr("i", 0), "x_scale": Attr("f", 1.0), **Q_SGD},
+        shape=lambda a, w, x, m, e, *rest: q_conv_sgd_check(a, w, x, m, *rest),
+        updates=(0, 6, 7),
+        check=True,
+        no_grad="an update is not differentiated",
+        cost=lambda a, i, o: replace(_macs(a, i[2].size, i[0].shape), elementwise=6 * i[0].size),
     ),
     Row(
         "bf_sum",

@@ -393,7 +393,7 @@ def _weight_grad(a: Any, x: Any, d: Any) -> list[Any]:
 # -- update --------------------------------------------------------------------------------------------------------
 
 
-def _q_sgd(
+def q_sgd(
     a: Any,
     w: Any,
     g: Any,
@@ -438,10 +438,10 @@ def _q_sgd(
 
 def _q_conv_sgd(a: Any, w: Any, x: Any, d: Any, *rest: Any) -> list[Any]:
     g = _weight_grad({**a, "kernel": w.shape[2:]}, x, d)[0]
-    return _q_sgd({**a, "axis": 0}, w, g, *rest)
+    return q_sgd({**a, "axis": 0}, w, g, *rest)
 
 
-def _q_conv_sgd_check(a: Any, w: Type, x: Type, d: Type, *rest: Type | None) -> list[Type]:
+def q_conv_sgd_check(a: Any, w: Type, x: Type, d: Type, *rest: Type | None) -> list[Type]:
     g = _weight_grad_shape({**a, "kernel": w.shape[2:]}, x, d)[0]
     return _q_sgd_check({**a, "axis": 0}, w, g, *rest, None)
 
@@ -481,7 +481,7 @@ _Q_ADD = {
     **{f"{n}_{what}": Attr("i") for n in "aby" for what in ("multiplier", "shift")},
     **_CLAMP,
 }
-_Q_SGD = {
+Q_SGD = {
     "momentum": Attr("f", 0.0),
     "nesterov": Attr("i", 0),
     "weight_decay": Attr("f", 0.0),
@@ -771,7 +771,7 @@ ROWS = (
         "Gradient descent on integers: w -= round(lr * g / scale), saturated; g and scale are those of what w stands "
         "for. rounding 0: half away from zero, 1: stochastic, from the step counter and the salt. With a residual, "
         "one more int8 an element, what rounding would lose is kept for the next step.",
-        _q_sgd,
+        q_sgd,
         (
             Example(
                 ((6, 5, 3), (6, 5, 3), (1,), (6,)), {"weight_decay": 0.1}, {2: "positive", 3: "positive"}
@@ -793,11 +793,11 @@ ROWS = (
             ),
             Example(((7,), (7,), (1,), (7,)), {"momentum": 0.5}, {0: "bias", 2: "positive", 3: "positive"}),
         ),
-        attrs={"axis": Attr("i", 0), **_Q_SGD},
+        attrs={"axis": Attr("i", 0), **Q_SGD},
         shape=_q_sgd_check,
         updates=(0, 4, 5),
         fixed=(7,),
-        joins={"q_conv_weight_grad": "q_conv_sgd"},
+        joins={"q_conv_weight_grad": "q_conv_sgd", "bf_conv_weight_grad": "bf_conv_sgd"},
         check=True,
         no_grad=_WHY,
         cost=lambda a, i, o: Cost(elementwise=6 * i[1].size),
@@ -821,8 +821,8 @@ ROWS = (
                 strict=True,
             )
         ),
-        attrs={**_GEOMETRY, "x_zero": Attr("i", 0), "x_scale": Attr("f", 1.0), **_Q_SGD},
-        shape=_q_conv_sgd_check,
+        attrs={**_GEOMETRY, "x_zero": Attr("i", 0), "x_scale": Attr("f", 1.0), **Q_SGD},
+        shape=q_conv_sgd_check,
         updates=(0, 5, 6),
         check=True,
         no_grad=_WHY,

@@ -413,6 +413,8 @@ ROWS = (
         (
             Example(((2, 3, 5), (2, 3)), {"rows": 7}, {1: "below:7"}),
             Example(((6, 3), (6,)), {"rows": 4, "padding": 1}, {1: "below:4"}),
+            Example(((1, 2), (1,)), {"rows": 2}, {1: "below:2"}),
+            Example(((2, 1), (2,)), {"rows": 3}, {1: "below:3"}),
         ),
         attrs={"rows": Attr("-"), "padding": Attr("i", -1)},
         shape=_embedding_grad_shape,

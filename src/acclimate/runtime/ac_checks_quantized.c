@@ -40,22 +40,6 @@ ac_status ac_check_q_rescale(const ac_call *call) {
                : AC_E_OP;
 }
 
-static ac_status check_fake(const ac_tensor *x, const ac_tensor *scale, int32_t axis, int32_t low, int32_t high,
-                            int32_t zero) {
-    if (axis < 0 || axis >= x->rank || (scale->size != 1 && scale->size != (uint32_t)x->dim[axis])) return AC_E_SHAPE;
-    return is_clamp(low, high) && low <= zero && zero <= high ? AC_OK : AC_E_OP;
-}
-
-ac_status ac_check_fake_quant(const ac_call *call) {
-    const ac_attr_fake_quant *a = call->attr;
-    return check_fake(AC_IN_T(call, 0), AC_IN_T(call, 1), a->axis, a->low, a->high, a->zero);
-}
-
-ac_status ac_check_fake_quant_scale_grad(const ac_call *call) {
-    const ac_attr_fake_quant_scale_grad *a = call->attr;
-    return check_fake(AC_IN_T(call, 1), AC_IN_T(call, 2), a->axis, a->low, a->high, a->zero);
-}
-
 /* A block's stages follow from x: each must fit the next, and the rows that are held into the work buffer. */
 ac_status ac_check_q_block(const ac_call *call) {
     const ac_attr_q_block *a = call->attr;
@@ -98,6 +82,22 @@ ac_status ac_check_q_block(const ac_call *call) {
     memcpy(&add, a->add, sizeof add);
     const ac_call sum = {.attr = &add};
     return ac_check_q_add(&sum);
+}
+
+static ac_status check_fake(const ac_tensor *x, const ac_tensor *scale, int32_t axis, int32_t low, int32_t high,
+                            int32_t zero) {
+    if (axis < 0 || axis >= x->rank || (scale->size != 1 && scale->size != (uint32_t)x->dim[axis])) return AC_E_SHAPE;
+    return is_clamp(low, high) && low <= zero && zero <= high ? AC_OK : AC_E_OP;
+}
+
+ac_status ac_check_fake_quant(const ac_call *call) {
+    const ac_attr_fake_quant *a = call->attr;
+    return check_fake(AC_IN_T(call, 0), AC_IN_T(call, 1), a->axis, a->low, a->high, a->zero);
+}
+
+ac_status ac_check_fake_quant_scale_grad(const ac_call *call) {
+    const ac_attr_fake_quant_scale_grad *a = call->attr;
+    return check_fake(AC_IN_T(call, 1), AC_IN_T(call, 2), a->axis, a->low, a->high, a->zero);
 }
 
 static ac_status check_table(const ac_tensor *table) { return table->size == 256 ? AC_OK : AC_E_SHAPE; }
@@ -166,13 +166,25 @@ ac_status ac_check_q_sgd(const ac_call *call) {
     return ac_check_learned(call, a->axis, 4, 2);
 }
 
-ac_status ac_check_q_conv_sgd(const ac_call *call) {
-    const ac_attr_q_conv_sgd *a = call->attr;
-    const ac_tensor *w = AC_IN_T(call, 0), *scale = AC_IN_T(call, 4);
-    if (!is_int8(a->x_zero) || (a->rounding && !AC_IN_T(call, 7))) return AC_E_OP;
+/* w is input 0; lr, scale, momentum, residual and step follow each other from `lr` on. */
+static ac_status check_joint(const ac_call *call, uint32_t lr, int32_t x_zero, int32_t rounding) {
+    const ac_tensor *w = AC_IN_T(call, 0), *scale = AC_IN_T(call, lr + 1);
+    if (!is_int8(x_zero) || (rounding && !AC_IN_T(call, lr + 4))) return AC_E_OP;
     if (scale->size != 1 && scale->size != (uint32_t)w->dim[0]) return AC_E_SHAPE;
-    for (uint32_t i = 5; i < 7; i++)
+    for (uint32_t i = lr + 2; i < lr + 4; i++)
         for (int d = 0; AC_IN_T(call, i) && d < AC_MAX_RANK; d++)
             if (AC_IN_T(call, i)->rank != w->rank || AC_IN_T(call, i)->dim[d] != w->dim[d]) return AC_E_SHAPE;
-    return ac_check_window(AC_IN_T(call, 1), w, AC_IN_T(call, 2), a->stride, a->groups);
+    return AC_OK;
+}
+
+ac_status ac_check_q_conv_sgd(const ac_call *call) {
+    const ac_attr_q_conv_sgd *a = call->attr;
+    const ac_status status = check_joint(call, 3, a->x_zero, a->rounding);
+    return status != AC_OK ? status : ac_check_window(AC_IN_T(call, 1), AC_IN_T(call, 0), AC_IN_T(call, 2), a->stride, a->groups);
+}
+
+ac_status ac_check_bf_conv_sgd(const ac_call *call) {
+    const ac_attr_bf_conv_sgd *a = call->attr;
+    const ac_status status = check_joint(call, 4, a->x_zero, a->rounding);
+    return status != AC_OK ? status : ac_check_window(AC_IN_T(call, 1), AC_IN_T(call, 0), AC_IN_T(call, 2), a->stride, a->groups);
 }

@@ -579,13 +579,16 @@ typedef struct {
 } products;
 
 /* Where a weight's gradient goes: into a tensor, or at once into what learns from it. */
-typedef struct rule rule;
 typedef struct {
     float *dw;
-    const rule *learns; /* NULL: to dw */
+    const ac_rule *learns; /* NULL: to dw */
 } target;
 
-static void put_gradient(const target *to, size_t at, const float *g, int count);
+static void put_gradient(const target *to, size_t at, const float *g, int count) {
+    if (to->learns) AC_KERNEL(learn)(to->learns, at, g, count);
+    else
+        for (int i = 0; i < count; i++) to->dw[at + (size_t)i] = g[i];
+}
 
 /* A convolution of single pixels: dw = d x^T, of outputs [first, last) and the channels of x that they see. Where there are
  * more than `most` pixels in all, sums wait in dw for those to come. */
@@ -722,19 +725,6 @@ ac_status AC_KERNEL(max_pool_i8)(const ac_call *call) {
 
 /* ---- update ---- */
 
-/* What the elements of a parameter are updated with. */
-struct rule {
-    float momentum, weight_decay, lr;
-    int nesterov, rounding;
-    uint32_t key;
-    int wide; /* int32 rather than int8 */
-    /* what learns from put_gradient, by elements, and how many have one scale */
-    int8_t *w, *rest;
-    const float *scale;
-    float *moment;
-    size_t each;
-};
-
 /* The whole part of x + k * 2^-24, rounded down; |x| up to 2^30, k below 2^24 */
 AC_INLINE int32_t floor_of(float x, uint32_t k) {
     const int32_t whole = (int32_t)x;
@@ -751,7 +741,7 @@ AC_INLINE float at_most_2_30(float x) {
 
 /* w[i] -= rounded(lr * g[i] / scale) for i < count; of `moment` and `rest` either may be NULL; `at` counts elements.
  * `wide`: w is int32, else int8, `rounding`: r's, where they are constants. */
-AC_INLINE void learn_as(const rule *r, void *w, const float *g, float scale, float *moment, int8_t *rest, uint32_t at,
+AC_INLINE void learn_as(const ac_rule *r, void *w, const float *g, float scale, float *moment, int8_t *rest, uint32_t at,
                         size_t count, int wide, int rounding) {
     const float decay = r->weight_decay, lr = r->lr;
     const uint32_t key = r->key;
@@ -786,7 +776,7 @@ AC_INLINE void learn_as(const rule *r, void *w, const float *g, float scale, flo
     }
 }
 
-AC_APART void learn_run(const rule *r, void *w, const float *g, float scale, float *moment, int8_t *rest, uint32_t at,
+AC_APART void learn_run(const ac_rule *r, void *w, const float *g, float scale, float *moment, int8_t *rest, uint32_t at,
                         size_t count) {
     if (rest) learn_as(r, w, g, scale, moment, rest, at, count, 0, 0);
     else if (r->wide && r->rounding) learn_as(r, w, g, scale, moment, NULL, at, count, 1, 1);
@@ -795,9 +785,9 @@ AC_APART void learn_run(const rule *r, void *w, const float *g, float scale, flo
     else learn_as(r, w, g, scale, moment, NULL, at, count, 0, 0);
 }
 
-/* What one step's stochastic roundings of one tensor are drawn with. */
-static uint32_t key_of(const int32_t *step, int32_t salt) {
-    return step ? ac_hash_u32((uint32_t)step[0] * 0x9E3779B9u + (uint32_t)salt) : 0;
+void AC_KERNEL(learn)(const ac_rule *r, size_t at, const float *gradient, int count) {
+    learn_run(r, r->w + at, gradient, r->scale[r->each ? at / r->each : 0], r->moment ? r->moment + at : NULL,
+              r->rest ? r->rest + at : NULL, (uint32_t)at, (size_t)count);
 }
 
 /* w, g, lr (1), scale (1 or w's first dimension), momentum?, residual?, step (1)?, index (P)? */
@@ -808,8 +798,8 @@ ac_status AC_KERNEL(q_sgd)(const ac_call *call) {
     const float *g = AC_IN(call, 1), *scale = AC_IN(call, 3);
     float *moment = AC_IN(call, 4);
     int8_t *rest = AC_IN(call, 5);
-    const rule r = {a->momentum, a->weight_decay, *(const float *)AC_IN(call, 2), a->nesterov, a->rounding, key_of(step, a->salt),
-                    t->dtype == AC_I32, NULL, NULL, NULL, NULL, 0};
+    const ac_rule r = {a->momentum, a->weight_decay, *(const float *)AC_IN(call, 2), a->nesterov, a->rounding,
+                       ac_rounding_key(step, a->salt), t->dtype == AC_I32, NULL, NULL, NULL, NULL, 0};
     const size_t rows = t->rank ? (size_t)t->dim[0] : 1, row = t->size / rows, size = r.wide ? 4 : 1;
     const int each = AC_IN_T(call, 3)->size > 1, axis = index ? a->axis : 0;
     size_t blocks = 1, inner = row, parts = rows, done = 0; /* blocks of the first dimensions, parts of each, elements of each */
@@ -828,24 +818,15 @@ ac_status AC_KERNEL(q_sgd)(const ac_call *call) {
     return AC_OK;
 }
 
-static void put_gradient(const target *to, size_t at, const float *g, int count) {
-    const rule *r = to->learns;
-    if (r)
-        learn_run(r, r->w + at, g, r->scale[r->each ? at / r->each : 0], r->moment ? r->moment + at : NULL,
-                  r->rest ? r->rest + at : NULL, (uint32_t)at, (size_t)count);
-    else
-        for (int i = 0; i < count; i++) to->dw[at + (size_t)i] = g[i];
-}
-
 /* w (O, C / groups, kH, kW), x (N, C, H, W), d (N, O, P, Q), lr (1), scale (1 or O), momentum?, residual?, step (1)? */
 ac_status AC_KERNEL(q_conv_sgd)(const ac_call *call) {
     const ac_attr_q_conv_sgd *a = call->attr;
     const ac_tensor *t = AC_IN_T(call, 0);
     const products m = {a->stride, a->before, a->dilation, a->groups, a->x_zero, a->x_scale, shape_of(AC_IN_T(call, 1)),
                         shape_of(t), shape_of(AC_IN_T(call, 2)), AC_IN(call, 1), AC_IN(call, 2)};
-    const rule r = {a->momentum, a->weight_decay, *(const float *)AC_IN(call, 3), a->nesterov, a->rounding,
-                    key_of(AC_IN(call, 7), a->salt), 0, AC_IN(call, 0), AC_IN(call, 6), AC_IN(call, 4), AC_IN(call, 5),
-                    AC_IN_T(call, 4)->size > 1 ? t->size / (size_t)t->dim[0] : 0};
+    const ac_rule r = {a->momentum, a->weight_decay, *(const float *)AC_IN(call, 3), a->nesterov, a->rounding,
+                       ac_rounding_key(AC_IN(call, 7), a->salt), 0, AC_IN(call, 0), AC_IN(call, 6), AC_IN(call, 5), AC_IN(call, 4),
+                       AC_IN_T(call, 4)->size > 1 ? t->size / (size_t)t->dim[0] : 0};
     const target to = {NULL, &r};
     weight_grad(&m, &to);
     return AC_OK;

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x3D7DC1CBu
+#define AC_TABLE_HASH 0xCDF7E298u
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -130,14 +130,15 @@ typedef enum {
     AC_OP_BF_ALIGN = 120,
     AC_OP_BF_CONV_INPUT_GRAD = 121,
     AC_OP_BF_CONV_WEIGHT_GRAD = 122,
-    AC_OP_BF_SUM = 123,
-    AC_OP_BF_ADD = 124,
-    AC_OP_BF_KEEP_TOP = 125,
-    AC_OP_BF_AVG_POOL_GRAD = 126,
-    AC_OP_BF_RESHAPE = 127,
-    AC_OP_FAKE_QUANT = 128,
-    AC_OP_FAKE_QUANT_SCALE_GRAD = 129,
-    AC_OP_COUNT = 130
+    AC_OP_BF_CONV_SGD = 123,
+    AC_OP_BF_SUM = 124,
+    AC_OP_BF_ADD = 125,
+    AC_OP_BF_KEEP_TOP = 126,
+    AC_OP_BF_AVG_POOL_GRAD = 127,
+    AC_OP_BF_RESHAPE = 128,
+    AC_OP_FAKE_QUANT = 129,
+    AC_OP_FAKE_QUANT_SCALE_GRAD = 130,
+    AC_OP_COUNT = 131
 } ac_op;
 
 typedef struct {
@@ -570,6 +571,21 @@ typedef struct {
 } ac_attr_bf_conv_weight_grad;
 
 typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t x_zero;
+    float x_scale;
+    float momentum;
+    int32_t nesterov;
+    float weight_decay;
+    int32_t rounding;
+    int32_t salt;
+} ac_attr_bf_conv_sgd;
+
+typedef struct {
     float share;
 } ac_attr_bf_keep_top;
 
@@ -738,6 +754,7 @@ ac_status AC_KERNEL(bf_gate)(const ac_call *call);
 ac_status AC_KERNEL(bf_align)(const ac_call *call);
 ac_status AC_KERNEL(bf_conv_input_grad)(const ac_call *call);
 ac_status AC_KERNEL(bf_conv_weight_grad)(const ac_call *call);
+ac_status AC_KERNEL(bf_conv_sgd)(const ac_call *call);
 ac_status AC_KERNEL(bf_sum)(const ac_call *call);
 ac_status AC_KERNEL(bf_add)(const ac_call *call);
 ac_status AC_KERNEL(bf_keep_top)(const ac_call *call);
@@ -812,6 +829,7 @@ ac_status ac_check_bf_gate(const ac_call *call);
 ac_status ac_check_bf_align(const ac_call *call);
 ac_status ac_check_bf_conv_input_grad(const ac_call *call);
 ac_status ac_check_bf_conv_weight_grad(const ac_call *call);
+ac_status ac_check_bf_conv_sgd(const ac_call *call);
 ac_status ac_check_bf_sum(const ac_call *call);
 ac_status ac_check_bf_add(const ac_call *call);
 ac_status ac_check_bf_keep_top(const ac_call *call);

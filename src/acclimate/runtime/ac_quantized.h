@@ -83,6 +83,26 @@ typedef struct {
 
 void AC_KERNEL(q_conv_image)(const ac_q_image *image);
 
+/* What integer weights learn with, and where they lie; see the op q_sgd. */
+typedef struct {
+    float momentum, weight_decay, lr;
+    int nesterov, rounding;
+    uint32_t key; /* of one step's stochastic roundings */
+    int wide;     /* int32 rather than int8 */
+    int8_t *w, *rest; /* rest and moment NULL: none */
+    float *moment;
+    const float *scale;
+    size_t each; /* elements of one scale, 0: all */
+} ac_rule;
+
+/* What one step's roundings of a tensor are drawn with; step may be NULL. */
+AC_INLINE uint32_t ac_rounding_key(const int32_t *step, int32_t salt) {
+    return step ? ac_hash_u32((uint32_t)step[0] * 0x9E3779B9u + (uint32_t)salt) : 0;
+}
+
+/* Elements [at, at + count) of int8 weights, all of one scale, learn from their gradient. */
+void AC_KERNEL(learn)(const ac_rule *rule, size_t at, const float *gradient, int count);
+
 /* Bits of a mask, set one after another. */
 typedef struct {
     uint32_t *to, word, at; /* to NULL: nothing is kept */

@@ -126,6 +126,7 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"bf_align", "NO~:i16/i8, NO:i32, O:i32, O:i32 -> NO~:i16/i8, N:i32", 4, 2, 1, 0, AC_KERNEL(bf_align), ac_check_bf_align},
     {"bf_conv_input_grad", "NO~:i16/i8, N:i32, Oc~:i8, OK~:i8?, K:i32? -> NC~:i16/i8, NC:i32", 5, 2, 11, 0, AC_KERNEL(bf_conv_input_grad), ac_check_bf_conv_input_grad},
     {"bf_conv_weight_grad", "NC~:i8, NO~:i16/i8, NO:i32 -> Oc~", 3, 1, 13, 0, AC_KERNEL(bf_conv_weight_grad), ac_check_bf_conv_weight_grad},
+    {"bf_conv_sgd", "Oc~:i8, NC~:i8, NO~:i16/i8, NO:i32, 1, S, Oc~?, Oc~:i8?, 1:i32? ->", 9, 0, 16, 193, AC_KERNEL(bf_conv_sgd), ac_check_bf_conv_sgd},
     {"bf_sum", "NC~:i16/i8, NC:i32 -> C", 2, 1, 0, 0, AC_KERNEL(bf_sum), ac_check_bf_sum},
     {"bf_add", "NC~:i16/i8, NC:i32, NC~:i16/i8, NC:i32 -> NC~:i16/i8, NC:i32", 4, 2, 0, 0, AC_KERNEL(bf_add), ac_check_bf_add},
     {"bf_keep_top", "NC~:i16/i8, NC:i32 -> NC~:i16/i8, NC", 2, 2, 1, 0, AC_KERNEL(bf_keep_top), ac_check_bf_keep_top},
