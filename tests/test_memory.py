@@ -98,7 +98,7 @@ def learned(update, steps=6, gradients="float32", **options):
         optimizer=acclimate.SGD(lr=0.5, **options),
         gradients=gradients,
     )
-    return acclimate.Learner(plan).partial_fit(x, y), x, y
+    return acclimate.Learner(plan, "plain").partial_fit(x, y), x, y
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_the_state_holds_what_learns_and_no_more(options):
     assert now.shape == trained.shape
     assert np.array_equal(now[:, [0, 2, 3, 5, 7]], trained[:, [0, 2, 3, 5, 7]])
     assert not np.array_equal(now[:, [1, 4, 6]], trained[:, [1, 4, 6]])
-    fresh = acclimate.Learner(whole.plan)
-    every, part = fresh.gradients(x[:2], y[:2]), acclimate.Learner(some.plan).gradients(x[:2], y[:2])
+    fresh = acclimate.Learner(whole.plan, "plain")
+    every, part = fresh.gradients(x[:2], y[:2]), acclimate.Learner(some.plan, "plain").gradients(x[:2], y[:2])
     for name, channels in PART.items():
         index = slice(None) if channels is None else (slice(None), sorted(channels.index))
         assert np.array_equal(part[name][index], every[name][index]), name
@@ -137,16 +137,16 @@ def test_deltas_of_parts(tmp_path):
         {**PART, "p.weight": Channels(1, (1, 4, 6)), "d.bias": None},
     ):
         plan = acclimate.plan(some.plan.model, scheme=UpdateSet(update), batch_size=2)
-        other = acclimate.Learner(plan).restore(tmp_path / "some.acu")
+        other = acclimate.Learner(plan, "plain").restore(tmp_path / "some.acu")
         assert np.array_equal(other.decision_function(x), some.decision_function(x))
         other.save(tmp_path / "other.acu")  # and back, with records of other channels or of whole tensors
-        back = acclimate.Learner(some.plan).restore(tmp_path / "other.acu")
+        back = acclimate.Learner(some.plan, "plain").restore(tmp_path / "other.acu")
         assert np.array_equal(back.decision_function(x), some.decision_function(x))
     plan = acclimate.plan(
         some.plan.model, scheme=UpdateSet({**PART, "p.weight": Channels(1, (1, 4))}), batch_size=2
     )
     with pytest.raises(BadInput, match="keeps constant"):
-        acclimate.Learner(plan).restore(tmp_path / "some.acu")
+        acclimate.Learner(plan, "plain").restore(tmp_path / "some.acu")
 
 
 def test_part_of_axis_0_stays_whole():
@@ -257,8 +257,8 @@ def compare_steps(monkeypatch, plan, x, y):
     for name, array in plain.parameters().items():
         assert np.array_equal(lean.parameters()[name], array), name
     assert lean._main.state.tobytes() == plain._main.state.tobytes()
-    first = acclimate.Learner(plan).gradients(x[:1], y[:1])
-    for name, g in acclimate.Learner(plain.plan).gradients(x[:1], y[:1]).items():
+    first = acclimate.Learner(plan, "plain").gradients(x[:1], y[:1])
+    for name, g in acclimate.Learner(plain.plan, "plain").gradients(x[:1], y[:1]).items():
         assert np.array_equal(first[name], g), name
     return lean
 

@@ -60,7 +60,8 @@ def runs(graph: Graph) -> list[Run]:
 
 def _tables(node: Node, graph: Graph) -> np.ndarray:
     """(3, O) int32: bias, multiplier and shift."""
-    bias, multiplier, shift = (graph.values[n].data if n else None for n in node.inputs[2:5])
+    bias, multiplier, shift = (np.asarray(graph.values[n].data) if n else None for n in node.inputs[2:5])
+    assert multiplier is not None and shift is not None
     return np.stack([np.zeros_like(multiplier) if bias is None else bias, multiplier, shift])
 
 
@@ -71,7 +72,7 @@ def _block(graph: Graph, run: Run, first: int, end: int, pixels: int) -> tuple[d
     sizes = [graph.shape(n.outputs[0])[2:] for n in nodes]
     rows = tuple(max(1, min(pixels // width, height)) for height, width in sizes)
     swapped = add is not None and add.inputs[0] != nodes[-1].outputs[0]
-    return block_attrs([n.attrs for n in nodes], rows, add and add.attrs, swapped), add
+    return block_attrs([n.attrs for n in nodes], rows, None if add is None else add.attrs, swapped), add
 
 
 def _bytes(graph: Graph, run: Run, first: int, end: int, pixels: int) -> int:

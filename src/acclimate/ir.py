@@ -114,6 +114,7 @@ class Value:
     data: np.ndarray | None = None  # what a constant holds, what a persistent value starts from
     quant: Quant | None = None
     part: tuple[str, str] | None = None
+    sparse: bool = False  # of a parameter: connections were pruned, its zeros stay zero
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -239,8 +239,8 @@ class Learner:
         """
         x = self._samples(x)
         y = self._targets(y, len(x))
-        session = Session(self.plan.gradient_program(len(x)), self._main)
-        out = session.run("gradient", x=x, y=y)
+        with self._main.lock:
+            out = self._session("gradient", len(x)).run("gradient", x=x, y=y)
         found = {}
         for name, channels in self.plan.update_set.tensors.items():
             shape = self.plan.model.shape(name)
@@ -462,9 +462,13 @@ class Learner:
         """The session for a batch size; all share one block of persistent memory."""
         key = (kind, batch)
         if key not in self._sessions:
-            program = (
-                self.plan.predict_program(batch) if kind == "predict" else self.plan.train_program(batch)
-            )
+            plan = self.plan
+            make = {
+                "predict": plan.predict_program,
+                "train": plan.train_program,
+                "gradient": plan.gradient_program,
+            }
+            program = make[kind](batch)
             extra = [k for k, s in self._sessions.items() if s is not self._main]
             if len(extra) >= KEPT_SESSIONS:
                 del self._sessions[extra[0]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -124,6 +124,35 @@ def fold_frozen(graph: Graph) -> Graph:
     return new
 
 
+def clamp_late(graph: Graph) -> Graph:
+    """Clamp after max-pooling and not before: the same values and gradients, at a fraction of the elements.
+
+    A window's largest element is where it was, unless all of them are clamped; then no gradient passes either way. Left
+    as it is where the op before does the clamping and keeps the bits at no further pass.
+    """
+    new = graph.copy()
+    made, uses = graph.producers(), graph.consumers()
+    kept = set(graph.outputs.values())
+    for node in graph.nodes:
+        row = TABLE[node.op]
+        clamp = made.get(node.inputs[0]) if row.largest and row.largest(node.attrs) else None
+        if clamp is None or TABLE[clamp.op].bounds is None or kept & {n for n in clamp.outputs if n}:
+            continue
+        before = made.get(clamp.inputs[0])
+        free = before and TABLE[before.op].clamps and parse(TABLE[before.op].signature)[1][-1].dtype == "bit"
+        if len(uses[clamp.outputs[0]]) != 1 or free:
+            continue
+        largest = new.add(Value(f"{node.outputs[0]}.largest", new.type(node.outputs[0])))
+        at = new.nodes.index(node)
+        new.nodes[at : at + 1] = [
+            replace(node, inputs=clamp.inputs[:1], outputs=(largest, *node.outputs[1:])),
+            replace(clamp, inputs=(largest,), outputs=(node.outputs[0], *clamp.outputs[1:])),
+        ]
+        new.nodes.remove(clamp)
+        del new.values[clamp.outputs[0]]
+    return new
+
+
 def merge_equal(graph: Graph) -> Graph:
     """One node where several compute the same."""
     new = graph.copy()
@@ -207,7 +236,8 @@ def compact_masks(graph: Graph) -> Graph:
 
 
 def fuse(graph: Graph) -> Graph:
-    """Neighbours that one pass over memory can do: a clamp in the op before it, a gate in the op after it.
+    """Neighbours that one pass over memory can do: a clamp in the op before it, a gate in the op after it, a sum over
+    runs in the op that makes what is added.
 
     After differentiation and `compact_masks`, so that what backward keeps is not changed by it.
     """
@@ -225,9 +255,19 @@ def fuse(graph: Graph) -> Graph:
     for i, node in enumerate(graph.nodes):
         row = TABLE[node.op]
         at = alone(node.inputs[0]) if row.bounds or row.gated is not None else None
+        at = alone(node.inputs[1]) if row.adds else at
         if at is None or at in gone:
             continue
         other = new.nodes[at]
+        if row.adds:
+            total, *rest = node.inputs[0], *other.inputs[2:]
+            plain = not any(rest) and not (TABLE[other.op].clamps and is_clamped(other.attrs))
+            if TABLE[other.op].added and plain and len(graph.shape(total)) == 2:
+                added = TABLE[TABLE[other.op].added]
+                attrs = {k: v for k, v in other.attrs.items() if k in added.attrs}
+                new.nodes[i] = Node(added.name, (total, *other.inputs[:2]), node.outputs, attrs, other.where)
+                gone.add(at)
+            continue
         if row.bounds is not None and other.outputs[0] == node.inputs[0]:
             low, high = row.bounds(node.attrs)
             attrs = {**other.attrs, "low": low, "high": high}
@@ -379,13 +419,15 @@ PIPELINE: tuple[Callable[[Graph], Graph], ...] = (
 )
 
 
-def prepare(model: Graph, update_set: UpdateSet, state: Collection[str] = ()) -> Graph:
-    """A model before it is differentiated: frozen parts folded, so that the backward part meets them folded too.
+def prepare(model: Graph, learned: set[str], update_set: UpdateSet | None = None) -> Graph:
+    """A model before it is differentiated: frozen parts folded and clamps in their place, so that the backward part
+    meets them so too.
 
-    state: names that are written from outside.
+    learned: names of the values that runs may write; update_set: says of which of them only a part.
     """
-    frozen = split_parts(freeze(model, {*update_set.tensors, *state}), update_set)
-    return _checked(_checked(frozen, fold_constants), fold_frozen)
+    frozen = freeze(model, learned)
+    frozen = split_parts(frozen, update_set) if update_set is not None else frozen
+    return _checked(_checked(_checked(frozen, fold_constants), fold_frozen), clamp_late)
 
 
 def run(graph: Graph) -> Graph:

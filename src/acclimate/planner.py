@@ -129,7 +129,8 @@ class Plan:
 
     def _prepared(self, batch_size: int) -> Graph:
         """The model at a batch size, with all that never changes folded away."""
-        return prepare(with_batch(self.model, batch_size), self.update_set, {IN_USE})
+        learned = {*self.update_set.tensors, IN_USE}
+        return prepare(with_batch(self.model, batch_size), learned, self.update_set)
 
     def with_batch_size(self, batch_size: int) -> Plan:
         """The same plan for another batch size, without its limits: the same micro-batches or smaller ones."""
@@ -485,7 +486,10 @@ def _mixes_samples(model: Graph) -> str:
 
 
 def arranged(graphs: Mapping[str, Graph]) -> dict[str, Layout]:
-    """Passes, order and places. Blocks are made as far as the smallest arena of all the graphs together needs it."""
+    """Each graph through the passes, with an order and places.
+
+    Blocks of convolutions are made as far as the smallest arena of all the graphs together needs it.
+    """
     passed = {name: run_passes(graph) for name, graph in graphs.items()}
     found = {name: arrange(blocks.fuse(graph)) for name, graph in passed.items()}
     room = max(p.arena_bytes for p in found.values())

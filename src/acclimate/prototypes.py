@@ -6,7 +6,6 @@ import numpy as np
 
 from .classes import COUNT, SUM, prototype_graphs
 from .errors import BadInput
-from .grad import UpdateSet
 from .ir import Graph
 from .ops import with_batch
 from .passes import prepare
@@ -21,7 +20,7 @@ def prototype_program(model: Graph, classes: int, metric: str = "euclidean", bat
     What it learned is kept as deltas are (ac_delta_save), under the model's hash.
     """
     graphs = prototype_graphs(with_batch(model, batch_size), classes, metric)
-    prepared = {name: prepare(graph, UpdateSet({}), {SUM, COUNT}) for name, graph in graphs.items()}
+    prepared = {name: prepare(graph, {SUM, COUNT}) for name, graph in graphs.items()}
     return build(arranged(prepared), model=model_hash(model))
 
 

@@ -13,9 +13,10 @@ import zlib
 
 import numpy as np
 import pytest
-from firmware.boards import Lossy, built, plan, samples
+from firmware.boards import CLASSES, SIZE, Lossy, built, plan, samples
 from hypothesis import given
 from hypothesis import strategies as st
+from runtime.nets import cnn
 
 from acclimate import delta, store
 from acclimate.errors import AcclimateError, BadInput, WrongUse
@@ -23,6 +24,8 @@ from acclimate.firmware import link
 from acclimate.firmware.export import export
 from acclimate.firmware.link import Board, InProcess, Process
 from acclimate.learner import Learner
+from acclimate.planner import compile_plan
+from acclimate.quantizer import quantize, quantized
 from acclimate.runtime import Session
 
 RATE = float(np.float32(0.05))
@@ -63,6 +66,26 @@ def test_unrolled_gives_the_same_bits(unrolled):
         assert board.state() == learned(learner)
         with pytest.raises(WrongUse, match="no room for a Program"):
             board.load_program(plan("last").program.bytes)
+
+
+@pytest.mark.parametrize("mode", ["interpreter", "unrolled"])
+def test_an_int8_model(mode, runtime, tmp_path):
+    """Samples come as int8; weights, biases and what is learned are integers, and equal."""
+    net = cnn(CLASSES, SIZE, False)
+    x, y = samples(8)
+    graph = quantize(net, x)
+    integer = compile_plan(graph, scheme="full", batch_size=1, optimizer="sgd")
+    learner = Learner(integer, kernels="plain")
+    raw = quantized(graph.values[graph.inputs["x"]], x)
+    with Board(Process([built(export(integer, tmp_path / "p", mode=mode), runtime)])) as board:
+        assert board.entries["step"].bindings["x"][1].type.dtype == "i8"
+        for i in range(8):
+            loss = board.step(raw[i : i + 1], y[i : i + 1], RATE)
+            learner.partial_fit(x[i : i + 1], y[i : i + 1], lr=RATE)
+            assert np.float32(loss) == np.float32(learner.loss_history[-1])
+        assert board.state() == learned(learner) != Session(integer.program).state.tobytes()
+        with pytest.raises(BadInput, match="quantize it"):
+            board.feed("step", x=x[:1])
 
 
 def test_over_a_socket_one_host_after_another(firmware):

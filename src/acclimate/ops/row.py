@@ -106,6 +106,8 @@ class Row:
     bounds: Callable[[Mapping[str, Any]], tuple[float, float]] | None = None
     # (attrs) -> (low, high), where all that the row does is to clamp: the row before it may do that, see `clamping`
     clamps: bool = False  # made by `clamping`
+    largest: Callable[[Mapping[str, Any]], bool] | None = None
+    # (attrs) -> is each element of the first output the largest of some of the input's, whatever they are?
     gates: bool = (
         False  # all that the row does, with slope 0, is to keep of input 0 where the bits of input 1 are set
     )
@@ -114,8 +116,15 @@ class Row:
     joins: Mapping[str, str] = field(default_factory=dict)
     # op that makes input 1 -> row that does both, on input 0, that op's inputs, and the further inputs of this one
     accumulate: str = ""  # row that adds this op's result to an existing gradient instead of making a new one
+    added: str = ""  # row that adds this op's result, of its first two inputs, to a persistent value
+    adds: bool = False  # all that the row does is to add input 1 to the persistent input 0
     take: Callable[..., tuple[str, ...] | None] | None = None
     # (tape, node, axis, index) -> inputs that make this op compute only `index` along output `axis`
+    fakes: bool = False  # rounds floats to what integers can hold; its gradient is as if it did not
+    couple: Callable[[Any], list[Any]] | None = None
+    # (coupling.Call) -> labels of the outputs: which channels of inputs and outputs go together
+    narrow: Callable[..., Mapping[str, Any]] | None = None
+    # (attrs, kept_in, kept_out, shape) -> attrs on what pruning leaves; kept: a mask an axis of each tensor; shape: new
 
     def overwrites(self, attrs: Mapping[str, Any], types: Sequence[Type | None]) -> tuple[int, ...]:
         """Inputs, of those with the output's size, whose bytes the first output may take over."""

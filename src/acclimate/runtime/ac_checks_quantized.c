@@ -84,6 +84,22 @@ ac_status ac_check_q_block(const ac_call *call) {
     return ac_check_q_add(&sum);
 }
 
+static ac_status check_fake(const ac_tensor *x, const ac_tensor *scale, int32_t axis, int32_t low, int32_t high,
+                            int32_t zero) {
+    if (axis < 0 || axis >= x->rank || (scale->size != 1 && scale->size != (uint32_t)x->dim[axis])) return AC_E_SHAPE;
+    return is_clamp(low, high) && low <= zero && zero <= high ? AC_OK : AC_E_OP;
+}
+
+ac_status ac_check_fake_quant(const ac_call *call) {
+    const ac_attr_fake_quant *a = call->attr;
+    return check_fake(AC_IN_T(call, 0), AC_IN_T(call, 1), a->axis, a->low, a->high, a->zero);
+}
+
+ac_status ac_check_fake_quant_scale_grad(const ac_call *call) {
+    const ac_attr_fake_quant_scale_grad *a = call->attr;
+    return check_fake(AC_IN_T(call, 1), AC_IN_T(call, 2), a->axis, a->low, a->high, a->zero);
+}
+
 static ac_status check_table(const ac_tensor *table) { return table->size == 256 ? AC_OK : AC_E_SHAPE; }
 
 ac_status ac_check_q_table(const ac_call *call) { return check_table(AC_IN_T(call, 1)); }

@@ -99,7 +99,7 @@ static void put_word(writer *w, uint32_t word) { put(w, &word, 4); }
 /* Whether bytes [from, from + size) of the state block differ from what it started as. */
 static int differs(const ac_program *p, const uint8_t *state, uint32_t from, uint32_t size) {
     uint32_t known = from >= p->initial_bytes ? 0 : p->initial_bytes - from < size ? p->initial_bytes - from : size;
-    if (known && memcmp(state + from, p->initial + from, known)) return 1;
+    if (known && !ac_same_bytes(state + from, p->initial + from, known)) return 1;
     for (uint32_t i = known; i < size; i++)
         if (state[from + i]) return 1;
     return 0;
@@ -296,7 +296,7 @@ static int stands_twice(const record *r, const uint8_t *first, const uint8_t *at
     record other;
     for (const uint8_t *before = first; before && before < at;) {
         before = read_record(&other, before, end);
-        if (before && other.name_bytes == r->name_bytes && memcmp(other.name, r->name, r->name_bytes) == 0) return 1;
+        if (before && other.name_bytes == r->name_bytes && ac_same_bytes(other.name, r->name, r->name_bytes)) return 1;
     }
     return 0;
 }
