@@ -99,11 +99,12 @@ __attribute__((naked)) void AC_KERNEL(dot_pairs)(int32_t *sum __attribute__((unu
     "smlad r7, lr, r3, r7\n\t"                  \
     "smlad r10, r12, r0, r10\n\t"               \
     "smlad r11, lr, r0, r11\n\t"
+#define EIGHT PAIR PAIR PAIR PAIR PAIR PAIR PAIR PAIR
     AC_ASM("push {r4-r11, lr}\n\t"
            "ldrd r4, r5, [sp, #36]\n\t" /* end, next */
            "lsl r5, r5, #2\n\t"
            "rsb r6, r3, #0\n\t"
-           "and r6, r6, #7\n\t" /* pairs that the first round leaves out */
+           "and r6, r6, #15\n\t" /* pairs that the first round leaves out */
            "mov r7, #44\n\t"
            "adr.w r8, 2f\n\t"
            "mla r6, r6, r7, r8\n\t"
@@ -118,7 +119,7 @@ __attribute__((naked)) void AC_KERNEL(dot_pairs)(int32_t *sum __attribute__((unu
            "ldr r2, [sp, #4]\n\t"
            "ldr.w pc, [sp, #16]\n\t"
            ".balign 4\n"
-           "2:\n\t" PAIR PAIR PAIR PAIR PAIR PAIR PAIR PAIR
+           "2:\n\t" EIGHT EIGHT
            "ldr r3, [sp, #20]\n\t"
            "cmp r2, r3\n\t"
            "bne 2b\n\t"
@@ -133,6 +134,7 @@ __attribute__((naked)) void AC_KERNEL(dot_pairs)(int32_t *sum __attribute__((unu
            "add sp, sp, #24\n\t"
            "pop {r4-r11, pc}");
 #undef PAIR
+#undef EIGHT
 }
 
 /* In registers: r0 to, r1 x, r2 two steps, r3 rounds of four pairs, r8 one step; 4 * size bytes of code make a pair. */

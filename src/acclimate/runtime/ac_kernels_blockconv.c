@@ -224,7 +224,8 @@ AC_APART void depthwise(const view *v, scratch *s, int clean) {
     int next = 0;
     const int8_t *turned = ac_weights_of(&v->w, 0, 0, &next) + area - 1;
     if (size == 3) ac_put_window_by(w, turned, 3, -1);
-    else ac_put_window_by(w, turned, size, -1);
+    else if (size == 5) ac_put_window_by(w, turned, 5, -1);
+    else ac_put_window_by(w, turned, 7, -1);
     for (int pass = whole; pass < 2; pass++)
         for (int row = 0; row < height; row += rows) {
             const int now = smaller(rows, height - row);
@@ -412,6 +413,10 @@ AC_APART void weight_grad_pointwise(const products *a, scratch *s, int first, in
                     any |= put_row(s->rows, a->m, a->narrow, m + (size_t)(2 * p), left);
                     any |= put_row(s->rows + 1, a->m, a->narrow, m + (size_t)(two - 1) * a->out.plane + (size_t)(2 * p), left);
                     if (!any) continue;
+                    if (part == pairs) {
+                        AC_KERNEL(dot_pairs)(s->sum, s->columns, s->rows, pairs, s->sum + 4 * now, pitch);
+                        continue;
+                    }
                     for (int k = 0; k < now; k++)
                         AC_KERNEL(dot_pairs)(s->sum + 4 * k, s->columns + 4 * (k * pairs + p), s->rows, part, s->sum + 4 * k + 4,
                                              pitch);
