@@ -96,39 +96,38 @@ AC_APART void sum_pointwise(const view *v, scratch *s, int32_t *sum, int pitch, 
     }
 }
 #else
-/* sum[i] += the products of four pixels, `step` apart, and weights */
-AC_INLINE void add_four(uint32_t *sum, const void *g, int narrow, size_t at, size_t step, const int16_t w[4], int count) {
-    const int8_t *bytes = (const int8_t *)g + (narrow ? at : 0);
-    const int16_t *halves = (const int16_t *)g + (narrow ? 0 : at);
-    for (int i = 0; i < count; i++) {
-        const size_t k = (size_t)i;
-        if (narrow)
-            sum[i] += (uint32_t)(bytes[k] * w[0]) + (uint32_t)(bytes[k + step] * w[1]) + (uint32_t)(bytes[k + 2 * step] * w[2])
-                      + (uint32_t)(bytes[k + 3 * step] * w[3]);
-        else
-            sum[i] += (uint32_t)(halves[k] * w[0]) + (uint32_t)(halves[k + step] * w[1])
-                      + (uint32_t)(halves[k + 2 * step] * w[2]) + (uint32_t)(halves[k + 3 * step] * w[3]);
+/* sum[i] += the products of the i-th of `count` pixels of some outputs, `step` apart, and weights, `w_step` apart */
+AC_INLINE void add_outputs(uint32_t *sum, const int16_t *g, size_t step, const int8_t *w, size_t w_step, int outputs, int count) {
+    for (; outputs >= 4; outputs -= 4, g += 4 * step, w += 4 * w_step) {
+        const int16_t w0 = w[0], w1 = w[w_step], w2 = w[2 * w_step], w3 = w[3 * w_step];
+        const int16_t *g1 = g + step, *g2 = g1 + step, *g3 = g2 + step;
+        for (int i = 0; i < count; i++)
+            sum[i] += (uint32_t)(g[i] * w0) + (uint32_t)(g1[i] * w1) + (uint32_t)(g2[i] * w2) + (uint32_t)(g3[i] * w3);
     }
+    for (; outputs > 0; outputs--, g += step, w += w_step)
+        for (int i = 0; i < count; i++) sum[i] += (uint32_t)(g[i] * *w);
 }
 
 static void sum_pointwise(const view *v, scratch *s, int32_t *sum, int pitch, int c, int channels, size_t p, int pixels) {
+    enum { TILE = 64, MOST = 2 * COLUMN_WORDS / TILE }; /* of int8, which are made int16 first */
+    const int tile = v->from_narrow ? smaller(pixels, TILE) : pixels, most = v->from_narrow ? MOST : v->outputs;
     const size_t plane = v->out.plane;
-    (void)s;
-    for (int k = 0, next = 0; k < channels; k++, sum += pitch) {
-        const int8_t *from = ac_weights_of(&v->w, 0, c + k, &next);
-        const size_t step = ac_weights_step(&v->w, c + k, next);
-        uint32_t *to = (uint32_t *)(void *)sum;
-        memset(to, 0, (size_t)pixels * sizeof *to);
-        int o = 0;
-        for (; o + 4 <= v->outputs; o += 4, from += 4 * step) {
-            const int16_t w[4] = {from[0], from[step], from[2 * step], from[3 * step]};
-            if (v->from_narrow) add_four(to, v->g, 1, (size_t)o * plane + p, plane, w, pixels);
-            else add_four(to, v->g, 0, (size_t)o * plane + p, plane, w, pixels);
+    int16_t *wide = (int16_t *)(void *)s->columns;
+    memset(sum, 0, (size_t)(channels * pitch) * sizeof *sum);
+    for (int o = 0; o < v->outputs; o += most)
+        for (int q = 0; q < pixels; q += tile) {
+            const int some = smaller(most, v->outputs - o), count = smaller(tile, pixels - q);
+            const size_t at = (size_t)o * plane + p + (size_t)q;
+            const int16_t *g = v->from_narrow ? wide : (const int16_t *)v->g + at;
+            for (int k = 0; v->from_narrow && k < some; k++)
+                ac_widen(wide + k * TILE, (const int8_t *)v->g + at + (size_t)k * plane, count, 0);
+            for (int k = 0, next = 0; k < channels; k++) {
+                const int8_t *w = ac_weights_of(&v->w, 0, c + k, &next);
+                const size_t step = ac_weights_step(&v->w, c + k, next);
+                uint32_t *to = (uint32_t *)(void *)(sum + k * pitch + q);
+                add_outputs(to, g, v->from_narrow ? TILE : plane, w + (size_t)o * step, step, some, count);
+            }
         }
-        for (; o < v->outputs; o++, from += step)
-            for (int i = 0; i < pixels; i++)
-                to[i] += (uint32_t)(mantissa(v->g, v->from_narrow, (size_t)o * plane + p + (size_t)i) * *from);
-    }
 }
 #endif
 
