@@ -197,7 +197,9 @@ def test_gradients_in_blocks_by_definition(form, bits):
     for hostile in (False, True):
         for graph, feeds, inputs in in_blocks(form, bits, hostile):
             node, row = graph.nodes[0], TABLE[graph.nodes[0].op]
-            want = row.ref(node.attrs, *[v.astype(np.float64) if v.dtype == np.float32 else v for v in inputs])
+            want = row.ref(
+                node.attrs, *[v.astype(np.float64) if v.dtype == np.float32 else v for v in inputs]
+            )
             if row.updates:
                 continue  # compared on boards, and with the gradient's own op where the update is tested
             found = run_c(graph, feeds)

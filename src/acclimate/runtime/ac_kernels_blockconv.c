@@ -97,7 +97,8 @@ AC_APART void sum_pointwise(const view *v, scratch *s, int32_t *sum, int pitch, 
 }
 #else
 /* sum[i] += the products of the i-th of `count` pixels of some outputs, `step` apart, and weights, `w_step` apart */
-AC_INLINE void add_outputs(uint32_t *sum, const int16_t *g, size_t step, const int8_t *w, size_t w_step, int outputs, int count) {
+AC_INLINE void add_outputs(uint32_t *sum, const int16_t *g, size_t step, const int8_t *w, size_t w_step, int outputs,
+                           int count) {
     for (; outputs >= 4; outputs -= 4, g += 4 * step, w += 4 * w_step) {
         const int16_t w0 = w[0], w1 = w[w_step], w2 = w[2 * w_step], w3 = w[3 * w_step];
         const int16_t *g1 = g + step, *g2 = g1 + step, *g3 = g2 + step;
@@ -160,7 +161,8 @@ AC_APART void pointwise(const view *v, scratch *s) {
                 sum_pointwise(v, s, sum, pitch, c, some, p, (int)count);
                 for (int k = 0; k < some; k++)
                     if (pass)
-                        put_block(v->dx, v->narrow, (size_t)(c + k) * plane + p, sum + k * pitch, count, excess(length[k], v->narrow));
+                        put_block(v->dx, v->narrow, (size_t)(c + k) * plane + p, sum + k * pitch, count,
+                                  excess(length[k], v->narrow));
                     else length[k] |= length_of(sum + k * pitch, count);
             }
         for (int k = 0; k < some; k++) put_exponent(v, c + k, length[k]);
@@ -300,8 +302,8 @@ ac_status AC_KERNEL(bf_conv_input_grad)(const ac_call *call) {
     const int8_t *whole = AC_IN(call, 2), *some = AC_IN(call, 3);
     const uint8_t *g = AC_IN(call, 0);
     uint8_t *dx = AC_OUT(call, 0);
-    view v = {.a = a, .in = shape_of(AC_OUT_T(call, 0)), .kernel = shape_of(AC_IN_T(call, 2)), .out = shape_of(AC_IN_T(call, 0)),
-              .from_narrow = is_narrow(AC_IN_T(call, 0)), .narrow = is_narrow(AC_OUT_T(call, 0)), .e = AC_OUT(call, 1)};
+    view v = {.a = a, .in = shape_of(AC_OUT_T(call, 0)), .kernel = shape_of(AC_IN_T(call, 2)),
+              .out = shape_of(AC_IN_T(call, 0)), .from_narrow = is_narrow(AC_IN_T(call, 0)), .narrow = is_narrow(AC_OUT_T(call, 0)), .e = AC_OUT(call, 1)};
     v.outputs = v.out.c / a->groups;
     v.w = (ac_weights){whole, some, AC_IN(call, 4), v.kernel.c, parts, v.kernel.plane};
     const size_t g_size = (size_t)v.outputs * v.out.plane * (v.from_narrow ? 1 : 2),
@@ -417,8 +419,8 @@ AC_APART void weight_grad_pointwise(const products *a, scratch *s, int first, in
                         continue;
                     }
                     for (int k = 0; k < now; k++)
-                        AC_KERNEL(dot_pairs)(s->sum + 4 * k, s->columns + 4 * (k * pairs + p), s->rows, part, s->sum + 4 * k + 4,
-                                             pitch);
+                        AC_KERNEL(dot_pairs)(s->sum + 4 * k, s->columns + 4 * (k * pairs + p), s->rows, part,
+                                             s->sum + 4 * k + 4, pitch);
                 }
                 for (int i = 0; i < two; i++) {
                     const size_t at = (size_t)(o + i) * (size_t)channels + (size_t)c;
@@ -512,7 +514,8 @@ ac_status AC_KERNEL(bf_conv_sgd)(const ac_call *call) {
     const ac_attr_bf_conv_sgd *a = call->attr;
     const ac_tensor *t = AC_IN_T(call, 0);
     const ac_rule r = {a->momentum, a->weight_decay, *(const float *)AC_IN(call, 4), a->nesterov, a->rounding,
-                       ac_rounding_key(AC_IN(call, 8), a->salt), 0, AC_IN(call, 0), AC_IN(call, 7), AC_IN(call, 6), AC_IN(call, 5),
+                       ac_rounding_key(AC_IN(call, 8), a->salt), 0, AC_IN(call, 0), AC_IN(call, 7), AC_IN(call, 6),
+                       AC_IN(call, 5),
                        AC_IN_T(call, 5)->size > 1 ? t->size / (size_t)t->dim[0] : 0};
     const products m = {a->stride, a->before, a->dilation, a->groups, a->x_zero, a->x_scale, shape_of(AC_IN_T(call, 1)),
                         shape_of(t), shape_of(AC_IN_T(call, 2)), AC_IN(call, 1), AC_IN(call, 2), AC_IN(call, 3),
