@@ -63,15 +63,16 @@ AC_APART void fill_rows(const view *v, uint32_t *to, int o, int count, int c, in
         AC_KERNEL(zip_bytes)(to, v->w.whole + (size_t)o * (size_t)v->w.channels + c, (size_t)v->w.channels, count / 2);
         return;
     }
-    int8_t four[MOST][4];
+    const int pairs = (count + 1) / 2;
+    int8_t(*four)[4] = (int8_t(*)[4])(void *)(to + 2 * pairs); /* each read before it is written over */
     int next = 0;
-    if (channels < 4 || count % 2) memset(four, 0, sizeof four);
+    if (channels < 4 || count % 2) memset(four, 0, (size_t)pairs * 8);
     for (int k = 0; k < channels; k++) {
         const int8_t *from = ac_weights_of(&v->w, o, c + k, &next);
         const size_t step = ac_weights_step(&v->w, c + k, next);
         for (int i = 0; i < count; i++, from += step) four[i][k] = *from;
     }
-    AC_KERNEL(zip_bytes)(to, four[0], 4, (count + 1) / 2);
+    AC_KERNEL(zip_bytes)(to, four[0], 4, pairs);
 }
 
 /* sum[k * pitch + i] = what channel c + k has at pixel p + i, for k < channels and i < pixels; pitch is a multiple of four,
