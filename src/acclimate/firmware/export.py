@@ -21,7 +21,7 @@ from ..ops import TABLE
 from ..planner import Plan
 from ..program import HEADER_WORDS, STATE, STATE_ENTRY, Program
 from ..runtime import SOURCE
-from .toolchain import BOARDS, CPUS, MACHINES, Machine, linker_script
+from .toolchain import BOARDS, CPUS, MACHINES, Machine, kept_bytes, linker_script
 
 C = Path(__file__).parent / "c"
 MODES = ("interpreter", "unrolled")
@@ -91,9 +91,13 @@ def export(
         texts["src/ac_unrolled.c"] = unrolled(plan.program)
     defines = ("AC_UNROLLED=1",) if mode == "unrolled" else ()
     if machine is not None:
-        copies[f"src/{machine.source}"] = BOARDS / machine.source
+        copies |= {f"src/{name}": BOARDS / name for name in (machine.source, "ac_board_flash.h")}
         texts["board.ld"] = linker_script(
-            machine, plan.device.flash_bytes, plan.device.ram_bytes, plan.device.reserve_bytes
+            machine,
+            plan.device.flash_bytes,
+            plan.device.ram_bytes,
+            plan.device.reserve_bytes,
+            kept_bytes(sizes["DELTA"]),
         )
         defines += tuple(define.removeprefix("-D") for define in machine.defines)
     values = _values(plan, target, mode, sizes, defines)

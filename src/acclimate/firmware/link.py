@@ -325,7 +325,8 @@ class Link:
         )
 
     def ask(self, type_: int, content: bytes = b"", timeout_s: float | None = None) -> Message:
-        """The answer to one message, whatever its status."""
+        """The answer to one message, whatever its status. A board that restarted is not asked again: it would do to what
+        it restored what was meant for what it has lost."""
         number = self.number()
         raw, wait = frame(type_, number, content), timeout_s or self.timeout_s
         for attempt in range(self.retries):
@@ -333,6 +334,12 @@ class Link:
             self.line.write(raw)
             deadline = time.monotonic() + wait
             while (answer := self.receive(deadline)) is not None:
+                if self.restarted and type_ not in (HELLO, RESET):
+                    raise AcclimateError(
+                        "the board restarted: what it learned since its last save is gone",
+                        where=self.name,
+                        action="connect(), and go on from what it restored",
+                    )
                 if answer.number == number and answer.type == type_ | ANSWER:
                     return answer
         raise self.silent(type_)
@@ -664,12 +671,6 @@ class Board:
 
     def _ask(self, type_: int, content: bytes = b"", what: str = "") -> bytes:
         answer = self.link.ask(type_, content)
-        if self.link.restarted and type_ not in (HELLO, RESET):
-            raise AcclimateError(
-                "the board restarted: what it learned since its last save is gone",
-                where=self.link.name,
-                action="connect(), and go on from what it restored",
-            )
         if answer.status:
             raise self._refused(answer.status, what)
         return answer.content
