@@ -508,7 +508,9 @@ class UnicornMachine:
         self.engine.mem_write(machine.flash, self.image.flash)
         self.watch = Watch(self.engine, self.image.flash, machine.flash, self.cpu)
         self._ram = machine.ram, firmware.ram_bytes
-        self._block = mmap.mmap(-1, max(kept_bytes, PAGE))  # whole pages of the host, as the emulator needs them
+        self._block = mmap.mmap(
+            -1, max(kept_bytes, PAGE)
+        )  # whole pages of the host, as the emulator needs them
         self._kept = np.frombuffer(self._block, np.uint8)[:kept_bytes]
         self._kept[:] = 0xFF
         #: Erases of each page of the flash for what was learned.

@@ -325,8 +325,10 @@ class Link:
         )
 
     def ask(self, type_: int, content: bytes = b"", timeout_s: float | None = None) -> Message:
-        """The answer to one message, whatever its status. A board that restarted is not asked again: it would do to what
-        it restored what was meant for what it has lost."""
+        """The answer to one message, whatever its status.
+
+        A board that restarted is not asked again: it would do to what it restored what was meant for what it lost.
+        """
         number = self.number()
         raw, wait = frame(type_, number, content), timeout_s or self.timeout_s
         for attempt in range(self.retries):

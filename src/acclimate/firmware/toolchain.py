@@ -279,7 +279,8 @@ def linker_script(
     kept_bytes: the last of the flash, whole pages, for what was learned.
     """
     stack_bytes = stack_bytes or STACK_BYTES
-    return f"""/* {machine.machine} with {flash_bytes} bytes of flash and {ram_bytes} of RAM; the last {kept_bytes} of flash keep what was learned. */
+    size = f"{flash_bytes} bytes of flash and {ram_bytes} of RAM; the last {kept_bytes} of flash keep what is learned"
+    return f"""/* {machine.machine} with {size}. */
 ENTRY({"Reset_Handler" if machine.cpu.startswith("cortex") else "_start"})
 MEMORY {{
   FLASH (rx) : ORIGIN = {machine.flash:#x}, LENGTH = {flash_bytes - kept_bytes}
@@ -336,9 +337,7 @@ def build_project(
     """
     script_file = folder / "board.ld"
     script = script_file.read_text() if script_file.is_file() else ""
-    named = re.match(
-        r"/\* (\S+) with (\d+) bytes of flash and (\d+) of RAM; the last (\d+) ", script
-    )
+    named = re.match(r"/\* (\S+) with (\d+) bytes of flash and (\d+) of RAM; the last (\d+) ", script)
     machine = next((m for m in MACHINES.values() if named and m.machine == named[1]), None)
     if machine is None or not named:
         raise WrongUse(
