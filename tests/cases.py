@@ -12,6 +12,12 @@ from acclimate.program import build
 from acclimate.runtime import Session
 
 CASES = [(row, example) for row in TABLE.values() for example in row.examples]
+#: those with a gradient that their numbers can show: rounded to integers, an output is flat (tests/test_quantized.py)
+SMOOTH = [
+    (row, example)
+    for row, example in CASES
+    if row.grad and ":i8" not in row.signature and not {"i8", "i16"} & set(example.domain.values())
+]
 
 
 def case_id(value) -> str:
@@ -41,6 +47,8 @@ def arrays(row: Row, example: Example, seed: int = 0, dtype=np.float64) -> list[
             out.append(rng.integers(0, high, shape).astype(kind))
         elif domain.startswith("index:"):
             out.append(rng.permutation(int(domain[6:]))[: shape[0]].astype(np.int32))
+        elif domain.startswith("ascending:"):
+            out.append(np.sort(rng.permutation(int(domain[10:]))[: shape[0]]).astype(np.int32))
         elif domain == "step":
             out.append(rng.integers(0, 9, shape).astype(np.int32))
         elif domain == "i16":
@@ -53,9 +61,12 @@ def arrays(row: Row, example: Example, seed: int = 0, dtype=np.float64) -> list[
             out.append(rng.integers(-9000, 9000, shape).astype(np.int32))
         elif domain == "multiplier":
             out.append(rng.integers(2**30, 2**31, shape).astype(np.int32))
+        elif domain == "table":  # bias, multiplier and shift of each channel
+            low, high = np.array([[-9000, 2**30, -9]]).T, np.array([[9000, 2**31, 0]]).T
+            out.append(rng.integers(low, high, shape).astype(np.int32))
         elif domain == "shift":
             out.append(rng.integers(-12, 2, shape).astype(np.int32))
-        elif domain == "i8" or "i8" in patterns[i].dtype.split("/"):
+        elif domain == "i8" or patterns[i].dtype.split("/")[0] == "i8":
             out.append(rng.integers(-128, 128, shape).astype(np.int8))
         elif domain == "bits":
             out.append(rng.random(shape) < 0.5)

@@ -120,6 +120,7 @@ def test_the_verbs_are_these():
         "export",
         "adapt",
         "evaluate",
+        "prune",
         "quantize",
         "emulate",
         "check",
@@ -608,3 +609,43 @@ def test_demo_meets_its_promise(run):
     for rows in done.json["drifts"].values():
         auto = next(row for row in rows if row["scheme"] == "auto")
         assert auto["accuracy_after"] > auto["accuracy_before"] and auto["peak_bytes"] < 256 * 1024
+
+
+# -- prune ----------------------------------------------------------------------------------------
+
+
+def test_prune_shows_what_each_share_saves_and_costs_and_saves_one(run, files):
+    arguments = (files.digits_onnx, "--data", files.parted_npz, "--epochs", "1", "--lr", "0.01")
+    found = run("prune", *arguments, "--channels", "0.25,0.5", "--sensitivity", "--json").json
+    whole, some, half = found["rows"]
+    assert [r["channels"] for r in found["rows"]] == [0, 0.25, 0.5]
+    for key in ("parameters", "macs", "arena_bytes", "predict_arena_bytes", "flash_bytes"):
+        assert whole[key] > some[key] > half[key] > 0, key
+    assert all(0 <= r[k] <= 1 for r in found["rows"] for k in ("accuracy", "accuracy_learned"))
+    assert half["accuracy_learned"] > half["accuracy"], "learning on gives something back"
+    groups = found["sensitivity"]
+    assert [g["channels"] for g in groups] == [8, 16, 32] and {g["share"] for g in groups} == {0.25}
+    assert all(g["cost"] == pytest.approx(whole["accuracy"] - g["accuracy"]) for g in groups)
+
+    done = run("prune", *arguments, "--connections", "0.8", "--out", "small.npz", "--json").json
+    row = done["rows"][1]
+    assert row["parameters"] == whole["parameters"] and row["nonzero"] < 0.25 * row["parameters"]
+    assert row["nonzero_macs"] < 0.25 * row["macs"] and row["arena_bytes"] == whole["arena_bytes"]
+    score = run("evaluate", "small.npz", "--data", files.parted_npz, "--json").json
+    assert score["accuracy"] == pytest.approx(row["accuracy_learned"])
+    shown = run("prune", *arguments, "--channels", "0.5", "--criterion", "fisher")
+    assert shown.code == 0 and "What is left" in shown.out and "50.0" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (("--channels", "1.0"), "shares from 0"),
+        (("--channels", "0.2,0.4", "--out", "a.npz"), "one pair of shares"),
+        (("--criterion", "best"), "no criterion"),
+        (("--epochs", "-1"), "epochs"),
+    ],
+)
+def test_prune_refuses_what_it_cannot_do(run, files, options, what):
+    done = run("prune", files.digits_onnx, "--data", files.parted_npz, *options, "--json")
+    assert done.code == 2 and what in done.json["error"]["what"]

@@ -24,6 +24,8 @@ _PUBLIC = {
     "load": "frontend",
     "save": "frontend",
     "quantize": "quantizer",
+    "fake_quantize": "quantizer",
+    "prune": "pruning",
     "quantization_report": "quantizer",
     "from_torch": "frontend",
     "devices": "device",
@@ -95,7 +97,8 @@ if TYPE_CHECKING:
     )
     from .planner import Plan
     from .prototypes import Prototypes
-    from .quantizer import quantization_report, quantize
+    from .pruning import prune
+    from .quantizer import fake_quantize, quantization_report, quantize
     from .replay import Replay
 
 

@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import __version__, auto, delta, report, report_html, schemes, store
+from . import __version__, auto, delta, pruning, report, report_html, schemes, store
 from . import device as devices
 from .data import Dataset, split
 from .errors import AcclimateError, BadInput, CannotFit, Refused, WrongUse
@@ -729,6 +730,108 @@ def evaluate(
         "model": facts,
         "update": "" if update is None else str(update),
     }
+
+
+# -- prune --------------------------------------------------------------------------------------------
+
+
+def prune(
+    model: Graph,
+    dataset: Dataset,
+    name: str = "model",
+    channels: Sequence[float] = (),
+    connections: Sequence[float] = (),
+    criterion: str = "l2",
+    device: str = "host",
+    loss: str | None = None,
+    optimizer: str = "sgd",
+    lr: float | None = None,
+    batch_size: int = 8,
+    epochs: int = 5,
+    sensitivity: float | None = None,
+    seed: int = 0,
+    tell: Tell = silent,
+) -> tuple[dict[str, Any], list[Graph]]:
+    """(figures, the pruned graphs as learned on): what pruning saves and costs, at each pair of shares.
+
+    The first row is the whole model, which learns on for as long as the others do. Bytes are those of learning
+    everything one sample at a time; accuracy is on samples that took no part in choosing or learning.
+    sensitivity: also the accuracy where this share of one group of layers alone is removed, and nothing is learned.
+    """
+    if epochs < 0:
+        raise WrongUse("epochs must be a whole number from 0", number=str(epochs))
+    loss, loss_note = _loss_for(model, dataset.y, loss)
+    known, held_out, notes = _parted(model, dataset, loss, seed)
+    fit, validation = carved(known, seed)
+    shares = {(0.0, 0.0): None} | dict.fromkeys(
+        (c, k) for c in channels or (0.0,) for k in connections or (0.0,)
+    )
+    look: dict[str, Any] = {"criterion": criterion, "data": (fit.x, fit.y), "loss": loss, "seed": seed}
+    rows, graphs = [], []
+    for done, (c, k) in enumerate(shares):
+        small = pruning.prune(model, c, k, **look)
+        plan = compile_plan(
+            small,
+            device=device,
+            scheme="full",
+            loss=loss,
+            optimizer=optimizer_of(optimizer, lr),
+            must_fit=False,
+        )
+        row = {"channels": c, "connections": k, **pruning.size(small), **plan.row()}
+        row["accuracy"] = Learner(plan).score(held_out.x, held_out.y)
+        learned = small
+        if epochs:
+            told = partial(
+                _told_of_part, tell, done, len(shares), f"{c:.0%} of channels, {k:.0%} of connections"
+            )
+            rates = [
+                plan.optimizer.lr * f
+                for f in (RATE_FACTORS if lr is None and validation is not None else (1.0,))
+            ]
+            batches = replace(plan, batch_size=batch_size)
+            kept, _ = learn_at_best_rate(batches, rates, fit, validation, epochs, seed, told)
+            row |= {"accuracy_learned": kept.learner.score(held_out.x, held_out.y), "lr": kept.lr}
+            learned = small.with_data({**kept.learner.parameters(), **kept.learner.statistics()})
+        rows.append(row)
+        graphs.append(learned)
+    figures: dict[str, Any] = {
+        "kind": "prune",
+        "criterion": criterion,
+        "what": pruning.CRITERIA[criterion],
+        "rows": rows,
+        "sensitivity": [],
+        "epochs": epochs,
+        "samples": {"learned_from": len(fit), "held_out": len(held_out)},
+        "metric": "loss" if LOSSES[loss].kind == "values" else "accuracy",
+        "loss_name": loss,
+        "seed": seed,
+        "notes": [n for n in (loss_note, *notes) if n],
+        "model": model_facts(model, name),
+        "data": {"name": dataset.name},
+        "device": device_facts(plan),
+    }
+    if sensitivity is not None:
+        for group, small in pruning.each_alone(model, sensitivity, **look):
+            score = Learner(_any_plan(small, loss)).score(held_out.x, held_out.y)
+            figures["sensitivity"].append(
+                {
+                    "name": group.name,
+                    "layers": len(group.weights),
+                    "channels": len(group.units),
+                    "share": sensitivity,
+                    "accuracy": score,
+                    "cost": rows[0]["accuracy"] - score,
+                    **pruning.size(small),
+                }
+            )
+    return figures, graphs
+
+
+def _told_of_part(
+    tell: Tell, part: int, parts: int, what: str, stage: str, done: int, total: int, remark: str
+) -> None:
+    tell(stage, part * total + done, parts * total, f"{what}, {remark}")
 
 
 def _any_plan(model: Graph, loss: str) -> Plan:

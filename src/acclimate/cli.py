@@ -631,6 +631,107 @@ def quantize(
     _show(figures, as_json)
 
 
+def _shares(words: str | None, option: str) -> list[float]:
+    shares = _numbers(words, option) or []
+    if any(not 0 <= share < 1 for share in shares):
+        raise WrongUse(
+            f"{option} takes shares from 0, below 1", number=repr(words), action=f"{option} 0.25,0.5"
+        )
+    return shares
+
+
+@app.command(epilog="Example:  acclimate prune model.onnx --data mine.npz --channels 0.25,0.5 --sensitivity")
+def prune(
+    model: Model,
+    data: Data,
+    channels: Annotated[
+        str | None,
+        typer.Option(
+            "--channels",
+            metavar="SHARE,...",
+            help="Of each group of layers, the shares of channels to remove; 0.5 if nothing is given.",
+            show_default=False,
+        ),
+    ] = None,
+    connections: Annotated[
+        str | None,
+        typer.Option(
+            "--connections",
+            metavar="SHARE,...",
+            help="Of each weight, the shares of elements to set to zero for good.",
+            show_default=False,
+        ),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option("--criterion", metavar="C", help="What is kept: l1, l2, taylor, fisher or random.")
+    ] = "l2",
+    sensitivity: Annotated[
+        bool,
+        typer.Option("--sensitivity", help="Also what each group of layers costs alone, at the first share."),
+    ] = False,
+    epochs: Annotated[
+        int, typer.Option("--epochs", metavar="N", help="Passes over the data after pruning; 0: none.")
+    ] = 5,
+    device: DeviceName = "nano33ble",
+    lr: Rate = None,
+    batch: Batch = 8,
+    optimizer: OptimizerName = "sgd",
+    loss: Loss = None,
+    mean: Mean = None,
+    std: Std = None,
+    label: Label = "label",
+    resize: Resize = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Save the pruned model (.npz), which every verb takes as MODEL; of one pair of shares.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Remove channels or connections, and what it costs.
+
+    Accuracy right after and after learning on, weights, MACs, arena and flash, for each pair of shares, beside the
+    whole model learning as long.
+    """
+    from .adapt import prune as run
+    from .frontend import save
+
+    gone, cut = _shares(channels, "--channels"), _shares(connections, "--connections")
+    gone = gone or ([] if cut else [0.5])
+    if out is not None and max(len(gone), 1) * max(len(cut), 1) > 1:
+        raise WrongUse(
+            "--out takes one pair of shares", number=f"{channels} and {connections}", action="--channels 0.5"
+        )
+    graph = _model(model)
+    dataset = _dataset(data, graph, seed, label, mean, std, resize)
+    with _progress() as tell:
+        figures, graphs = run(
+            graph,
+            dataset,
+            model.stem,
+            gone,
+            cut,
+            criterion,
+            device,
+            loss,
+            optimizer,
+            lr,
+            batch,
+            epochs,
+            (gone or [0.5])[0] if sensitivity else None,
+            seed,
+            tell,
+        )
+    if out is not None:
+        figures |= {"out": str(out), "out_bytes": save(graphs[-1], out)}
+    _show(figures, as_json)
+
+
 @app.command("report", epilog="Example:  acclimate report model-run")
 def report_verb(
     run: Annotated[

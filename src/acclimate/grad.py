@@ -55,8 +55,12 @@ class UpdateSet:
         parts = [(n, UpdateSet({n: c}).size(graph)) for n, c in self.tensors.items()]
         return sum(size * np.dtype(DTYPES[graph.type(n).dtype]).itemsize for n, size in parts)
 
+    def channels(self, graph: Graph, name: str) -> Channels | None:
+        """Those of the value called `name` that learn, None for all: it may hold nothing but them already."""
+        return None if graph.values[name].part else self.tensors[name]
+
     def check(self, graph: Graph) -> UpdateSet:
-        """This set with aliases resolved; WrongUse for unknown tensors or channels out of range."""
+        """This set with aliases resolved; WrongUse for unknown tensors, channels out of range."""
         tensors: dict[str, Channels | None] = {}
         known = graph.parameters()
         for name, channels in self.tensors.items():
@@ -169,6 +173,19 @@ class Tape:
                 return self.emit(node.op, *inputs, **node.attrs), index
         return self.emit("take", name, index, axis=channels.axis), index
 
+    def learnable(self, name: str, grad: str, channels: Channels | None) -> tuple[str, str]:
+        """(the part of a tensor's gradient that it learns by, the index of its channels or "").
+
+        Zeros of a sparse tensor get none, so that pruned connections stay pruned, whatever the optimiser.
+        """
+        index = ""
+        if channels is not None:
+            grad, index = self.take(grad, channels)
+        if self.graph.values[name].sparse:
+            now = self.emit("take", name, index, axis=channels.axis) if channels is not None else name
+            grad = self.emit("keep", grad, now)
+        return grad, index
+
     # -- persistent values --------------------------------------------------------------------------------------
     def state(self, name: str, shape: tuple[int, ...], dtype: str = "f32") -> str:
         """A persistent value that starts at zero; the same one each time it is asked for."""
@@ -185,14 +202,17 @@ class Tape:
             self.update("increment", name)
 
 
-def differentiate(graph: Graph, loss: str, wanted: list[str]) -> dict[str, str]:
-    """Add the backward part to `graph`; returns wanted name -> name of its gradient ("" where the loss ignores it)."""
+def differentiate(graph: Graph, loss: str, wanted: list[str], scale: float = 1.0) -> dict[str, str]:
+    """Add the backward part of `scale` times the loss to `graph`.
+
+    Returns wanted name -> name of its gradient ("" where the loss ignores it).
+    """
     reaches = set(wanted)
     for node in graph.nodes:
         if any(n in reaches for n in node.inputs):
             reaches.update(n for n in node.outputs if n)
     tape = Tape(graph, reaches)
-    grads: dict[str, str] = {loss: graph.constant("d_loss", np.ones(1))}
+    grads: dict[str, str] = {loss: graph.constant("d_loss", np.full(1, scale))}
     for node in reversed(list(graph.nodes)):
         if not any(n in grads for n in node.outputs) or not any(tape.wants(n) for n in node.inputs):
             continue
@@ -315,11 +335,10 @@ def gradient_graph(model: Graph, update_set: UpdateSet, loss: Loss) -> Graph:
     graph, value = _with_loss(model, loss)
     grads = differentiate(graph, value, update_set.names())
     graph.outputs = {"loss": value}
-    for name, channels in update_set.tensors.items():
+    for name in update_set.names():
+        channels = update_set.channels(graph, name)
         if grads[name]:
-            graph.outputs[f"d_{name}"] = (
-                grads[name] if channels is None else Tape(graph).take(grads[name], channels)[0]
-            )
+            graph.outputs[f"d_{name}"] = Tape(graph).learnable(name, grads[name], channels)[0]
     return graph
 
 
@@ -327,14 +346,14 @@ def step_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Opti
     """{"step": forward, loss, backward and update in one}, or with accumulation {"accumulate": ..., "apply": ...}."""
     graph, value = _with_loss(model, loss)
     forward = list(graph.nodes)
-    grads = differentiate(graph, value, update_set.names())
+    grads = differentiate(graph, value, update_set.names(), 1.0 / optimizer.accumulate)
     graph.outputs = {"loss": value}
     tape = Tape(graph)
     parts: dict[str, tuple[str, str, int]] = {}  # name -> gradient, index, axis
     for name in reversed(update_set.names()):  # backward reaches the last layers first
-        channels = update_set.tensors[name]
+        channels = update_set.channels(graph, name)
         if grads[name]:
-            grad, index = (grads[name], "") if channels is None else tape.take(grads[name], channels)
+            grad, index = tape.learnable(name, grads[name], channels)
             parts[name] = (grad, index, 0 if channels is None else channels.axis)
     if not parts:
         raise WrongUse(
@@ -355,7 +374,7 @@ def step_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Opti
 
 
 def _apply_graph(source: Graph, parts: Mapping[str, tuple[str, str, int]], optimizer: Optimizer) -> Graph:
-    """One optimiser step on the mean of the accumulated gradients, which are cleared."""
+    """One optimiser step on the accumulated gradients, shares of a mean, which are cleared."""
     graph = Graph(source.batch, aliases=dict(source.aliases))
     tape = Tape(graph)
     means = {}
@@ -363,11 +382,7 @@ def _apply_graph(source: Graph, parts: Mapping[str, tuple[str, str, int]], optim
         for n in (name, f"{name}{GRADIENT}", index):
             if n and n not in graph.values:
                 graph.add(source.values[n])
-        means[name] = (
-            tape.emit("affine", f"{name}{GRADIENT}", scale=1.0 / optimizer.accumulate),
-            index,
-            axis,
-        )
+        means[name] = (f"{name}{GRADIENT}", index, axis)
     _apply(tape, means, optimizer)
     for name in parts:
         tape.update("clear", f"{name}{GRADIENT}")

@@ -104,6 +104,8 @@ class Value:
     """A named tensor. `kind`: "input" (fed each run), "constant", "parameter", "state" (persistent), or "temp".
 
     quant: of an input or parameter of integers, what they stand for. Of a temp value its node says it.
+    part: of a parameter that holds the channels of a tensor that learn, along axis 1: the constants that hold the whole
+    tensor as it was trained, and the ascending indices of those channels.
     """
 
     name: str
@@ -111,6 +113,8 @@ class Value:
     kind: str = "temp"
     data: np.ndarray | None = None  # what a constant holds, what a persistent value starts from
     quant: Quant | None = None
+    part: tuple[str, str] | None = None
+    sparse: bool = False  # of a parameter: connections were pruned, its zeros stay zero
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -198,7 +198,8 @@ def buffers_of(graph: Graph, nodes: list[Node], room: list[int] | None = None) -
 def _overwritable(graph: Graph, node: Node, name: str, home: dict[str, Buffer], at: int) -> Buffer | None:
     """The buffer of an input that `name` may take over: it dies here, has the same size, and is no other argument."""
     row, size = TABLE[node.op], graph.type(name).size_bytes
-    for j in row.in_place:
+    allowed = row.overwrites(node.attrs, [graph.type(n) if n else None for n in node.inputs])
+    for j in allowed:
         if j >= len(node.inputs) or node.inputs[j] not in home:
             continue
         buffer = home[node.inputs[j]]
@@ -208,7 +209,7 @@ def _overwritable(graph: Graph, node: Node, name: str, home: dict[str, Buffer], 
             buffer.end == at
             and buffer.size_bytes == size
             and same_type
-            and all(k in row.in_place and node.inputs[k] == node.inputs[j] for k in others)
+            and all(k in allowed and node.inputs[k] == node.inputs[j] for k in others)
         ):
             return buffer
     return None

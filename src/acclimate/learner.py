@@ -15,7 +15,7 @@ from .grad import GRADIENT, LATENT, Channels, Tape
 from .ir import Graph, Type
 from .ops import TABLE, evaluate
 from .planner import Plan
-from .program import STATE_ENTRY
+from .program import CHANNELS_ENTRY, STATE_ENTRY
 from .replay import Buffer, Replay
 from .runtime import Session
 
@@ -239,15 +239,15 @@ class Learner:
         """
         x = self._samples(x)
         y = self._targets(y, len(x))
-        session = Session(self.plan.gradient_program(len(x)), self._main)
-        out = session.run("gradient", x=x, y=y)
+        with self._main.lock:
+            out = self._session("gradient", len(x)).run("gradient", x=x, y=y)
         found = {}
         for name, channels in self.plan.update_set.tensors.items():
             shape = self.plan.model.shape(name)
             grad = out.get(f"d_{name}")
             if grad is None:
                 grad = np.zeros(shape, np.float32)  # the loss does not depend on it
-            elif channels is not None:
+            elif channels := self._part(name) or channels:
                 grad = delta.Record(name, grad, channels).apply(np.zeros(shape, np.float32))
             found[name] = grad.reshape(shape)
         return found
@@ -295,7 +295,7 @@ class Learner:
         """Every parameter of the model by the user's own name, as it is now; copies. Integers as they are stored."""
         names = set(self._main.state_names())
         return {
-            name: (self._main.view(STATE_ENTRY, name).copy() if name in names else np.array(value.data))
+            name: self._whole(self._main, name) if name in names else np.array(value.data)
             for name, value in self.plan.model.parameters().items()
         }
 
@@ -358,8 +358,19 @@ class Learner:
             if r.name == PENDING:
                 pending = int(r.data[0])
                 continue
-            view = fresh.view(STATE_ENTRY, r.name)
-            view[...] = r.apply(view.copy())
+            view, whole = fresh.view(STATE_ENTRY, r.name), r.apply(self._whole(fresh, r.name))
+            part = self._part(r.name)
+            if part is not None:
+                trained = self._trained(r.name)
+                if not _only_differ(whole, trained, part):
+                    raise BadInput(
+                        "the delta changes channels that this plan keeps constant",
+                        where=f"{path}, {r.name}",
+                        number=f"{len(part.index)} of {trained.shape[part.axis]} channels learn",
+                        action="restore it with a scheme whose channels hold those that it was saved with",
+                    )
+                whole = np.take(whole, part.index, part.axis)
+            view[...] = whole
         if not 0 <= pending < self.plan.optimizer.accumulate:
             raise BadInput(
                 "the delta holds another number of micro-batches than this plan accumulates",
@@ -376,12 +387,32 @@ class Learner:
         self._main.state[:], self._pending = self._saved
         return self
 
+    def _part(self, name: str) -> Channels | None:
+        """The channels that the state holds of a tensor, None for one that it holds whole."""
+        if name not in self._main.program.entries.get(CHANNELS_ENTRY, {}):
+            return None
+        channels = self.plan.update_set.tensors[name]
+        return channels and Channels(channels.axis, tuple(sorted(channels.index)))
+
+    def _whole(self, session: Session, name: str) -> np.ndarray:
+        """A persistent value as the model has it."""
+        view, part = session.view(STATE_ENTRY, name), self._part(name)
+        if part is None:
+            return view.copy()
+        return delta.Record(name, view, part).apply(self._trained(name))
+
+    def _trained(self, name: str) -> np.ndarray:
+        return np.asarray(self.plan.model.values[name].data)
+
     def _kept(self) -> tuple[np.ndarray, int]:
         return self._main.state.copy(), self._pending
 
     def _types(self) -> dict[str, Type]:
         """What a delta of this plan may hold."""
-        types = {b.name: b.type for b in self._main.program.entries[STATE_ENTRY].values()}
+        types = {
+            b.name: b.type if self._part(b.name) is None else self.plan.model.type(b.name)
+            for b in self._main.program.entries[STATE_ENTRY].values()
+        }
         return {**types, PENDING: Type((1,), "i32")} if self.plan.optimizer.accumulate > 1 else types
 
     def _records(self, optimizer: bool) -> list[delta.Record]:
@@ -394,9 +425,12 @@ class Learner:
             if now.tobytes() == start.tobytes() or not (optimizer or name in kinds):
                 continue
             channels: Channels | None = self.plan.update_set.tensors.get(name)
-            if channels is not None and not _only_differ(now, start, channels):
-                channels = None  # restored from another scheme: more than this plan's channels has changed
-            data = now if channels is None else np.take(now, channels.index, channels.axis)
+            if part := self._part(name):
+                data, channels = now, part
+            elif channels is not None and _only_differ(now, start, channels):
+                data = np.take(now, channels.index, channels.axis)
+            else:  # or restored from another scheme: more than this plan's channels has changed
+                data, channels = now, None
             dtype = self._main.program.entries[STATE_ENTRY][name].type.dtype
             records.append(delta.Record(name, data.copy(), channels, dtype))
         if optimizer and self._pending:
@@ -428,9 +462,13 @@ class Learner:
         """The session for a batch size; all share one block of persistent memory."""
         key = (kind, batch)
         if key not in self._sessions:
-            program = (
-                self.plan.predict_program(batch) if kind == "predict" else self.plan.train_program(batch)
-            )
+            plan = self.plan
+            make = {
+                "predict": plan.predict_program,
+                "train": plan.train_program,
+                "gradient": plan.gradient_program,
+            }
+            program = make[kind](batch)
             extra = [k for k, s in self._sessions.items() if s is not self._main]
             if len(extra) >= KEPT_SESSIONS:
                 del self._sessions[extra[0]]

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from .errors import BadInput
-from .grad import Tape, prune
-from .ir import Graph, Node, Value
+from .grad import Tape, UpdateSet, prune
+from .ir import Graph, Node, Type, Value
 from .ops import TABLE, evaluate, parse, verify
 from .ops.blockfloat import NARROW
 from .ops.row import is_clamped
@@ -35,6 +35,37 @@ def freeze(model: Graph, learned: set[str]) -> Graph:
         if value.kind == "parameter" and name not in learned or value.kind == "state" and name not in kept:
             new.values[name] = replace(value, kind="constant")
     return new
+
+
+def split_parts(model: Graph, update_set: UpdateSet) -> Graph:
+    """A tensor of which some channels learn keeps them alone as a parameter; the rest is constant, and stays in flash.
+
+    Done where all that reads the tensor can read it in two parts (`row.parts`); others stay whole.
+    """
+    new, uses = model.copy(), model.consumers()
+    for name, channels in update_set.tensors.items():
+        value = model.values[name]
+        slots = [TABLE[n.op].parts for n in uses[name]]
+        apart = [
+            s is not None and n.inputs.count(name) == 1 and n.inputs[s[0]] == name and len(n.inputs) <= s[1]
+            for n, s in zip(uses[name], slots, strict=True)
+        ]
+        if channels is None or channels.axis != 1 or not apart or not all(apart):
+            continue
+        learned = sorted(channels.index)
+        index = new.constant(f"{name}.channels", np.array(learned), "i32")
+        fixed = new.add(replace(value, name=new.fresh(f"{name}.fixed"), kind="constant"))
+        data = np.ascontiguousarray(np.take(np.asarray(value.data), learned, 1))
+        new.values[name] = replace(
+            value, type=Type(data.shape, value.type.dtype), data=data, part=(fixed, index)
+        )
+        for i, node in enumerate(new.nodes):
+            if name in node.inputs:
+                at, part, which = TABLE[node.op].parts or (0, 0, 0)
+                inputs = [*node.inputs, *("",) * (which + 1 - len(node.inputs))]
+                inputs[at], inputs[part], inputs[which] = fixed, name, index
+                new.nodes[i] = replace(node, inputs=tuple(inputs))
+    return verify(new, "splitting tensors of which a part learns")
 
 
 def fold_constants(graph: Graph) -> Graph:
@@ -90,6 +121,35 @@ def fold_frozen(graph: Graph) -> Graph:
         new.nodes.append(node)
         tape.adopt(node)
     new.outputs = {role: names.get(n, n) for role, n in graph.outputs.items()}
+    return new
+
+
+def clamp_late(graph: Graph) -> Graph:
+    """Clamp after max-pooling and not before: the same values and gradients, at a fraction of the elements.
+
+    A window's largest element is where it was, unless all of them are clamped; then no gradient passes either way. Left
+    as it is where the op before does the clamping and keeps the bits at no further pass.
+    """
+    new = graph.copy()
+    made, uses = graph.producers(), graph.consumers()
+    kept = set(graph.outputs.values())
+    for node in graph.nodes:
+        row = TABLE[node.op]
+        clamp = made.get(node.inputs[0]) if row.largest and row.largest(node.attrs) else None
+        if clamp is None or TABLE[clamp.op].bounds is None or kept & {n for n in clamp.outputs if n}:
+            continue
+        before = made.get(clamp.inputs[0])
+        free = before and TABLE[before.op].clamps and parse(TABLE[before.op].signature)[1][-1].dtype == "bit"
+        if len(uses[clamp.outputs[0]]) != 1 or free:
+            continue
+        largest = new.add(Value(f"{node.outputs[0]}.largest", new.type(node.outputs[0])))
+        at = new.nodes.index(node)
+        new.nodes[at : at + 1] = [
+            replace(node, inputs=clamp.inputs[:1], outputs=(largest, *node.outputs[1:])),
+            replace(clamp, inputs=(largest,), outputs=(node.outputs[0], *clamp.outputs[1:])),
+        ]
+        new.nodes.remove(clamp)
+        del new.values[clamp.outputs[0]]
     return new
 
 
@@ -176,7 +236,8 @@ def compact_masks(graph: Graph) -> Graph:
 
 
 def fuse(graph: Graph) -> Graph:
-    """Neighbours that one pass over memory can do: a clamp in the op before it, a gate in the op after it.
+    """Neighbours that one pass over memory can do: a clamp in the op before it, a gate in the op after it, a sum over
+    runs in the op that makes what is added.
 
     After differentiation and `compact_masks`, so that what backward keeps is not changed by it.
     """
@@ -194,9 +255,19 @@ def fuse(graph: Graph) -> Graph:
     for i, node in enumerate(graph.nodes):
         row = TABLE[node.op]
         at = alone(node.inputs[0]) if row.bounds or row.gated is not None else None
+        at = alone(node.inputs[1]) if row.adds else at
         if at is None or at in gone:
             continue
         other = new.nodes[at]
+        if row.adds:
+            total, *rest = node.inputs[0], *other.inputs[2:]
+            plain = not any(rest) and not (TABLE[other.op].clamps and is_clamped(other.attrs))
+            if TABLE[other.op].added and plain and len(graph.shape(total)) == 2:
+                added = TABLE[TABLE[other.op].added]
+                attrs = {k: v for k, v in other.attrs.items() if k in added.attrs}
+                new.nodes[i] = Node(added.name, (total, *other.inputs[:2]), node.outputs, attrs, other.where)
+                gone.add(at)
+            continue
         if row.bounds is not None and other.outputs[0] == node.inputs[0]:
             low, high = row.bounds(node.attrs)
             attrs = {**other.attrs, "low": low, "high": high}
@@ -216,6 +287,46 @@ def fuse(graph: Graph) -> Graph:
                 gone.add(at)
     new.nodes = [node for i, node in enumerate(new.nodes) if i not in gone]
     return new
+
+
+def join_updates(graph: Graph) -> Graph:
+    """An update that alone reads a gradient makes it itself, so that the whole of it never exists (`row.joins`).
+
+    It comes after all that reads the parameter, so what the gradient is made from lives longer: not where that is more.
+    """
+    new, uses, kept = graph.copy(), graph.consumers(), set(graph.outputs.values())
+    makers = graph.producers()
+    gone: set[int] = set()
+    for i, node in enumerate(graph.nodes):
+        maker = makers.get(node.inputs[1]) if len(node.inputs) > 1 else None
+        op = TABLE[node.op].joins.get(maker.op, "") if maker else ""
+        if not op or maker is None or len(uses[node.inputs[1]]) > 1 or node.inputs[1] in kept:
+            continue
+        attrs = {k: v for k, v in {**maker.attrs, **node.attrs}.items() if k in TABLE[op].attrs}
+        inputs = (node.inputs[0], *maker.inputs, *node.inputs[2:])
+        if len(inputs) > len(parse(TABLE[op].signature)[0]) or graph.type(node.inputs[0]).dtype != "i8":
+            continue  # of some channels only, which the joint row does not take
+        longer = [n for n in maker.inputs if n and (len(uses[n]) == 1 or _overwritten(graph, uses[n], n))]
+        if sum(graph.type(n).size_bytes for n in longer) > graph.type(node.inputs[1]).size_bytes:
+            continue
+        new.nodes[i] = Node(op, inputs, (), attrs, node.where or maker.where)
+        gone.add(id(maker))
+    new.nodes = [n for n in new.nodes if id(n) not in gone]
+    return new
+
+
+def _overwritten(graph: Graph, users: list[Node], name: str) -> bool:
+    """Whether one of the nodes may write its first output over a value."""
+    for node in users:
+        types = [graph.type(n) if n else None for n in node.inputs]
+        over = [node.inputs[i] for i in TABLE[node.op].overwrites(node.attrs, types) if i < len(node.inputs)]
+        if (
+            name in over
+            and node.outputs
+            and graph.type(node.outputs[0]).size_bytes == graph.type(name).size_bytes
+        ):
+            return True
+    return False
 
 
 def segment_time(model: Graph, steps: int | None = None) -> Graph:
@@ -303,13 +414,20 @@ PIPELINE: tuple[Callable[[Graph], Graph], ...] = (
     select_early,
     compact_masks,
     fuse,
+    join_updates,
     prune,
 )
 
 
-def prepare(model: Graph, learned: set[str]) -> Graph:
-    """A model before it is differentiated: frozen parts folded, so that the backward part meets them folded too."""
-    return _checked(_checked(freeze(model, learned), fold_constants), fold_frozen)
+def prepare(model: Graph, learned: set[str], update_set: UpdateSet | None = None) -> Graph:
+    """A model before it is differentiated: frozen parts folded and clamps in their place, so that the backward part
+    meets them so too.
+
+    learned: names of the values that runs may write; update_set: says of which of them only a part.
+    """
+    frozen = freeze(model, learned)
+    frozen = split_parts(frozen, update_set) if update_set is not None else frozen
+    return _checked(_checked(_checked(frozen, fold_constants), fold_frozen), clamp_late)
 
 
 def run(graph: Graph) -> Graph:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from . import blocks, schemes
 from . import device as devices
 from . import recompute as recomputing
-from . import schemes
 from .classes import IN_USE, add_class_graph
 from .device import Device
 from .errors import CannotFit, WrongUse
@@ -32,6 +32,7 @@ MAX_BATCH = 65536
 MAX_THREADS = 64  # AC_MAX_THREADS
 RECOMPUTE = ("auto", "none", "exact")
 GRADIENTS = {"float32": 0, "int16": 16, "int8": 8}  # what gradients flow in -> bits of a block's mantissas
+SMALL_BYTES = 1024  # of labels, rates and masks, that may lie beside the tensors of a block
 NAMED_VALUES = 3  # a fix names the values that it recomputes where there are no more
 SEARCHED_SPLITS = 3  # numbers of micro-batches for which recomputing is searched, those that need it least
 
@@ -128,7 +129,8 @@ class Plan:
 
     def _prepared(self, batch_size: int) -> Graph:
         """The model at a batch size, with all that never changes folded away."""
-        return prepare(with_batch(self.model, batch_size), {*self.update_set.tensors, IN_USE})
+        learned = {*self.update_set.tensors, IN_USE}
+        return prepare(with_batch(self.model, batch_size), learned, self.update_set)
 
     def with_batch_size(self, batch_size: int) -> Plan:
         """The same plan for another batch size, without its limits: the same micro-batches or smaller ones."""
@@ -484,8 +486,18 @@ def _mixes_samples(model: Graph) -> str:
 
 
 def arranged(graphs: Mapping[str, Graph]) -> dict[str, Layout]:
-    """Each graph through the passes, with an order and places."""
-    return {name: arrange(run_passes(graph)) for name, graph in graphs.items()}
+    """Each graph through the passes, with an order and places.
+
+    Blocks of convolutions are made as far as the smallest arena of all the graphs together needs it.
+    """
+    passed = {name: run_passes(graph) for name, graph in graphs.items()}
+    found = {name: arrange(blocks.fuse(graph)) for name, graph in passed.items()}
+    room = max(p.arena_bytes for p in found.values())
+    for name, graph in passed.items():
+        if blocks.runs(graph):
+            looser = arrange(blocks.fuse(graph, room - SMALL_BYTES))
+            found[name] = looser if looser.arena_bytes <= room else found[name]
+    return found
 
 
 def kib(n: int) -> str:

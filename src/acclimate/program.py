@@ -28,6 +28,9 @@ ABSENT = 0xFFFF
 DTYPE_CODES = {"f32": 0, "i32": 1, "u8": 2, "u16": 3, "i8": 4, "bit": 5, "i16": 6}
 CONST, STATE, ARENA = 0, 1, 2
 STATE_ENTRY = "state"  # an entry without ops, whose bindings name every persistent value
+#: Entries without ops that name, for each tensor of which the state holds but some channels along axis 1, the constants
+#: that hold the whole of it as it was trained, and the indices of those channels.
+FIXED_ENTRY, CHANNELS_ENTRY = "fixed", "channels"
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,21 @@ class _Writer:
                         self.bindings.append(binding)
         return self.name(STATE_ENTRY), at, at, 0, first_binding, len(self.bindings)
 
+    def part_entries(self, at: int) -> list[tuple[int, ...]]:
+        parts = {
+            v.name: (p, v.part)
+            for p in self.layouts.values()
+            for v in p.graph.values.values()
+            if v.part is not None and all(n in p.graph.values for n in v.part)
+        }
+        entries: list[tuple[int, ...]] = []
+        for i, entry in enumerate((FIXED_ENTRY, CHANNELS_ENTRY) if parts else ()):
+            first = len(self.bindings)
+            for name, (layout, part) in parts.items():
+                self.bindings.append((self.name(name), self.tensor(layout.graph, part[i], layout), 1))
+            entries.append((self.name(entry), at, at, 0, first, len(self.bindings)))
+        return entries
+
 
 def model_hash(model: Graph) -> int:
     """CRC-32 of a model's parameter names, shapes and trained values: a delta fits the model it was learned from."""
@@ -243,6 +261,7 @@ def build(
     for name, layout in layouts.items():
         entries.append(writer.entry(name, layout, stream))
     entries.append(writer.state_entry(len(stream) // 4))
+    entries += writer.part_entries(len(stream) // 4)
     arena = max((p.arena_bytes for p in layouts.values()), default=0)
     names = bytes(writer.names) + bytes(-len(writer.names) % 4)
     initial = bytes(writer.initial).rstrip(b"\0")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from .ops.integer import (
     MOST,
     Int,
     affine,
+    averages,
     channel_axis,
     float_nodes,
     form,
@@ -63,7 +65,7 @@ class Layer(NamedTuple):
 
 def quantize(
     model: Graph,
-    calibration: Any,
+    calibration: Any = None,
     method: str = "minmax",
     percentile: float = PERCENTILE,
     per_channel: bool = True,
@@ -73,7 +75,8 @@ def quantize(
     """The int8 graph of a float model, as it predicts (batch norm on running statistics, no dropout).
 
     model: a float Graph. calibration: x as the model takes it, (n, ...), unlabelled; also (x, y), a Dataset, or a
-    mapping of input roles to arrays. A few hundred typical samples do.
+    mapping of input roles to arrays. A few hundred typical samples do. What `fake_quantize` gave holds all scales and
+    takes no calibration, nor any other option.
     method: how the range of an activation is chosen. "minmax": all that was seen; "percentile": the middle
     `percentile` per cent; "mse": the part of it with the smallest mean squared error (as TensorRT and others do).
     per_channel: one weight scale an output channel, else one a tensor. keep_float: names of layers or parameters that
@@ -86,7 +89,29 @@ def quantize(
     >>> int8 = acclimate.quantize(model, x[:256])                                     # doctest: +SKIP
     >>> plan = acclimate.plan(int8, device="nano33ble")                               # doctest: +SKIP
     """
+    if any(TABLE[n.op].fakes for n in model.nodes):
+        if calibration is not None:
+            raise WrongUse(
+                "this graph holds its scales already", where="calibration", action="quantize(model)"
+            )
+        return lower(model)
     return Quantization(model, calibration, method, percentile, per_channel, keep_float, bits).graph
+
+
+def fake_quantize(model: Graph, calibration: Any, learn_scales: bool = False, **options: Any) -> Graph:
+    """A float graph that computes as `quantize`'s int8 graph does, and learns: quantisation-aware training.
+
+    Weights pass `fake_quant`, activations `quantize` and `dequantize`, where and at the scales that `quantize` with the
+    same options would; gradients pass all of them as if nothing were rounded, but where a clamp held (Jacob et
+    al. 2018, arXiv:1712.05877). The batch norms are folded and learn as part of the weights. A bias stays as it is:
+    its int32 is finer than the step of an activation. learn_scales: weight scales are parameters too,
+    `<weight>.scale` (Esser et al. 2020, arXiv:1902.08153). What was learned becomes int8 without another calibration:
+
+    >>> fake = acclimate.fake_quantize(model, x[:256], bits=4)                        # doctest: +SKIP
+    >>> learner = acclimate.Learner(acclimate.plan(fake, scheme="full")).fit(x, y)    # doctest: +SKIP
+    >>> int8 = acclimate.quantize(fake.with_data(learner.parameters()))               # doctest: +SKIP
+    """
+    return Quantization(model, calibration, **options).fake(learns=True, learn_scales=learn_scales)
 
 
 def quantization_report(
@@ -134,8 +159,9 @@ def fold(model: Graph) -> Graph:
                 names[old] = new
     values = {names.get(n, n): replace(v, name=names.get(n, n)) for n, v in graph.values.items()}
     learned = {*model.parameters(), *names.values()}
+    sparse = {n for n, v in model.parameters().items() if v.sparse}
     graph.values = {
-        n: replace(v, kind="parameter") if v.kind == "constant" and n in learned else v
+        n: replace(v, kind="parameter", sparse=n in sparse) if v.kind == "constant" and n in learned else v
         for n, v in values.items()
     }
     graph.nodes = [replace(n, inputs=tuple(names.get(i, i) for i in n.inputs)) for n in graph.nodes]
@@ -440,7 +466,7 @@ def weight_scales(
 
 @dataclass
 class Quantization:
-    """One model's way to int8; `graph` is the result."""
+    """One model's way to int8."""
 
     model: Graph
     calibration: Any
@@ -457,6 +483,10 @@ class Quantization:
             self.keep_float = (self.keep_float,)
         if any(v.quant is not None for v in self.model.values.values()):
             raise WrongUse("this graph is quantised already", action="give the float model")
+        if self.calibration is None:
+            raise WrongUse(
+                "ranges are measured on samples", where="calibration", action="quantize(model, x[:256])"
+            )
         self.float_graph = fold(self.model)
         self.layers, self._int8_inputs, self._kept = _layers(self.float_graph, self.keep_float)
         if not self.layers:
@@ -473,7 +503,11 @@ class Quantization:
         self.ranges = {name: affine(*ends[name]) for name in names}
         _share_joined(self.float_graph, self.layers, self.ranges)
         self.weights = self._weights()
-        self.graph = lower(self.fake())
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The int8 graph."""
+        return lower(self.fake())
 
     def _weights(self) -> dict[str, Quant]:
         """The scales of every weight; one that several layers share gets the widest."""
@@ -491,22 +525,29 @@ class Quantization:
             scales[name] = np.maximum(scales[name], s) if name in scales else s
         return {name: Quant(s) for name, s in scales.items()}
 
-    def fake(self, only: Layer | None = None) -> Graph:
-        """The float graph with its numbers rounded to what int8 can hold, everywhere or in one layer; it runs."""
+    def fake(self, only: Layer | None = None, learns: bool = False, learn_scales: bool = False) -> Graph:
+        """The float graph with its numbers rounded to what int8 can hold, everywhere or in one layer.
+
+        learns: weights are rounded whenever the graph runs, not once, so that they learn; learn_scales: so do their
+        scales.
+        """
         old, layers = self.float_graph, self.layers if only is None else [only]
         chosen = {id(layer.node): layer for layer in layers}
         ends = {layer.output for layer in layers if layer.output}
+        averaged = {n.node.outputs[0]: n.inputs[0] for n in layers if averages(old, n.node)}
+        ends |= averaged.keys()
         new = old.copy()
         new.nodes = []
 
         def rounded(name: str) -> str:
-            scale, zero = self.ranges[self._root[name]]
+            scale, zero = self.ranges[self._root[averaged.get(name, name)]]
             q = emit(new, "quantize", name, name=f"{name}.q", scale=scale, zero=zero)
             return str(emit(new, "dequantize", q, name=f"{name}.dq", scale=scale, zero=zero))
 
         # value -> its rounded twin; what is made in float is rounded for the integer layers only
         held = {n: rounded(n) for n in self._int8_inputs if only is None}
         here: dict[str, str] = {}
+        weights: dict[str, str] = {}
         keeps = {layer.node.outputs[0] for layer in layers if not layer.output}
         for node in old.nodes:
             names = dict(held)
@@ -515,11 +556,25 @@ class Quantization:
                 for name in {*layer.inputs} - held.keys() - keeps:
                     here[name] = names[name] = here.get(name) or rounded(name)
                 if form(old, node) == "weighted":
-                    self._round_weight(new, node)
+                    weight = node.inputs[1]
+                    if not learns:
+                        self._round_weight(new, node)
+                    elif weight not in weights:
+                        weights[weight] = self._fake_weight(
+                            new, node, "parameter" if learn_scales else "constant"
+                        )
+                    names |= weights
             new.nodes.append(replace(node, inputs=tuple(names.get(n, n) for n in node.inputs)))
             held.update({name: rounded(name) for name in node.outputs if name in ends})
         new.outputs = {role: held.get(n, n) for role, n in old.outputs.items()}
         return verify(new, "fake quantisation")
+
+    def _fake_weight(self, graph: Graph, node: Node, kind: str) -> str:
+        name, most = node.inputs[1], 2 ** (self.bits - 1) - 1
+        scale = self.weights[name].scale
+        s = graph.persistent(graph.fresh(f"{name}.scale"), scale, kind)
+        attrs = {"axis": channel_axis(node), "low": -most, "high": most}
+        return str(emit(graph, "fake_quant", name, s, name=f"{name}.fake", **attrs))
 
     def _round_weight(self, graph: Graph, node: Node) -> None:
         name, axis = node.inputs[1], channel_axis(node)

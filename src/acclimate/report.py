@@ -248,6 +248,7 @@ def report_of(data: Mapping[str, Any]) -> Report:
         "plan": _plan,
         "adapt": _adapt,
         "evaluate": _evaluate,
+        "prune": _prune,
         "demo": _demo,
         "devices": _devices,
         "quantize": _quantize,
@@ -634,6 +635,53 @@ def _evaluate(data: Row) -> Report:
         f"with {data['update']}" if data["update"] else "as it was loaded",
         (Section("", (facts,)),),
         data,
+    )
+
+
+def _prune(data: Row) -> Report:
+    unit = "number" if data["metric"] == "loss" else "share"
+    learned = (Column("accuracy_learned", "after learning", unit),) if data["epochs"] else ()
+    table = Table(
+        "What is left",
+        (
+            Column("channels", "channels gone", "share"),
+            Column("connections", "connections gone", "share"),
+            Column("accuracy", "accuracy", unit),
+            *learned,
+            Column("nonzero", "weights", "count"),
+            Column("macs", "MACs", "macs"),
+            Column("predict_arena_bytes", "arena, predicting", "bytes", 2),
+            Column("arena_bytes", "arena, learning", "bytes", 1),
+            _FLASH,
+        ),
+        tuple(data["rows"]),
+        caption=f"Least important by {data['criterion']}: {data['what']}. Accuracy on {data['samples']['held_out']} "
+        f"held-out samples"
+        + (
+            f", and after {data['epochs']} epochs on {data['samples']['learned_from']}."
+            if data["epochs"]
+            else "."
+        )
+        + " A weight that is zero still takes its bytes and its MAC.",
+    )
+    alone = Table(
+        "One group of layers alone",
+        (
+            Column("name", "first weight"),
+            Column("layers", "layers", "count", 2),
+            Column("channels", "channels", "count"),
+            Column("share", "gone", "share"),
+            Column("accuracy", "accuracy", unit),
+            Column("nonzero", "weights", "count", 1),
+            Column("macs", "MACs", "macs"),
+        ),
+        tuple(data["sensitivity"]),
+        caption="Nothing was learned in between. Layers that share their channels are one group.",
+    )
+    notes = tuple(Note(n) for n in data["notes"])
+    blocks: tuple[Block, ...] = (table, *((alone,) if data["sensitivity"] else ()), *notes)
+    return Report(
+        f"{data['model']['name']}, pruned", _model_line(data["model"]), (Section("", blocks),), data
     )
 
 

@@ -27,7 +27,7 @@ import stack
 sys.path.remove(str(C))
 
 #: What a compiler asks of every C library, even of none at all (GCC manual, "Standards").
-ALLOWED = {"memcpy", "memset", "memmove", "memcmp"}
+ALLOWED = {"memcpy", "memset"}
 COMPILER = re.compile(r"__(stack_chk_\w+|aeabi_\w+|u?(div|mod)[dst]i\d)|_GLOBAL_OFFSET_TABLE_")
 
 

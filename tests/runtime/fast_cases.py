@@ -11,14 +11,21 @@ import mmap
 import sys
 
 import numpy as np
+from cases import arrays as inputs_of
 
 from acclimate.ir import Graph, Type
 from acclimate.layout import Buffer, Layout, arrange
 from acclimate.ops import TABLE, emit, infer, parse
+from acclimate.ops.quantized import add_attrs
 from acclimate.program import Program, build
 from acclimate.runtime import Session
 
 PAGE = mmap.PAGESIZE
+DTYPES = {"int8": "i8", "int32": "i32"}
+
+
+def dtype_of(a: np.ndarray) -> str:
+    return DTYPES.get(str(a.dtype), "f32")
 
 
 def convolution(rng: np.random.Generator) -> tuple[dict, tuple, tuple]:
@@ -59,6 +66,22 @@ def cases(seed: int, count: int):
         yield "conv", [array(*x), array(*w), array(w[0])], attrs | limits
         yield "conv_input_grad", [array(*y), array(*w)], {**attrs, "size": x[2:]}
         yield "conv_weight_grad", [array(*x), array(*y)], {**attrs, "kernel": w[2:]}
+        x_q, w_q = (rng.integers(-128, 128, s).astype(np.int8) for s in (x, w))
+        scaling = [rng.integers(2**30, 2**31, w[0]), rng.integers(-12, 2, w[0])]
+        bias = rng.integers(-9000, 9000, w[0]).astype(np.int32) if rng.random() < 0.7 else None
+        zeros = {"x_zero": int(rng.integers(-128, 128)), "y_zero": int(rng.integers(-128, 128))}
+        scaling = [s.astype(np.int32) for s in scaling]
+        yield "q_conv", [x_q, w_q, bias, *scaling], {**attrs, **zeros, "low": -100, "high": 120}
+        added = add_attrs((0.03, 4), (0.05, -9), (0.06, 2), -100, 100)
+        size = int(rng.integers(1, 200))
+        yield "q_add", [rng.integers(-128, 128, size).astype(np.int8) for _ in "ab"], added
+        row = TABLE["q_block"]
+        block = row.examples[int(rng.integers(len(row.examples)))]
+        yield "q_block", inputs_of(row, block, int(rng.integers(1000))), dict(block.attrs)
+        scale = rng.uniform(0.1, 1, w[0]).astype(np.float32)
+        yield "q_conv_input_grad", [array(*y), w_q, scale], {**attrs, "size": x[2:]}
+        weight_of = {"kernel": w[2:], "x_zero": zeros["x_zero"], "x_scale": 0.02}
+        yield "q_conv_weight_grad", [x_q, array(*y)], {**attrs, **weight_of}
         m, n, k = (
             int(rng.choice([rng.integers(1, 12), rng.integers(1, 80), rng.integers(1, 300)])) for _ in "mnk"
         )
@@ -94,14 +117,23 @@ def cases(seed: int, count: int):
 def program_of(op: str, arrays: list[np.ndarray], attrs: dict, last: int = -1) -> Program:
     """A Program that runs one op; of its tensors (inputs, then the output) number `last` ends the arena."""
     graph = Graph()
-    names = ["" if a is None else graph.input(f"i{i}", a.shape, "f32") for i, a in enumerate(arrays)]
-    others = tuple(range(1, len(parse(TABLE[op].signature)[1])))
+    fixed = TABLE[op].fixed
+    names = [
+        ""
+        if a is None
+        else graph.constant(f"i{i}", a, "i32")
+        if i in fixed
+        else graph.input(f"i{i}", a.shape, dtype_of(a))
+        for i, a in enumerate(arrays)
+    ]
+    others = tuple(i for i, p in enumerate(parse(TABLE[op].signature)[1]) if i and p.optional)
     out = emit(graph, op, *names, unused=others, **attrs)
     graph.outputs["o"] = out if isinstance(out, str) else out[0]
     if last < 0:
         return build({"run": arrange(graph)})
-    tensors = [*filter(None, names), graph.outputs["o"]]
-    tensors.append(tensors.pop(last))
+    more = [] if isinstance(out, str) else [n for n in out[1:] if n]
+    tensors = [*more, *graph.inputs.values(), graph.outputs["o"]]
+    tensors.append(tensors.pop(len(more) + last))
     buffers, offsets, at = [], {}, 0
     for name in tensors:
         size = graph.type(name).size_bytes
@@ -114,7 +146,7 @@ def program_of(op: str, arrays: list[np.ndarray], attrs: dict, last: int = -1) -
 def run(program: Program, arrays: list[np.ndarray], session: Session | None = None, **how) -> np.ndarray:
     session = session or Session(program, **how)
     session.arena[:] = 0xFF  # not a number: what is not written is seen
-    session.feed("run", {f"i{i}": a for i, a in enumerate(arrays) if a is not None})
+    session.feed("run", {f"i{i}": a for i, a in enumerate(arrays) if f"i{i}" in program.entries["run"]})
     session.run_range("run")
     return session.view("run", "o").copy()
 
@@ -134,7 +166,8 @@ def guarded(size: int) -> np.ndarray:
 
 def main(seed: int, count: int, isa: str) -> None:
     for op, arrays, attrs in cases(seed, count):
-        for last in range(sum(a is not None for a in arrays) + 1):
+        given = sum(a is not None and i not in TABLE[op].fixed for i, a in enumerate(arrays))
+        for last in range(given + 1):
             program = program_of(op, arrays, attrs, last)
             session = Session(program, isa=isa, kernels="fast", threads=2)
             session.arena = guarded(program.arena_bytes)

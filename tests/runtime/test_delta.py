@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from runtime.nets import plans, samples
+from test_memory import PART, learned
 
 from acclimate import delta
 from acclimate.errors import BadInput
@@ -239,3 +240,41 @@ def test_python_refuses_the_same(library):
             assert c.state.tobytes() == fresh._main.state.tobytes()
             taken += 1
     assert taken > 300 and refused > 300
+
+
+def test_tensors_of_which_the_state_holds_a_part(library, tmp_path):
+    """C and Python write the same bytes, and C refuses what would change the channels in flash."""
+    learner, x, _ = learned(PART)
+    raw = saved(learner, tmp_path / "python.acu")
+    c = CLearner(library, learner.plan)
+    assert c.load(raw) == 0
+    assert c.state.tobytes() == learner._main.state.tobytes()
+    model, want = delta.decode(raw)
+    want = {r.name: r for r in want}
+    got = {r.name: r for r in delta.decode(c.save())[1]}
+    assert got["p.weight"].channels == want["p.weight"].channels
+    assert got["p.weight"].data.tobytes() == want["p.weight"].data.tobytes()
+    trained, now = learner.plan.model.values["p.weight"].data, learner.parameters()["p.weight"]
+    other = trained.copy()
+    other[:, 3] += 1
+    take = delta.Channels(0, (5, 2))
+    for record, fits in (
+        (delta.Record("p.weight", now, None, "i8"), True),
+        (delta.Record("p.weight", now[list(take.index)], take, "i8"), True),
+        (delta.Record("p.weight", now[:, [6, 4]], delta.Channels(1, (6, 4)), "i8"), True),
+        (delta.Record("p.weight", now, delta.Channels(2, (0,)), "i8"), True),
+        (delta.Record("p.weight", trained[:, [3, 4]], delta.Channels(1, (3, 4)), "i8"), True),
+        (delta.Record("p.weight", other, None, "i8"), False),
+        (delta.Record("p.weight", other[:, [3, 4]], delta.Channels(1, (3, 4)), "i8"), False),
+        (delta.Record("p.weight", other, delta.Channels(3, (0,)), "i8"), False),
+        (delta.Record("p.weight", now[:, :3], None, "i8"), False),
+    ):
+        c, before = CLearner(library, learner.plan), CLearner(library, learner.plan).state.tobytes()
+        status = c.load(delta.encode([record], model))
+        assert (status == 0) == fits, (record, status)
+        if not fits:
+            assert "does not fit" in status and c.state.tobytes() == before
+            continue
+        (tmp_path / "one.acu").write_bytes(delta.encode([record], model))
+        python = Learner(learner.plan).restore(tmp_path / "one.acu")
+        assert c.state.tobytes() == python._main.state.tobytes()

@@ -103,6 +103,12 @@ def test_another_compiler(cc, flags, corpus, expected, tmp_path):
     assert differences(call(program, corpus, STEPS).stdout.splitlines(), expected) == []
 
 
+def test_a_processor_without_vectors(corpus, expected, tmp_path):
+    """Its loops are others, four by four outputs at a time; this one can run them too."""
+    program = build([compiler()], tmp_path, "-O1", "-DAC_SCALAR=1")
+    assert differences(call(program, corpus, STEPS).stdout.splitlines(), expected) == []
+
+
 @pytest.mark.slow
 def test_the_comparison_can_fail(corpus, expected, tmp_path):
     """With products and sums fused, as a processor with FMA would by default, the bits do differ."""

@@ -63,6 +63,7 @@ def save(graph: Graph, path: str | PathLike[str]) -> int:
                 "kind": v.kind,
                 "data": None if v.data is None else put(v.data),
                 "quant": quant,
+                "sparse": v.sparse,
             }
         )
     nodes = [
@@ -231,7 +232,10 @@ def _value(told: Any, batch: int, arrays: Mapping[str, np.ndarray]) -> Value:
         quant = Quant(scale, zero)
     elif kind in ("input", "parameter") and dtype == "i8":
         raise BadInput("an int8 value has no scale", where=name)
-    return Value(name, Type(shape, dtype), kind, data, quant)
+    sparse = bool(_whole(int(told.get("sparse", False)), 0, 1, "sparse"))
+    if sparse and (kind != "parameter" or dtype != "f32"):
+        raise BadInput("only a float parameter is sparse", where=name, number=f"{kind}, {dtype}")
+    return Value(name, Type(shape, dtype), kind, data, quant, sparse)
 
 
 def _node(told: Any, batch: int) -> Node:

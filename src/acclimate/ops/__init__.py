@@ -20,6 +20,7 @@ from . import (
     arithmetic,
     blockfloat,
     convolution,
+    fake,
     loss,
     matrix,
     normalization,
@@ -49,6 +50,7 @@ TABLE: dict[str, Row] = {
         update,
         quantized,
         blockfloat,
+        fake,
     )
     for row in family.ROWS
 }

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import BadInput
 from ..ir import Dim, Type
+from .coupling import elementwise, reduced
 from .row import Attr, Cost, Example, Row, clamping
 
 _PAIRS = (
@@ -142,6 +143,7 @@ ROWS = (
             _PAIRS,
             shape=broadcast,
             grad=_add_grad(1.0),
+            couple=elementwise,
             in_place=(0, 1),
             check=True,
             fast=True,
@@ -157,6 +159,7 @@ ROWS = (
         _PAIRS,
         shape=broadcast,
         grad=_add_grad(-1.0),
+        couple=elementwise,
         in_place=(0, 1),
         check=True,
     ),
@@ -168,6 +171,7 @@ ROWS = (
         _PAIRS,
         shape=broadcast,
         grad=_mul_grad,
+        couple=elementwise,
         in_place=(0, 1),
         check=True,
         roles={0: "scale", 1: "scale"},
@@ -180,6 +184,7 @@ ROWS = (
         _POSITIVE,
         shape=broadcast,
         grad=_div_grad,
+        couple=elementwise,
         in_place=(0, 1),
         check=True,
     ),
@@ -202,6 +207,7 @@ ROWS = (
         attrs=_REDUCE,
         shape=_reduced,
         grad=_reduce_grad(False),
+        couple=reduced,
         cost=_reads_all,
         check=True,
     ),
@@ -214,6 +220,7 @@ ROWS = (
         attrs=_REDUCE,
         shape=_reduced,
         grad=_reduce_grad(True),
+        couple=reduced,
         cost=_reads_all,
         check=True,
     ),
@@ -225,6 +232,7 @@ ROWS = (
         _PAIRS,
         shape=broadcast,
         grad=lambda tape, node, d: ["", ""],
+        couple=elementwise,
         in_place=(0, 1),
         check=True,
     ),
@@ -236,6 +244,7 @@ ROWS = (
         tuple(Example(e.inputs, {}, {1: "target"}) for e in _PAIRS),
         shape=broadcast,
         grad=_keep_grad,
+        couple=elementwise,
         in_place=(0, 1),
         check=True,
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from .convolution import (
     _weight_grad_shape,
 )
 from .pooling import _AVERAGE, _AVG, _avg_grad_shape, _avg_pool_matrix, _avg_shape, _window_cost
-from .quantized import half_away
+from .quantized import _PARTS, Q_SGD, check_part, half_away, joined, q_conv_sgd_check, q_sgd
 from .row import Attr, Cost, Example, Row
 from .update import kept_channels
 
@@ -101,8 +102,9 @@ def _align(a: Any, m: Any, e: Any, ratio: Any, power: Any) -> list[Any]:
     return [np.clip(g, low, high).astype(m.dtype), _e(out).astype(np.int32)]
 
 
-def _bf_input_grad(a: Any, g: Any, t: Any, w: Any) -> list[Any]:
-    acc = _conv_input_grad(a, g.astype(np.int64), w.astype(np.int64))[0]
+def _bf_input_grad(a: Any, g: Any, t: Any, w: Any, part: Any = None, index: Any = None) -> list[Any]:
+    w = joined(w, part, index).astype(np.int64)
+    acc = _conv_input_grad(a, g.astype(np.int64), w)[0]
     acc = ((acc + 2**31) & (2**32 - 1)) - 2**31
     return _normal(acc, np.broadcast_to(_e(t)[:, None], acc.shape[:2]), a["bits"])
 
@@ -182,16 +184,16 @@ def _narrow_gate(tape: Any, node: Any, block: Any, bits: int) -> Any:
 
 def _narrow_input_grad(tape: Any, node: Any, block: Any, bits: int) -> Any:
     m, e = block
-    d, w, scale = node.inputs[:3]
-    if len(node.inputs) > 3 and node.inputs[3]:
-        m = tape.emit("bf_gate", m, node.inputs[3])
+    d, w, scale, gate, *part = (*node.inputs, "", "", "")[:6]
+    if gate:
+        m = tape.emit("bf_gate", m, gate)
     graph = tape.graph
     ratio, power = ratios(graph.values[scale].data)
     terms = graph.shape(w)[0] // node.attrs["groups"] * math.prod(graph.shape(w)[2:])
     spare = max(0, math.ceil(math.log2(terms)) - FREE_BITS) if bits == 16 else 0
     ratio, power = (graph.constant(f"{scale}.{k}", v, "i32") for k, v in (("ratio", ratio), ("power", power)))
     g, t = tape.emit("bf_align", m, e, ratio, power, spare=spare)
-    return tape.emit("bf_conv_input_grad", g, t, w, bits=bits, **node.attrs)
+    return tape.emit("bf_conv_input_grad", g, t, w, *part, bits=bits, **node.attrs)
 
 
 def _narrow_average(tape: Any, node: Any, block: Any, bits: int) -> Any:
@@ -265,7 +267,8 @@ def _same_blocks(m: Type) -> list[Type]:
     return [m, Type(m.shape[:2], "i32")]
 
 
-def _conv_blocks(attrs: Any, g: Type, t: Type, w: Type) -> list[Type]:
+def _conv_blocks(attrs: Any, g: Type, t: Type, w: Type, *part: Type | None) -> list[Type]:
+    check_part(w, *part)
     x = _input_grad_shape(attrs, g, w)[0]
     return _block_types(attrs, x)
 
@@ -325,17 +328,28 @@ ROWS = (
     ),
     Row(
         "bf_conv_input_grad",
-        "NO~:i16/i8, N:i32, Oc~:i8 -> NC~:i16/i8, NC:i32",
-        "Gradient of an integer convolution with respect to its input, from blocks of one exponent; sums in int32.",
+        "NO~:i16/i8, N:i32, Oc~:i8, OK~:i8?, K:i32? -> NC~:i16/i8, NC:i32",
+        "Gradient of an integer convolution with respect to its input, from blocks of one exponent; sums in int32. Of "
+        "w the channels that the last input lists are those of the one before.",
         _bf_input_grad,
         tuple(
             Example((_out(x, w, g), x[:1], w), {**g, "size": x[2:], "bits": b}, {0: k, 1: "exponent"})
             for i, (x, w, g) in enumerate(_CASES)
             for b, k in (((16, "i16"),) if i % 2 else ((8, "i8"),))
+        )
+        + tuple(
+            Example(
+                (_out(x, w, g), x[:1], w, (w[0], 2, *w[2:]), (2,)),
+                {**g, "size": x[2:], "bits": 16},
+                {0: "i16", 1: "exponent", 4: f"ascending:{w[1]}"},
+            )
+            for x, w, g in _PARTS
         ),
         attrs={**_GEOMETRY, "size": Attr("i2", pad=1), "bits": _BITS},
         shape=_conv_blocks,
         check=True,
+        fixed=(4,),
+        parts=(2, 3, 4),
         no_grad=_NO_SECOND,
         cost=lambda a, i, o: _macs(a, i[0].size, i[2].shape),
     ),
@@ -357,6 +371,35 @@ ROWS = (
         check=True,
         no_grad=_NO_SECOND,
         cost=lambda a, i, o: _macs(a, i[1].size, o[0].shape),
+    ),
+    Row(
+        "bf_conv_sgd",
+        "Oc~:i8, NC~:i8, NO~:i16/i8, NO:i32, 1, S, Oc~?, Oc~:i8?, 1:i32? ->",
+        "bf_conv_weight_grad and q_sgd at once, as q_conv_sgd.",
+        lambda a, w, x, m, e, *rest: q_sgd(
+            {**a, "axis": 0}, w, _bf_weight_grad({**a, "kernel": w.shape[2:]}, x, m, e)[0], *rest
+        ),
+        tuple(
+            Example(
+                (w, x, _out(x, w, g), (x[0], w[0]), (1,), (w[0],), *more),
+                {**g, "x_zero": -9, "x_scale": 0.05, **attrs},
+                {2: "i16" if i % 2 else "i8", 3: "exponent", 4: "positive", 5: "positive", 8: "step"},
+            )
+            for i, ((x, w, g), more, attrs) in enumerate(
+                zip(
+                    _CASES[:4],
+                    ((), (None, None, (1,)), (_CASES[2][1],), (None, _CASES[3][1])),
+                    ({}, {"rounding": 1, "salt": 5}, {"momentum": 0.9}, {}),
+                    strict=True,
+                )
+            )
+        ),
+        attrs={**_GEOMETRY, "x_zero": Attr("i", 0), "x_scale": Attr("f", 1.0), **Q_SGD},
+        shape=lambda a, w, x, m, e, *rest: q_conv_sgd_check(a, w, x, m, *rest),
+        updates=(0, 6, 7),
+        check=True,
+        no_grad="an update is not differentiated",
+        cost=lambda a, i, o: replace(_macs(a, i[2].size, i[0].shape), elementwise=6 * i[0].size),
     ),
     Row(
         "bf_sum",

@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import BadInput
 from ..ir import Type
 from .arithmetic import mask
+from .coupling import Call, Labels
 from .row import Attr, Cost, Example, Row, clamping
 
 _GEOMETRY = {
@@ -28,7 +29,7 @@ def _geometry(stride: Any, before: Any, after: Any, dilation: Any, groups: int =
     return {"stride": stride, "before": before, "after": after, "dilation": dilation, "groups": groups}
 
 
-# x, w, geometry: plain; strided, uneven padding; grouped, dilated; depthwise; pointwise; one dimension
+# x, w, geometry: plain; strided, uneven padding; grouped, dilated; depthwise; pointwise; one dimension; depthwise alike
 _CASES: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
     ((2, 3, 7, 6), (4, 3, 3, 3), _geometry((1, 1), (1, 1), (1, 1), (1, 1))),
     ((1, 2, 9, 10), (5, 2, 4, 3), _geometry((2, 3), (2, 0), (1, 2), (1, 1))),
@@ -40,6 +41,8 @@ _CASES: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
     ((2, 3, 33), (4, 3, 16), _geometry((1,), (7,), (8,), (1,))),
     ((2, 4, 35), (4, 4, 16), _geometry((4,), (6,), (6,), (1,))),
     ((1, 4, 20), (8, 2, 3), _geometry((2,), (2,), (2,), (2,), 2)),
+    ((2, 3, 7, 6), (3, 1, 3, 3), _geometry((1, 1), (1, 1), (1, 1), (1, 1), 3)),
+    ((1, 2, 5, 9), (2, 1, 7, 7), _geometry((1, 1), (3, 4), (3, 2), (1, 1), 2)),
 )
 
 
@@ -189,6 +192,49 @@ def _transposed_grad(tape: Any, node: Any, d: str) -> list[str]:
     return [dx, tape.emit("conv_weight_grad", d, x, kernel=kernel, **geometry) if tape.wants(w) else ""]
 
 
+def _couple(call: Call) -> list[Labels]:
+    """Channels that a convolution makes are free, those that it sums over meet its input's, depthwise ones stay apart.
+
+    Groups that see several channels stay alike: what goes in one goes in all.
+    """
+    (x, w, *bias), units, groups = call.inputs, call.units, call.attrs["groups"]
+    units.fix(*x[2:], *w[2:])
+    if groups == 1:
+        call.meets(1, 1, x[1])
+        y = call.makes(1, 0)
+    elif len(w[1]) == 1:
+        y = units.tie(np.repeat(x[1], len(w[0]) // groups), w[0])
+    else:
+        for part in x[1].reshape(groups, -1):
+            call.meets(1, 1, part)
+        y = call.makes(1, 0)
+        units.tie(y.reshape(groups, -1), y.reshape(groups, -1)[:1])
+    if bias and bias[0]:
+        units.tie(bias[0][0], y)
+    return [[x[0], y, *(np.zeros(n, np.int64) for n in call.outputs[0].shape[2:])]]  # type: ignore[union-attr]
+
+
+def _couple_transposed(call: Call) -> list[Labels]:
+    (x, w), units, groups = call.inputs, call.units, call.attrs["groups"]
+    units.fix(*x[2:], *w[2:])
+    if groups > 1 and len(w[1]) == 1:
+        units.tie(x[1], w[0])
+        y = units.tie(x[1].reshape(groups, -1), x[1].reshape(groups, -1)[:, :1])[:, 0]
+    else:
+        call.meets(1, 0, x[1])
+        units.tie(x[1].reshape(groups, -1), x[1].reshape(groups, -1)[:1])
+        y = np.tile(call.makes(1, 1), groups)
+    return [[x[0], y, *(np.zeros(n, np.int64) for n in call.outputs[0].shape[2:])]]  # type: ignore[union-attr]
+
+
+def _narrow(attrs: Any, kept_in: Any, kept_out: Any, shape: Any) -> dict[str, Any]:
+    """Depthwise: as many groups as are left."""
+    weight = kept_in[1]
+    depthwise = attrs["groups"] > 1 and len(weight[1]) == 1
+    groups = attrs["groups"] * int(weight[0].sum()) // len(weight[0])
+    return {**attrs, "groups": groups} if depthwise else dict(attrs)
+
+
 def _input_grad_shape(attrs: Any, d: Type, w: Type) -> list[Type]:
     x = Type((d.shape[0], w.shape[1] * attrs["groups"], *attrs["size"]))
     if tuple(d.shape) != tuple(_conv_shape(attrs, x, w)[0].shape):
@@ -241,6 +287,8 @@ ROWS = (
             attrs=_GEOMETRY,
             shape=_conv_shape,
             grad=_grad,
+            couple=_couple,
+            narrow=_narrow,
             check=True,
             fast=True,
             roles={1: "weight", 2: "bias"},
@@ -256,6 +304,8 @@ ROWS = (
         attrs={**_GEOMETRY, "size": Attr("i2", pad=1)},
         shape=_input_grad_shape,
         grad=_transposed_grad,
+        couple=_couple_transposed,
+        narrow=_narrow,
         check=True,
         fast=True,
         roles={1: "weight"},

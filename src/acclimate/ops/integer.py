@@ -1,8 +1,9 @@
 """From a float graph with quantised points to int8: which integer row stands in for which float row.
 
 A graph says what is quantised by itself: where a value passes `quantize` and `dequantize`, and where a weight has a
-`quant`. Such a graph runs as it is (fake quantisation); `lower` turns whatever lies between two such points and has an
-integer form into integer rows, and leaves the rest in float. Calibration and files of other tools both end here.
+`quant`, or passes a row that `fakes` one while it learns. Such a graph runs as it is (fake quantisation); `lower` turns
+whatever lies between two such points and has an integer form into integer rows, and leaves the rest in float.
+Calibration and files of other tools both end here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .arithmetic import axes_of
 from .quantized import HIGH, LOW, add_attrs, conv_attrs, half_away, multiplier
 
 MOST = 2**31 - 1  # of an accumulator
+LEAST = 1e-12  # of the scale of a weight
 STEP = 1e-5  # of the differences that give the slopes of a table
 
 
@@ -103,10 +105,16 @@ def form(graph: Graph, node: Node) -> str:
         kind, possible = _FORMS[node.op]
         return kind if possible(graph, node) else ""
     inputs, outputs = parse(row.signature)
-    if inputs and inputs[0].dtype == "t":
+    if row.view or inputs and inputs[0].dtype == "t":
         return "join" if inputs[0].repeated else "keep"
     plain = len(inputs) == 1 and inputs[0].dims == "*" == outputs[0].dims and inputs[0].dtype == "f32"
     return "table" if plain and outputs[0].dtype == "f32" and not row.updates else ""
+
+
+def averages(graph: Graph, node: Node) -> bool:
+    """Does a node keep its input's scale, but not its very numbers, so that its result is rounded?"""
+    row = TABLE[node.op]
+    return form(graph, node) == "keep" and not row.view and parse(row.signature)[0][0].dtype != "t"
 
 
 def sources(graph: Graph, node: Node) -> tuple[str, ...]:
@@ -207,6 +215,7 @@ def lower(graph: Graph) -> Graph:
     int32 under their own names and shapes, with a `quant`; the weight of a product x @ w is stored as (O, K). An input
     that is only read quantised is int8 itself. Outputs are float.
     """
+    graph = settled(graph)
     if any(node.op == "quantize" for node in graph.nodes):
         return _Lowering(norms_as_convolutions(graph)).run()
     return without_float_quants(graph)
@@ -219,6 +228,26 @@ def without_float_quants(graph: Graph) -> Graph:
         if value.quant is not None and value.type.dtype == "f32":
             new = graph.copy() if new is graph else new
             new.values[name] = replace(value, quant=None)
+    return new
+
+
+def settled(graph: Graph) -> Graph:
+    """The graph with each weight that a row `fakes` rounded for good, and its `quant` beside it; itself without any."""
+    if not any(TABLE[n.op].fakes for n in graph.nodes):
+        return graph
+    new = graph.copy()
+    new.nodes = []
+    names: dict[str, str] = {}
+    for node in graph.nodes:
+        if TABLE[node.op].fakes:
+            value, scale = (graph.values[n] for n in node.inputs)
+            assert value.data is not None and scale.data is not None
+            real = TABLE[node.op].ref(node.attrs, value.data.astype(np.float64), scale.data)[0]
+            positive = np.maximum(np.abs(scale.data), LEAST)  # one that was learned may have crossed zero
+            new.values[value.name] = replace(value, data=real.astype(np.float32), quant=Quant(positive))
+            names[node.outputs[0]] = value.name
+        else:
+            new.nodes.append(replace(node, inputs=tuple(names.get(n, n) for n in node.inputs)))
     return new
 
 

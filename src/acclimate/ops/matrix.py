@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from ..errors import BadInput
 from ..ir import Type
 from .arithmetic import mask
+from .coupling import Call, Labels, rowwise
 from .row import Attr, Cost, Example, Row, clamping
 
 
@@ -51,8 +53,29 @@ def _take(tape: Any, node: Any, axis: int, index: str) -> tuple[str, ...] | None
     return a, tape.emit("take", b, index, axis=0 if node.attrs["tb"] else 1)
 
 
+def _couple(call: Call) -> list[Labels]:
+    """Rows of a and columns of b make channels, what lies between them meets."""
+    (a, b, *bias), units = call.inputs, call.units
+    inner, outer = (-2 if call.attrs["ta"] else -1), (-1 if call.attrs["tb"] else -2)
+    call.meets(0, inner, b[outer])
+    call.meets(1, outer, a[inner])
+    y = [*map(units.tie, a[:-2], b[:-2]), call.makes(0, -3 - inner), call.makes(1, -3 - outer)]
+    if bias and bias[0]:
+        units.tie(bias[0][0], y[-1])
+    return [y]
+
+
 def _macs(attrs: Any, ins: Any, outs: Any) -> Cost:
     return Cost(mac=outs[0].size * ins[0].shape[-2 if attrs["ta"] else -1])
+
+
+def _add_shape(attrs: Any, total: Type, a: Type, b: Type) -> list[Type]:
+    made = _shape(attrs, a, b)[0]
+    if made.shape != total.shape:
+        raise BadInput(
+            "a matrix product does not have the shape of its total", where=f"{made}", number=str(total)
+        )
+    return []
 
 
 def _softmax(attrs: Any, x: Any) -> list[Any]:
@@ -103,10 +126,33 @@ ROWS = (
             grad=_grad,
             cost=_macs,
             take=_take,
+            couple=_couple,
+            added="matmul_add",
             check=True,
             fast=True,
             roles={0: "weight", 1: "weight", 2: "bias"},
         )
+    ),
+    Row(
+        "matmul_add",
+        "MN, ~, ~ ->",
+        "total += op(a) op(b), for gradients of matrices that are summed over runs.",
+        lambda a, total, *factors: [total + _matmul(a, *factors)[0]],
+        tuple(
+            Example(s, {"ta": ta, "tb": tb})
+            for s, ta, tb in (
+                (((5, 9), (5, 7), (7, 9)), 0, 0),
+                (((6, 10), (6, 40), (10, 40)), 0, 1),
+                (((5, 9), (7, 5), (7, 9)), 1, 0),
+                (((5, 9), (7, 5), (9, 7)), 1, 1),
+            )
+        ),
+        attrs={"ta": Attr("i", 0), "tb": Attr("i", 0)},
+        shape=_add_shape,
+        cost=lambda a, i, o: replace(_macs(a, i[1:], i[:1]), elementwise=i[0].size),
+        updates=(0,),
+        check=True,
+        no_grad="it writes a persistent value",
     ),
     Row(
         "softmax",
@@ -119,6 +165,7 @@ ROWS = (
         shape=lambda a, x: [x],
         check=True,
         grad=lambda tape, node, d: [tape.emit("softmax_grad", d, node.outputs[0])],
+        couple=rowwise,
         fast=True,
     ),
     Row(
@@ -145,6 +192,7 @@ ROWS = (
         check=True,
         in_place=(0,),
         grad=lambda tape, node, d: [tape.emit("log_softmax_grad", d, node.outputs[0])],
+        couple=rowwise,
     ),
     Row(
         "log_softmax_grad",

@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import BadInput, WrongUse
 from ..ir import Type
 from .arithmetic import mask
+from .coupling import by_letters, rowwise
 from .row import Attr, Cost, Example, Row, clamping, is_clamped
 
 _EPS = {"eps": Attr("f", 1e-5)}
@@ -215,6 +216,7 @@ ROWS = (
             shape=lambda a, x, *_: [x],
             check=True,
             grad=_batch_norm_grad,
+            couple=by_letters,
             in_place=(0,),
             cost=_per_element(2),
             roles=_ROLES,
@@ -256,6 +258,7 @@ ROWS = (
             shape=lambda a, x, g, *_: [x, g, g],
             check=True,
             grad=_batch_norm_train_grad,
+            couple=by_letters,
             cost=_per_element(5),
             in_place=(0,),
             predict=_at_prediction,
@@ -289,6 +292,7 @@ ROWS = (
         check=True,
         shape=_layer_norm_shape,
         grad=_layer_norm_grad,
+        couple=rowwise,
         cost=_per_element(6),
         in_place=(0,),
         roles=_ROLES,

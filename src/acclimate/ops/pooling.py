@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import BadInput
 from ..ir import Type
 from .convolution import check_window, out_size
+from .coupling import by_letters
 from .row import Attr, Cost, Example, Row
 
 _WINDOW = {
@@ -182,6 +183,12 @@ def _max_grad(tape: Any, node: Any, d: str, _: str = "") -> list[str]:
     return [tape.emit("max_pool_grad", d, index, size=tape.graph.shape(node.inputs[0])[2:], **node.attrs)]
 
 
+def _holds_input(attrs: Any) -> bool:
+    """Does every window hold an element that is not padding, whatever the input's size?"""
+    sides = zip(attrs["kernel"], attrs["before"], attrs["after"], attrs["dilation"], strict=True)
+    return all(d == 1 and max(b, a) < k for k, b, a, d in sides)
+
+
 _MAX = (
     ((2, 3, 8, 8), dict(kernel=(2, 2), stride=(2, 2), before=(0, 0), after=(0, 0), dilation=(1, 1))),
     ((1, 2, 9, 7), dict(kernel=(3, 3), stride=(2, 2), before=(1, 1), after=(1, 1), dilation=(1, 1))),
@@ -215,6 +222,8 @@ ROWS = (
         attrs=_WINDOW,
         shape=_max_shape,
         grad=_max_grad,
+        couple=by_letters,
+        largest=_holds_input,
         cost=_window_cost,
         check=True,
         fast=True,
@@ -248,6 +257,7 @@ ROWS = (
         shape=_avg_shape,
         cost=_window_cost,
         check=True,
+        couple=by_letters,
         grad=lambda tape, node, d: [
             tape.emit("avg_pool_grad", d, size=tape.graph.shape(node.inputs[0])[2:], **node.attrs)
         ],

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import BadInput
 from ..ir import Type
+from .coupling import Call, Labels, fixed
 from .row import Attr, Cost, Example, Row
 
 
@@ -289,6 +290,22 @@ def _grad(cell: Cell) -> Callable[..., list[str]]:
     return grad
 
 
+def _couple(call: Call) -> list[Labels]:
+    """A hidden unit goes with its row of each gate; the input's features are summed over."""
+    (x, _, w_hh, *more), units = call.inputs, call.units
+    units.fix(x[1])
+    call.meets(1, 1, x[2])
+    call.meets(2, 1, w_hh[1])
+    hidden = w_hh[1]
+    for j in (1, 2):
+        units.tie(call.makes(j, 0).reshape(-1, len(hidden)), hidden)
+    for labels in filter(None, more):  # biases (G), states (N, H)
+        units.tie(labels[-1].reshape(-1, len(hidden)), hidden)
+    _, *rest = call.outputs
+    last = [([x[0], hidden] if len(t.shape) == 2 else fixed(t.shape)) if t else [] for t in rest]
+    return [[x[0], x[1], hidden], *last]
+
+
 def _attrs(cell: Cell) -> dict[str, Attr]:
     own = {cell.attr: Attr("i", cell.default)} if cell.attr else {}
     return {"reverse": Attr("i", 0), "segment": Attr("i", 0), **own}
@@ -341,6 +358,7 @@ def _rows(cell: Cell, doc: str) -> tuple[Row, Row]:
             cost=_forward_cost(cell),
             check=True,
             in_place=(0,),
+            couple=_couple,
             roles={1: "weight", 2: "weight", 3: "bias", 4: "bias"},
         ),
         Row(

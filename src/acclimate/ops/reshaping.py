@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import BadInput
 from ..ir import Type
 from .arithmetic import reduce_to
+from .coupling import joined, moved
 from .row import MAX_RANK, Attr, Cost, Example, Row
 
 _NO_SECOND = "second derivatives are not needed"
@@ -183,6 +184,30 @@ def _embedding_grad_shape(attrs: Any, d: Type, index: Type) -> list[Type]:
     return [Type((attrs["rows"], d.shape[-1]))]
 
 
+def _new_shape(attrs: Any, kept_in: Any, kept_out: Any, shape: Any) -> dict[str, Any]:
+    return {**attrs, "shape": shape}
+
+
+def _narrow_slice(attrs: Any, kept_in: Any, kept_out: Any, shape: Any) -> dict[str, Any]:
+    """What is left of a part is a part of what is left, where the step is 1; else `_couple_slice` fixed the axis."""
+    start = tuple(
+        int(k[:b].sum()) if s == 1 else b
+        for k, b, s in zip(kept_in[0], attrs["start"], attrs["step"], strict=True)
+    )
+    return {**attrs, "start": start, "size": shape}
+
+
+def _narrow_pad(attrs: Any, kept_in: Any, kept_out: Any, shape: Any) -> dict[str, Any]:
+    before = tuple(int(k[:b].sum()) for k, b in zip(kept_out[0], attrs["before"], strict=True))
+    after = tuple(int(k[len(k) - a :].sum()) for k, a in zip(kept_out[0], attrs["after"], strict=True))
+    return {**attrs, "before": before, "after": after}
+
+
+def _couple_slice(call: Any) -> Any:
+    call.units.fix(*(a for a, step in zip(call.inputs[0], call.attrs["step"], strict=True) if step > 1))
+    return moved(call)
+
+
 _PART = {"start": Attr("i6", pad=0), "step": Attr("i6", pad=1)}
 
 ROWS = (
@@ -195,6 +220,8 @@ ROWS = (
         attrs={"shape": Attr("-")},
         shape=_reshape_shape,
         view=True,
+        couple=moved,
+        narrow=_new_shape,
         grad=lambda tape, node, d: [tape.reshape(d, tape.graph.shape(node.inputs[0]))],
     ),
     Row(
@@ -212,6 +239,7 @@ ROWS = (
         attrs={"perm": Attr("i6", pad=0)},
         shape=_transpose_shape,
         grad=_transpose_grad,
+        couple=moved,
         check=True,
         moves=True,
     ),
@@ -223,6 +251,8 @@ ROWS = (
         (Example(((3, 1, 4),), {"shape": (2, 3, 5, 4)}), Example(((1,),), {"shape": (3, 4)})),
         attrs={"shape": Attr("-")},
         shape=_expand_shape,
+        couple=moved,
+        narrow=_new_shape,
         check=True,
         grad=lambda tape, node, d: [reduce_to(tape, d, tape.graph.shape(node.inputs[0]))],
     ),
@@ -240,6 +270,7 @@ ROWS = (
         attrs={"axis": Attr("i")},
         shape=_concat_shape,
         grad=_concat_grad,
+        couple=joined,
         check=True,
     ),
     Row(
@@ -254,6 +285,8 @@ ROWS = (
         ),
         attrs={**_PART, "size": Attr("-")},
         shape=_slice_shape,
+        couple=_couple_slice,
+        narrow=_narrow_slice,
         check=True,
         grad=lambda tape, node, d: [
             tape.emit(
@@ -308,6 +341,8 @@ ROWS = (
         attrs={"before": Attr("i6", pad=0), "after": Attr("-"), "value": Attr("f", 0.0)},
         shape=_pad_shape,
         grad=_pad_grad,
+        couple=moved,
+        narrow=_narrow_pad,
         check=True,
     ),
     Row(
@@ -378,6 +413,8 @@ ROWS = (
         (
             Example(((2, 3, 5), (2, 3)), {"rows": 7}, {1: "below:7"}),
             Example(((6, 3), (6,)), {"rows": 4, "padding": 1}, {1: "below:4"}),
+            Example(((1, 2), (1,)), {"rows": 2}, {1: "below:2"}),
+            Example(((2, 1), (2,)), {"rows": 3}, {1: "below:3"}),
         ),
         attrs={"rows": Attr("-"), "padding": Attr("i", -1)},
         shape=_embedding_grad_shape,
@@ -393,6 +430,7 @@ ROWS = (
         (Example(((3, 4),)),),
         shape=lambda a, x: [x],
         view=True,
+        couple=moved,
         grad=lambda tape, node, d: [""],
     ),
 )

@@ -80,7 +80,8 @@ class Row:
     cost: Callable[..., Cost] | None = (
         None  # (attrs, in_types, out_types); default: one elementwise op an output
     )
-    in_place: tuple[int, ...] = ()  # inputs whose bytes the first output may take over
+    in_place: tuple[int, ...] = ()  # inputs whose bytes the first output may take over,
+    in_place_if: Callable[..., bool] | None = None  # (attrs, *in_types), not of every size and geometry
     updates: tuple[int, ...] = ()  # persistent inputs that the node writes
     view: bool = False  # the output is the input's bytes under another shape
     selects: bool = False  # the output is the part of the first input that the others name
@@ -90,6 +91,8 @@ class Row:
     )
     check: bool = False  # the C loader calls ac_check_<name> besides the signature
     fixed: tuple[int, ...] = ()  # inputs that must be constants, since the loader checks what they hold
+    parts: tuple[int, int, int] | None = None
+    # (i, j, k): the channels of input i, along its axis 1, that input k lists are read from input j instead
     roles: Mapping[int, str] = field(
         default_factory=dict
     )  # what a parameter is as input i: "weight", "bias", "scale"
@@ -103,14 +106,29 @@ class Row:
     bounds: Callable[[Mapping[str, Any]], tuple[float, float]] | None = None
     # (attrs) -> (low, high), where all that the row does is to clamp: the row before it may do that, see `clamping`
     clamps: bool = False  # made by `clamping`
+    largest: Callable[[Mapping[str, Any]], bool] | None = None
+    # (attrs) -> is each element of the first output the largest of some of the input's, whatever they are?
     gates: bool = (
         False  # all that the row does, with slope 0, is to keep of input 0 where the bits of input 1 are set
     )
     gated: int | None = None  # the optional input whose bits do the same to input 0 before anything else
     channel_of: int | None = None  # the input along whose axis 1 lie the channels of the output's axis 0
+    joins: Mapping[str, str] = field(default_factory=dict)
+    # op that makes input 1 -> row that does both, on input 0, that op's inputs, and the further inputs of this one
     accumulate: str = ""  # row that adds this op's result to an existing gradient instead of making a new one
+    added: str = ""  # row that adds this op's result, of its first two inputs, to a persistent value
+    adds: bool = False  # all that the row does is to add input 1 to the persistent input 0
     take: Callable[..., tuple[str, ...] | None] | None = None
     # (tape, node, axis, index) -> inputs that make this op compute only `index` along output `axis`
+    fakes: bool = False  # rounds floats to what integers can hold; its gradient is as if it did not
+    couple: Callable[[Any], list[Any]] | None = None
+    # (coupling.Call) -> labels of the outputs: which channels of inputs and outputs go together
+    narrow: Callable[..., Mapping[str, Any]] | None = None
+    # (attrs, kept_in, kept_out, shape) -> attrs on what pruning leaves; kept: a mask an axis of each tensor; shape: new
+
+    def overwrites(self, attrs: Mapping[str, Any], types: Sequence[Type | None]) -> tuple[int, ...]:
+        """Inputs, of those with the output's size, whose bytes the first output may take over."""
+        return self.in_place if self.in_place_if is None or self.in_place_if(attrs, *types) else ()
 
     def encoded(self) -> dict[str, Attr]:
         """The attributes that reach the kernel, in the order of its struct."""

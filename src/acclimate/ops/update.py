@@ -180,6 +180,7 @@ ROWS = (
         lambda a, total, new: [total + new],
         (Example(((5, 4), (5, 4))),),
         updates=(0,),
+        adds=True,
         no_grad=_WHY,
         shape=lambda a, *_: [],
     ),

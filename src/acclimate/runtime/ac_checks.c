@@ -99,6 +99,16 @@ ac_status ac_check_matmul(const ac_call *call) {
     return fits(db[tb] == k && dy[0] == m && dy[1] == n && (!bias || bias->dim[0] == n));
 }
 
+/* total (M, N), a and b as above */
+ac_status ac_check_matmul_add(const ac_call *call) {
+    const ac_attr_matmul_add *attr = call->attr;
+    const ac_tensor *y = AC_IN_T(call, 0), *a = AC_IN_T(call, 1), *b = AC_IN_T(call, 2);
+    const int ta = attr->ta != 0, tb = attr->tb != 0;
+    if (a->rank != 2 || b->rank != 2)
+        return AC_E_SHAPE;
+    return fits(a->dim[1 - ta] == b->dim[tb] && y->dim[0] == a->dim[ta] && y->dim[1] == b->dim[1 - tb]);
+}
+
 /* One output of the first input's shape. */
 static ac_status check_same(const ac_call *call) {
     return fits(same_shape(AC_IN_T(call, 0), AC_OUT_T(call, 0)));

@@ -36,7 +36,8 @@ ac_status ac_check_bf_align(const ac_call *call) {
 
 ac_status ac_check_bf_conv_input_grad(const ac_call *call) {
     const ac_attr_bf_conv_input_grad *a = call->attr;
-    const ac_status status = ac_check_window(AC_OUT_T(call, 0), AC_IN_T(call, 2), AC_IN_T(call, 0), a->stride, a->groups);
+    ac_status status = ac_check_window(AC_OUT_T(call, 0), AC_IN_T(call, 2), AC_IN_T(call, 0), a->stride, a->groups);
+    if (status == AC_OK) status = ac_check_part(call, 2, 3);
     return status == AC_OK ? fits(ac_same_sides(a->size, AC_OUT_T(call, 0))) : status;
 }
 

@@ -11,6 +11,13 @@ enum { H_MAGIC, H_FORMAT, H_TOTAL, H_CRC, H_TABLE, H_TENSORS, H_OP_WORDS, H_ENTR
        H_INITIAL, H_STATE, H_ARENA, H_MODEL, H_RESERVED, HEADER_WORDS };
 enum { ENTRY_WORDS = 6, BINDING_WORDS = 3 };
 
+int ac_same_bytes(const void *a, const void *b, size_t size) {
+    const uint8_t *p = a, *q = b;
+    size_t i = 0;
+    while (i < size && p[i] == q[i]) i++;
+    return i == size;
+}
+
 static int equal(const char *a, const char *b) {
     while (*a && *a == *b) {
         a++;
@@ -95,7 +102,7 @@ typedef struct {
 } ac_binds;
 
 static int same_shape(const ac_tensor *a, const ac_tensor *b) {
-    return a->rank == b->rank && memcmp(a->dim, b->dim, sizeof a->dim) == 0;
+    return a->rank == b->rank && ac_same_bytes(a->dim, b->dim, sizeof a->dim);
 }
 
 static int bind(ac_binds *b, char letter, int32_t size) {

@@ -52,7 +52,11 @@ ac_status ac_check_window(const ac_tensor *in, const ac_tensor *w, const ac_tens
                           int32_t groups);
 ac_status ac_check_average(const ac_tensor *in, const ac_tensor *out, const int32_t *kernel, const int32_t *stride,
                            const int32_t *before, const int32_t *after, const int32_t *extra);
+ac_status ac_check_part(const ac_call *call, int at, int part);
 int ac_same_sides(const int32_t side[2], const ac_tensor *t);
+
+/* Whether `size` bytes are equal. The runtime needs no more of libc than memcpy and memset. */
+int ac_same_bytes(const void *a, const void *b, size_t size);
 
 /* A row of the op table as the loader and interpreter use it; generated into ac_table.c. */
 typedef struct ac_row {

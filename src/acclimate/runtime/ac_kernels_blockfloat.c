@@ -174,21 +174,23 @@ static void sum_part(int32_t *acc, const ac_attr_bf_conv_input_grad *a, const sh
             }
 }
 
-/* g (N, O, P, Q), t (N), w (O, C / groups, kH, kW) -> m (N, C, H, W), e (N, C) */
+/* g (N, O, P, Q), t (N), w (O, C / groups, kH, kW), part (O, K, kH, kW)?, index (K)? -> m (N, C, H, W), e (N, C) */
 ac_status AC_KERNEL(bf_conv_input_grad)(const ac_call *call) {
     const ac_attr_bf_conv_input_grad *a = call->attr;
     const shape in = shape_of(AC_OUT_T(call, 0)), kernel = shape_of(AC_IN_T(call, 2)), out = shape_of(AC_IN_T(call, 0));
     const int32_t *t = AC_IN(call, 1);
-    const int8_t *w = AC_IN(call, 2);
+    const int parts = AC_IN(call, 3) ? AC_IN_T(call, 3)->dim[1] : 0;
+    const ac_weights w = {AC_IN(call, 2), AC_IN(call, 3), AC_IN(call, 4), kernel.c, parts, kernel.plane};
     int32_t *e = AC_OUT(call, 1), acc[CHUNK];
     const int from_narrow = is_narrow(AC_IN_T(call, 0)), narrow = is_narrow(AC_OUT_T(call, 0)), per_group = out.c / a->groups;
     const int cols = smaller(in.w, CHUNK), rows = smaller(in.h, CHUNK / cols);
     const int passes = rows == in.h && cols == in.w ? 1 : 2; /* where a plane is more than a chunk its sums are made twice */
-    const size_t row_size = (size_t)kernel.c * kernel.plane;
     for (int n = 0; n < in.n; n++)
         for (int c = 0; c < in.c; c++) {
             const int group = c / kernel.c, o = group * per_group;
-            const int8_t *by = w + (size_t)o * row_size + (size_t)(c % kernel.c) * kernel.plane;
+            int next = 0;
+            const int8_t *by = ac_weights_of(&w, o, c % kernel.c, &next);
+            const size_t row_size = ac_weights_step(&w, c % kernel.c, next);
             const size_t first = ((size_t)n * (size_t)out.c + (size_t)o) * out.plane,
                          to = ((size_t)n * (size_t)in.c + (size_t)c) * in.plane;
             uint32_t largest = 0;
@@ -220,41 +222,78 @@ static int is_still(const void *m, int narrow, const shape *s, int o) {
     return 1;
 }
 
-/* x (N, C, H, W), m (N, O, P, Q), e (N, O) -> dw (O, C / groups, kH, kW) */
-ac_status AC_KERNEL(bf_conv_weight_grad)(const ac_call *call) {
-    const ac_attr_bf_conv_weight_grad *a = call->attr;
-    const shape in = shape_of(AC_IN_T(call, 0)), kernel = shape_of(AC_OUT_T(call, 0)), out = shape_of(AC_IN_T(call, 1));
-    const int8_t *x = AC_IN(call, 0);
-    const int32_t *e = AC_IN(call, 2);
-    float *dw = AC_OUT(call, 0);
-    const int narrow = is_narrow(AC_IN_T(call, 1)), per_group = out.c / a->groups;
-    const size_t each = (size_t)kernel.c * kernel.plane;
-    for (int o = 0; o < out.c; o++) {
-        if (is_still(AC_IN(call, 1), narrow, &out, o)) { /* of most channels, where only the largest gradients are kept */
-            for (size_t i = 0; i < each; i++) *dw++ = 0.0f;
+/* What a weight's gradient is made from: x (N, C, H, W), m (N, O, P, Q) and e (N, O). */
+typedef struct {
+    const int32_t *stride, *before, *dilation;
+    int groups, x_zero;
+    float x_scale;
+    shape in, kernel, out;
+    const int8_t *x;
+    const void *m;
+    const int32_t *e;
+    int narrow;
+} products;
+
+/* The gradient, number by number, to dw or at once to what learns from it. */
+static void weight_grad(const products *a, float *dw, const ac_rule *learns) {
+    const int per_group = a->out.c / a->groups;
+    const size_t each = (size_t)a->kernel.c * a->kernel.plane;
+    size_t at = 0;
+    for (int o = 0; o < a->out.c; o++) {
+        if (is_still(a->m, a->narrow, &a->out, o)) { /* of most channels, where only the largest gradients are kept */
+            const float none = 0.0f;
+            for (size_t i = 0; i < each; i++, at++)
+                if (learns) AC_KERNEL(learn)(learns, at, &none, 1);
+                else dw[at] = none;
             continue;
         }
-        for (int c = 0; c < kernel.c; c++)
-            for (int i = 0; i < kernel.h; i++)
-                for (int j = 0; j < kernel.w; j++) {
+        for (int c = 0; c < a->kernel.c; c++)
+            for (int i = 0; i < a->kernel.h; i++)
+                for (int j = 0; j < a->kernel.w; j++, at++) {
                     const int row = i * a->dilation[0] - a->before[0], col = j * a->dilation[1] - a->before[1];
-                    const int top = first_inside(row, a->stride[0], out.h), bottom = end_inside(row, a->stride[0], in.h, out.h),
-                              left = first_inside(col, a->stride[1], out.w), right = end_inside(col, a->stride[1], in.w, out.w);
+                    const int top = first_inside(row, a->stride[0], a->out.h), bottom = end_inside(row, a->stride[0], a->in.h, a->out.h),
+                              left = first_inside(col, a->stride[1], a->out.w), right = end_inside(col, a->stride[1], a->in.w, a->out.w);
                     float total = 0;
-                    for (int n = 0; n < out.n; n++) {
-                        const int8_t *from = x + ((size_t)n * (size_t)in.c + (size_t)(o / per_group * kernel.c + c)) * in.plane;
-                        const size_t first = ((size_t)n * (size_t)out.c + (size_t)o) * out.plane;
+                    for (int n = 0; n < a->out.n; n++) {
+                        const int8_t *from = a->x + ((size_t)n * (size_t)a->in.c + (size_t)(o / per_group * a->kernel.c + c)) * a->in.plane;
+                        const size_t first = ((size_t)n * (size_t)a->out.c + (size_t)o) * a->out.plane;
                         int64_t sum = 0;
                         for (int p = top; p < bottom; p++)
                             for (int q = left; q < right; q++)
-                                sum += (int64_t)(from[(size_t)(row + p * a->stride[0]) * (size_t)in.w + (size_t)(col + q * a->stride[1])]
+                                sum += (int64_t)(from[(size_t)(row + p * a->stride[0]) * (size_t)a->in.w + (size_t)(col + q * a->stride[1])]
                                                  - a->x_zero)
-                                       * mantissa(AC_IN(call, 1), narrow, first + (size_t)p * (size_t)out.w + (size_t)q);
-                        total += scaled_by((float)sum, bounded(e[n * out.c + o]));
+                                       * mantissa(a->m, a->narrow, first + (size_t)p * (size_t)a->out.w + (size_t)q);
+                        total += scaled_by((float)sum, bounded(a->e[n * a->out.c + o]));
                     }
-                    *dw++ = total * a->x_scale;
+                    total *= a->x_scale;
+                    if (learns) AC_KERNEL(learn)(learns, at, &total, 1);
+                    else dw[at] = total;
                 }
     }
+}
+
+/* x (N, C, H, W), m (N, O, P, Q), e (N, O) -> dw (O, C / groups, kH, kW) */
+ac_status AC_KERNEL(bf_conv_weight_grad)(const ac_call *call) {
+    const ac_attr_bf_conv_weight_grad *a = call->attr;
+    const products m = {a->stride, a->before, a->dilation, a->groups, a->x_zero, a->x_scale, shape_of(AC_IN_T(call, 0)),
+                        shape_of(AC_OUT_T(call, 0)), shape_of(AC_IN_T(call, 1)), AC_IN(call, 0), AC_IN(call, 1),
+                        AC_IN(call, 2), is_narrow(AC_IN_T(call, 1))};
+    weight_grad(&m, AC_OUT(call, 0), NULL);
+    return AC_OK;
+}
+
+/* w (O, C / groups, kH, kW), x (N, C, H, W), m (N, O, P, Q), e (N, O), lr (1), scale (1 or O), momentum?, residual?,
+ * step (1)? */
+ac_status AC_KERNEL(bf_conv_sgd)(const ac_call *call) {
+    const ac_attr_bf_conv_sgd *a = call->attr;
+    const ac_tensor *t = AC_IN_T(call, 0);
+    const products m = {a->stride, a->before, a->dilation, a->groups, a->x_zero, a->x_scale, shape_of(AC_IN_T(call, 1)),
+                        shape_of(t), shape_of(AC_IN_T(call, 2)), AC_IN(call, 1), AC_IN(call, 2), AC_IN(call, 3),
+                        is_narrow(AC_IN_T(call, 2))};
+    const ac_rule r = {a->momentum, a->weight_decay, *(const float *)AC_IN(call, 4), a->nesterov, a->rounding,
+                       ac_rounding_key(AC_IN(call, 8), a->salt), 0, AC_IN(call, 0), AC_IN(call, 7), AC_IN(call, 6), AC_IN(call, 5),
+                       AC_IN_T(call, 5)->size > 1 ? t->size / (size_t)t->dim[0] : 0};
+    weight_grad(&m, NULL, &r);
     return AC_OK;
 }
 

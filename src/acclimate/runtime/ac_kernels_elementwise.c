@@ -398,12 +398,12 @@ static void sum_rows(const float *x, const axis_group *groups, int count, double
     const size_t n = groups[count - 1].size;
     for (size_t k = 0; k < kept; k++) {
         const float *from = x + offset_of(groups, count, 0, k);
-        double total = 0;
-        for (size_t c = 0; c < chunks; c++) {
+        double total = ac_sum(from, from, 0.0f, n, 1);
+        for (size_t c = 1; c < chunks; c++) {
             const float *chunk = from + offset_of(groups, count - 1, 1, c);
             total += ac_sum(chunk, chunk, 0.0f, n, 1);
         }
-        y[k] = (float)(total / divisor);
+        y[k] = (float)(divisor == 1.0 ? total : total / divisor); /* doubles are slow where there are none */
     }
 }
 

@@ -49,7 +49,7 @@ static void add_row(float *to, ptrdiff_t to_step, const float *from, ptrdiff_t f
 
 static void move_row(void *to, ptrdiff_t to_step, const void *from, ptrdiff_t from_step, int32_t count, size_t size) {
     if (to_step == 1 && from_step == 1)
-        memmove(to, from, (size_t)count * size);
+        memcpy(to, from, (size_t)count * size);
     else if (size == 1)
         for (int32_t i = 0; i < count; i++) ((int8_t *)to)[i * to_step] = ((const int8_t *)from)[i * from_step];
     else
@@ -137,7 +137,7 @@ ac_status AC_KERNEL(concat)(const ac_call *c) {
     for (uint32_t i = 0; i < c->n_in; i++) {
         const uint8_t *from = AC_IN(c, i);
         size_t part = elements_from(AC_IN_T(c, i), a->axis) * element(AC_OUT_T(c, 0));
-        for (size_t k = 0; k < times; k++) memmove(to + k * whole, from + k * part, part);
+        for (size_t k = 0; k < times; k++) memcpy(to + k * whole, from + k * part, part);
         to += part;
     }
     return AC_OK;
@@ -171,7 +171,7 @@ ac_status AC_KERNEL(slice_add)(const ac_call *c) {
     walk w;
     dims_of(AC_IN_T(c, 1), w.size, w.from);
     ptrdiff_t first = part_of(AC_OUT_T(c, 0), a->start, a->step, w.size, w.to);
-    if (AC_OUT(c, 0) != AC_IN(c, 0)) memmove(AC_OUT(c, 0), AC_IN(c, 0), AC_OUT_T(c, 0)->size * sizeof(float));
+    if (AC_OUT(c, 0) != AC_IN(c, 0)) memcpy(AC_OUT(c, 0), AC_IN(c, 0), AC_OUT_T(c, 0)->size * sizeof(float));
     move(w, (float *)AC_OUT(c, 0) + first, AC_IN(c, 1), sizeof(float), 1);
     return AC_OK;
 }
@@ -202,7 +202,7 @@ ac_status AC_KERNEL(take)(const ac_call *c) {
     size_t inner = elements_from(x, a->axis + 1) * element(x), whole = inner * (size_t)x->dim[a->axis];
     for (size_t k = 0; k < x->size * element(x) / whole; k++, from += whole)
         for (uint32_t p = 0; p < AC_IN_T(c, 1)->size; p++, to += inner)
-            memmove(to, from + (size_t)index[p] * inner, inner);
+            memcpy(to, from + (size_t)index[p] * inner, inner);
     return AC_OK;
 }
 
@@ -235,7 +235,7 @@ ac_status AC_KERNEL(embedding)(const ac_call *c) {
     for (uint32_t i = 0; i < AC_IN_T(c, 1)->size; i++, to += inner) {
         int32_t row = row_of(index[i], table->dim[0]);
         if (row < 0) return AC_E_LABEL;
-        memmove(to, from + (size_t)row * inner, inner * sizeof(float));
+        memcpy(to, from + (size_t)row * inner, inner * sizeof(float));
     }
     return AC_OK;
 }

@@ -258,13 +258,17 @@ static inline float ac_sqrtf_soft(float x) {
 
 /* AC_WIDTH floats in one register, with + - * element by element: a compiler extension where the processor has
  * such registers, else a plain float. The width never changes a result: it only says how many of the lanes or
- * columns below, which are independent of each other, go through one instruction. */
-#if defined(__GNUC__) && defined(__AVX__)
+ * columns below, which are independent of each other, go through one instruction. AC_SCALAR: there are no vectors at
+ * all (define it to have such a processor's code on another), so registers are filled four by four, see `ac_square`. */
+#if defined(__GNUC__) && defined(__AVX__) && !defined(AC_SCALAR)
 #define AC_WIDTH 8
-#elif defined(__GNUC__) && (defined(__SSE2__) || defined(__aarch64__))
+#elif defined(__GNUC__) && (defined(__SSE2__) || defined(__aarch64__)) && !defined(AC_SCALAR)
 #define AC_WIDTH 4
 #else
 #define AC_WIDTH 1
+#if !defined(AC_SCALAR) && !defined(__ARM_NEON) && !defined(__ARM_FEATURE_MVE)
+#define AC_SCALAR 1
+#endif
 #endif
 
 #if AC_WIDTH > 1
@@ -293,6 +297,71 @@ AC_INLINE ac_vec ac_vec_of_bits(uint32_t bits) {
     return bits & 1u ? 1.0f : 0.0f;
 #endif
 }
+
+/* ---- four by four: what keeps a processor without vectors, but with 32 registers, from loading and storing ---- */
+
+#ifdef AC_SCALAR
+typedef struct {
+    float a, b, c, d;
+} ac_four;
+
+typedef struct {
+    ac_four r0, r1, r2, r3;
+} ac_square;
+
+/* Where four rows begin. */
+typedef struct {
+    const float *r0, *r1, *r2, *r3;
+} ac_rows;
+
+#define AC_FOUR_ZERO {0.0f, 0.0f, 0.0f, 0.0f}
+#define AC_SQUARE_ZERO {AC_FOUR_ZERO, AC_FOUR_ZERO, AC_FOUR_ZERO, AC_FOUR_ZERO}
+
+AC_INLINE ac_four ac_four_load(const float *p) {
+    const ac_four v = {p[0], p[1], p[2], p[3]};
+    return v;
+}
+
+AC_INLINE void ac_four_store(float *p, ac_four v) {
+    p[0] = v.a;
+    p[1] = v.b;
+    p[2] = v.c;
+    p[3] = v.d;
+}
+
+/* s += w x */
+AC_INLINE void ac_four_add(ac_four *s, float w, ac_four x) {
+    s->a += w * x.a;
+    s->b += w * x.b;
+    s->c += w * x.c;
+    s->d += w * x.d;
+}
+
+/* s[r] += w[r] x */
+AC_INLINE void ac_square_add(ac_square *s, float w0, float w1, float w2, float w3, ac_four x) {
+    ac_four_add(&s->r0, w0, x);
+    ac_four_add(&s->r1, w1, x);
+    ac_four_add(&s->r2, w2, x);
+    ac_four_add(&s->r3, w3, x);
+}
+
+/* Four rows from `first` on, `step` floats apart; from the last of `count` on, that one again. */
+AC_INLINE ac_rows ac_rows_of(const float *first, size_t step, size_t count) {
+    ac_rows w;
+    w.r0 = first;
+    w.r1 = count > 1 ? w.r0 + step : w.r0;
+    w.r2 = count > 2 ? w.r1 + step : w.r1;
+    w.r3 = count > 3 ? w.r2 + step : w.r2;
+    return w;
+}
+
+AC_INLINE void ac_rows_move(ac_rows *w, size_t by) {
+    w->r0 += by;
+    w->r1 += by;
+    w->r2 += by;
+    w->r3 += by;
+}
+#endif
 
 /* ---- sums ---- */
 

@@ -4,7 +4,7 @@
 
 #include "ac_kernel.h"
 
-#define AC_TABLE_HASH 0x03836E76u
+#define AC_TABLE_HASH 0xCDF7E298u
 
 typedef enum {
     AC_OP_RELU = 0,
@@ -60,79 +60,85 @@ typedef enum {
     AC_OP_CONV_INPUT_GRAD = 50,
     AC_OP_CONV_WEIGHT_GRAD = 51,
     AC_OP_MATMUL = 52,
-    AC_OP_SOFTMAX = 53,
-    AC_OP_SOFTMAX_GRAD = 54,
-    AC_OP_LOG_SOFTMAX = 55,
-    AC_OP_LOG_SOFTMAX_GRAD = 56,
-    AC_OP_LSTM = 57,
-    AC_OP_LSTM_GRAD = 58,
-    AC_OP_GRU = 59,
-    AC_OP_GRU_GRAD = 60,
-    AC_OP_RNN = 61,
-    AC_OP_RNN_GRAD = 62,
-    AC_OP_MAX_POOL = 63,
-    AC_OP_MAX_POOL_GRAD = 64,
-    AC_OP_AVG_POOL = 65,
-    AC_OP_AVG_POOL_GRAD = 66,
-    AC_OP_BATCH_NORM = 67,
-    AC_OP_BATCH_NORM_GRAD = 68,
-    AC_OP_BATCH_NORM_TRAIN = 69,
-    AC_OP_BATCH_NORM_TRAIN_GRAD = 70,
-    AC_OP_LAYER_NORM = 71,
-    AC_OP_LAYER_NORM_GRAD = 72,
-    AC_OP_DROPOUT = 73,
-    AC_OP_RESHAPE = 74,
-    AC_OP_TRANSPOSE = 75,
-    AC_OP_EXPAND = 76,
-    AC_OP_CONCAT = 77,
-    AC_OP_SLICE = 78,
-    AC_OP_SLICE_GRAD = 79,
-    AC_OP_SLICE_ADD = 80,
-    AC_OP_PAD = 81,
-    AC_OP_TAKE = 82,
-    AC_OP_TAKE_GRAD = 83,
-    AC_OP_EMBEDDING = 84,
-    AC_OP_EMBEDDING_GRAD = 85,
-    AC_OP_DETACH = 86,
-    AC_OP_ONE_HOT = 87,
-    AC_OP_CROSS_ENTROPY = 88,
-    AC_OP_CROSS_ENTROPY_GRAD = 89,
-    AC_OP_BINARY_CROSS_ENTROPY = 90,
-    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 91,
-    AC_OP_MSE = 92,
-    AC_OP_MSE_GRAD = 93,
-    AC_OP_SGD = 94,
-    AC_OP_ADAM = 95,
-    AC_OP_KEEP_TOP = 96,
-    AC_OP_EMA = 97,
-    AC_OP_ACCUMULATE = 98,
-    AC_OP_CLEAR = 99,
-    AC_OP_INCREMENT = 100,
-    AC_OP_SUM_SQUARES = 101,
-    AC_OP_CLIP_SCALE = 102,
-    AC_OP_QUANTIZE = 103,
-    AC_OP_DEQUANTIZE = 104,
-    AC_OP_Q_CONV = 105,
-    AC_OP_Q_CONV_INPUT_GRAD = 106,
-    AC_OP_Q_CONV_WEIGHT_GRAD = 107,
-    AC_OP_Q_ADD = 108,
-    AC_OP_Q_RESCALE = 109,
-    AC_OP_Q_AVG_POOL = 110,
-    AC_OP_Q_TABLE = 111,
-    AC_OP_Q_TABLE_GRAD = 112,
-    AC_OP_Q_SGD = 113,
-    AC_OP_BF_PACK = 114,
-    AC_OP_BF_UNPACK = 115,
-    AC_OP_BF_GATE = 116,
-    AC_OP_BF_ALIGN = 117,
-    AC_OP_BF_CONV_INPUT_GRAD = 118,
-    AC_OP_BF_CONV_WEIGHT_GRAD = 119,
-    AC_OP_BF_SUM = 120,
-    AC_OP_BF_ADD = 121,
-    AC_OP_BF_KEEP_TOP = 122,
-    AC_OP_BF_AVG_POOL_GRAD = 123,
-    AC_OP_BF_RESHAPE = 124,
-    AC_OP_COUNT = 125
+    AC_OP_MATMUL_ADD = 53,
+    AC_OP_SOFTMAX = 54,
+    AC_OP_SOFTMAX_GRAD = 55,
+    AC_OP_LOG_SOFTMAX = 56,
+    AC_OP_LOG_SOFTMAX_GRAD = 57,
+    AC_OP_LSTM = 58,
+    AC_OP_LSTM_GRAD = 59,
+    AC_OP_GRU = 60,
+    AC_OP_GRU_GRAD = 61,
+    AC_OP_RNN = 62,
+    AC_OP_RNN_GRAD = 63,
+    AC_OP_MAX_POOL = 64,
+    AC_OP_MAX_POOL_GRAD = 65,
+    AC_OP_AVG_POOL = 66,
+    AC_OP_AVG_POOL_GRAD = 67,
+    AC_OP_BATCH_NORM = 68,
+    AC_OP_BATCH_NORM_GRAD = 69,
+    AC_OP_BATCH_NORM_TRAIN = 70,
+    AC_OP_BATCH_NORM_TRAIN_GRAD = 71,
+    AC_OP_LAYER_NORM = 72,
+    AC_OP_LAYER_NORM_GRAD = 73,
+    AC_OP_DROPOUT = 74,
+    AC_OP_RESHAPE = 75,
+    AC_OP_TRANSPOSE = 76,
+    AC_OP_EXPAND = 77,
+    AC_OP_CONCAT = 78,
+    AC_OP_SLICE = 79,
+    AC_OP_SLICE_GRAD = 80,
+    AC_OP_SLICE_ADD = 81,
+    AC_OP_PAD = 82,
+    AC_OP_TAKE = 83,
+    AC_OP_TAKE_GRAD = 84,
+    AC_OP_EMBEDDING = 85,
+    AC_OP_EMBEDDING_GRAD = 86,
+    AC_OP_DETACH = 87,
+    AC_OP_ONE_HOT = 88,
+    AC_OP_CROSS_ENTROPY = 89,
+    AC_OP_CROSS_ENTROPY_GRAD = 90,
+    AC_OP_BINARY_CROSS_ENTROPY = 91,
+    AC_OP_BINARY_CROSS_ENTROPY_GRAD = 92,
+    AC_OP_MSE = 93,
+    AC_OP_MSE_GRAD = 94,
+    AC_OP_SGD = 95,
+    AC_OP_ADAM = 96,
+    AC_OP_KEEP_TOP = 97,
+    AC_OP_EMA = 98,
+    AC_OP_ACCUMULATE = 99,
+    AC_OP_CLEAR = 100,
+    AC_OP_INCREMENT = 101,
+    AC_OP_SUM_SQUARES = 102,
+    AC_OP_CLIP_SCALE = 103,
+    AC_OP_QUANTIZE = 104,
+    AC_OP_DEQUANTIZE = 105,
+    AC_OP_Q_CONV = 106,
+    AC_OP_Q_CONV_INPUT_GRAD = 107,
+    AC_OP_Q_CONV_WEIGHT_GRAD = 108,
+    AC_OP_Q_ADD = 109,
+    AC_OP_Q_BLOCK = 110,
+    AC_OP_Q_RESCALE = 111,
+    AC_OP_Q_AVG_POOL = 112,
+    AC_OP_Q_TABLE = 113,
+    AC_OP_Q_TABLE_GRAD = 114,
+    AC_OP_Q_SGD = 115,
+    AC_OP_Q_CONV_SGD = 116,
+    AC_OP_BF_PACK = 117,
+    AC_OP_BF_UNPACK = 118,
+    AC_OP_BF_GATE = 119,
+    AC_OP_BF_ALIGN = 120,
+    AC_OP_BF_CONV_INPUT_GRAD = 121,
+    AC_OP_BF_CONV_WEIGHT_GRAD = 122,
+    AC_OP_BF_CONV_SGD = 123,
+    AC_OP_BF_SUM = 124,
+    AC_OP_BF_ADD = 125,
+    AC_OP_BF_KEEP_TOP = 126,
+    AC_OP_BF_AVG_POOL_GRAD = 127,
+    AC_OP_BF_RESHAPE = 128,
+    AC_OP_FAKE_QUANT = 129,
+    AC_OP_FAKE_QUANT_SCALE_GRAD = 130,
+    AC_OP_COUNT = 131
 } ac_op;
 
 typedef struct {
@@ -236,6 +242,11 @@ typedef struct {
     float low;
     float high;
 } ac_attr_matmul;
+
+typedef struct {
+    int32_t ta;
+    int32_t tb;
+} ac_attr_matmul_add;
 
 typedef struct {
     int32_t reverse;
@@ -485,6 +496,14 @@ typedef struct {
 } ac_attr_q_add;
 
 typedef struct {
+    int32_t geometry[36];
+    int32_t scaling[24];
+    int32_t rows[6];
+    int32_t adds;
+    int32_t add[11];
+} ac_attr_q_block;
+
+typedef struct {
     int32_t x_zero;
     int32_t y_zero;
     int32_t multiplier;
@@ -513,6 +532,21 @@ typedef struct {
 } ac_attr_q_sgd;
 
 typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t x_zero;
+    float x_scale;
+    float momentum;
+    int32_t nesterov;
+    float weight_decay;
+    int32_t rounding;
+    int32_t salt;
+} ac_attr_q_conv_sgd;
+
+typedef struct {
     int32_t spare;
 } ac_attr_bf_align;
 
@@ -537,6 +571,21 @@ typedef struct {
 } ac_attr_bf_conv_weight_grad;
 
 typedef struct {
+    int32_t stride[2];
+    int32_t before[2];
+    int32_t after[2];
+    int32_t dilation[2];
+    int32_t groups;
+    int32_t x_zero;
+    float x_scale;
+    float momentum;
+    int32_t nesterov;
+    float weight_decay;
+    int32_t rounding;
+    int32_t salt;
+} ac_attr_bf_conv_sgd;
+
+typedef struct {
     float share;
 } ac_attr_bf_keep_top;
 
@@ -547,6 +596,20 @@ typedef struct {
     int32_t after[2];
     int32_t extra[2];
 } ac_attr_bf_avg_pool_grad;
+
+typedef struct {
+    int32_t axis;
+    int32_t low;
+    int32_t high;
+    int32_t zero;
+} ac_attr_fake_quant;
+
+typedef struct {
+    int32_t axis;
+    int32_t low;
+    int32_t high;
+    int32_t zero;
+} ac_attr_fake_quant_scale_grad;
 
 ac_status AC_KERNEL(relu)(const ac_call *call);
 ac_status AC_FAST_KERNEL(relu)(const ac_call *call);
@@ -610,6 +673,7 @@ ac_status AC_KERNEL(conv_weight_grad)(const ac_call *call);
 ac_status AC_FAST_KERNEL(conv_weight_grad)(const ac_call *call);
 ac_status AC_KERNEL(matmul)(const ac_call *call);
 ac_status AC_FAST_KERNEL(matmul)(const ac_call *call);
+ac_status AC_KERNEL(matmul_add)(const ac_call *call);
 ac_status AC_KERNEL(softmax)(const ac_call *call);
 ac_status AC_FAST_KERNEL(softmax)(const ac_call *call);
 ac_status AC_KERNEL(softmax_grad)(const ac_call *call);
@@ -669,25 +733,35 @@ ac_status AC_KERNEL(clip_scale)(const ac_call *call);
 ac_status AC_KERNEL(quantize)(const ac_call *call);
 ac_status AC_KERNEL(dequantize)(const ac_call *call);
 ac_status AC_KERNEL(q_conv)(const ac_call *call);
+ac_status AC_FAST_KERNEL(q_conv)(const ac_call *call);
 ac_status AC_KERNEL(q_conv_input_grad)(const ac_call *call);
+ac_status AC_FAST_KERNEL(q_conv_input_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_conv_weight_grad)(const ac_call *call);
+ac_status AC_FAST_KERNEL(q_conv_weight_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_add)(const ac_call *call);
+ac_status AC_FAST_KERNEL(q_add)(const ac_call *call);
+ac_status AC_KERNEL(q_block)(const ac_call *call);
+ac_status AC_FAST_KERNEL(q_block)(const ac_call *call);
 ac_status AC_KERNEL(q_rescale)(const ac_call *call);
 ac_status AC_KERNEL(q_avg_pool)(const ac_call *call);
 ac_status AC_KERNEL(q_table)(const ac_call *call);
 ac_status AC_KERNEL(q_table_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_sgd)(const ac_call *call);
+ac_status AC_KERNEL(q_conv_sgd)(const ac_call *call);
 ac_status AC_KERNEL(bf_pack)(const ac_call *call);
 ac_status AC_KERNEL(bf_unpack)(const ac_call *call);
 ac_status AC_KERNEL(bf_gate)(const ac_call *call);
 ac_status AC_KERNEL(bf_align)(const ac_call *call);
 ac_status AC_KERNEL(bf_conv_input_grad)(const ac_call *call);
 ac_status AC_KERNEL(bf_conv_weight_grad)(const ac_call *call);
+ac_status AC_KERNEL(bf_conv_sgd)(const ac_call *call);
 ac_status AC_KERNEL(bf_sum)(const ac_call *call);
 ac_status AC_KERNEL(bf_add)(const ac_call *call);
 ac_status AC_KERNEL(bf_keep_top)(const ac_call *call);
 ac_status AC_KERNEL(bf_avg_pool_grad)(const ac_call *call);
 ac_status AC_KERNEL(bf_reshape)(const ac_call *call);
+ac_status AC_KERNEL(fake_quant)(const ac_call *call);
+ac_status AC_KERNEL(fake_quant_scale_grad)(const ac_call *call);
 ac_status ac_check_round(const ac_call *call);
 ac_status ac_check_add(const ac_call *call);
 ac_status ac_check_sub(const ac_call *call);
@@ -701,6 +775,7 @@ ac_status ac_check_conv(const ac_call *call);
 ac_status ac_check_conv_input_grad(const ac_call *call);
 ac_status ac_check_conv_weight_grad(const ac_call *call);
 ac_status ac_check_matmul(const ac_call *call);
+ac_status ac_check_matmul_add(const ac_call *call);
 ac_status ac_check_softmax(const ac_call *call);
 ac_status ac_check_softmax_grad(const ac_call *call);
 ac_status ac_check_log_softmax(const ac_call *call);
@@ -741,21 +816,26 @@ ac_status ac_check_q_conv(const ac_call *call);
 ac_status ac_check_q_conv_input_grad(const ac_call *call);
 ac_status ac_check_q_conv_weight_grad(const ac_call *call);
 ac_status ac_check_q_add(const ac_call *call);
+ac_status ac_check_q_block(const ac_call *call);
 ac_status ac_check_q_rescale(const ac_call *call);
 ac_status ac_check_q_avg_pool(const ac_call *call);
 ac_status ac_check_q_table(const ac_call *call);
 ac_status ac_check_q_table_grad(const ac_call *call);
 ac_status ac_check_q_sgd(const ac_call *call);
+ac_status ac_check_q_conv_sgd(const ac_call *call);
 ac_status ac_check_bf_pack(const ac_call *call);
 ac_status ac_check_bf_unpack(const ac_call *call);
 ac_status ac_check_bf_gate(const ac_call *call);
 ac_status ac_check_bf_align(const ac_call *call);
 ac_status ac_check_bf_conv_input_grad(const ac_call *call);
 ac_status ac_check_bf_conv_weight_grad(const ac_call *call);
+ac_status ac_check_bf_conv_sgd(const ac_call *call);
 ac_status ac_check_bf_sum(const ac_call *call);
 ac_status ac_check_bf_add(const ac_call *call);
 ac_status ac_check_bf_keep_top(const ac_call *call);
 ac_status ac_check_bf_avg_pool_grad(const ac_call *call);
 ac_status ac_check_bf_reshape(const ac_call *call);
+ac_status ac_check_fake_quant(const ac_call *call);
+ac_status ac_check_fake_quant_scale_grad(const ac_call *call);
 
 #endif

@@ -17,6 +17,7 @@ from ..errors import WrongUse
 from ..grad import Channels, UpdateSet
 from ..ir import Graph
 from ..ops import TABLE
+from .published import SHAPES, TTE
 
 
 @dataclass(frozen=True)
@@ -223,11 +224,7 @@ class Explicit:
             if what == 1:
                 return None, "named"
             count = max(1, round(what * shape[axis]))
-            data = graph.values[name].data
-            assert data is not None
-            norms = np.square(data).sum(tuple(i for i in range(len(shape)) if i != axis))
-            index = np.sort(np.argsort(-norms, kind="stable")[:count])
-            return Channels(axis, tuple(int(i) for i in index)), f"{count} of {shape[axis]} channels, by norm"
+            return _largest(graph, name, axis, count), f"{count} of {shape[axis]} channels, by norm"
         if not isinstance(what, (list, tuple, range, np.ndarray)) or not all(
             isinstance(i, (int, np.integer)) for i in what
         ):
@@ -239,20 +236,97 @@ class Explicit:
         return Channels(axis, tuple(int(i) for i in what)), f"{len(what)} of {shape[axis]} channels, named"
 
 
-Scheme = Full | Last | Bias | Norm | Blocks | Patterns | Explicit
+def _largest(graph: Graph, name: str, axis: int, count: int) -> Channels:
+    """The channels with the largest L2 norm of what they stand for."""
+    value = graph.values[name]
+    assert value.data is not None
+    data = value.quant.real(value.data) if value.quant is not None else value.data
+    norms = np.square(data).sum(tuple(i for i in range(data.ndim) if i != axis))
+    return Channels(axis, tuple(int(i) for i in np.sort(np.argsort(-norms, kind="stable")[:count])))
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Sparse update: biases of the last `biases` convolutions, input channels of some, and the whole last layer.
+
+    weights: index of a layer with a weight, in order and from 0 -> the share of its input channels that learns.
+    pick: "magnitude", the channels with the largest L2 norm, or "first", the first ones. shapes: the number of layers
+    before the last, and (outputs, inputs) of some; a model that has others is refused.
+    """
+
+    biases: int
+    weights: Mapping[int, float]
+    pick: str = "magnitude"
+    label: str = "sparse"
+    model: str = ""
+    shapes: tuple[int, Mapping[int, tuple[int, int]]] | None = None
+
+    def choose(self, graph: Graph) -> UpdateSet:
+        found = [
+            {role: n for n, role in layer.parameters.items()}
+            for layer in layers(graph)
+            if "weight" in layer.parameters.values()
+        ]
+        *convs, last = found or [{}]
+        self._check(graph, convs)
+        tensors: dict[str, Channels | None] = {}
+        reasons = {}
+        for i, layer in enumerate(convs):
+            if self.weights.get(i):
+                name, inputs = layer["weight"], graph.shape(layer["weight"])[1]
+                count = max(1, round(self.weights[i] * inputs))
+                by_norm = self.pick == "magnitude"
+                some = _largest(graph, name, 1, count) if by_norm else Channels(1, tuple(range(count)))
+                tensors[name] = None if count == inputs else some
+                reasons[name] = f"{count} of {inputs} input channels, {'by norm' if by_norm else 'the first'}"
+            if i >= len(convs) - self.biases and "bias" in layer:
+                tensors[layer["bias"]] = None
+                reasons[layer["bias"]] = f"a bias of the last {self.biases} convolutions"
+        for name in last.values():
+            tensors[name], reasons[name] = None, "in the last layer"
+        return UpdateSet(tensors, self.label, reasons)
+
+    def _check(self, graph: Graph, convs: list[dict[str, str]]) -> None:
+        count, shapes = self.shapes or (len(convs), {})
+        wrong = [i for i in {*self.weights, *shapes} if not 0 <= i < len(convs)] or len(convs) != count
+        for i in () if wrong else {*self.weights, *shapes}:
+            shape = tuple(graph.shape(convs[i]["weight"]))
+            wrong = wrong or len(shape) < 2 or shape[:2] != shapes.get(i, shape[:2])
+        if wrong or not 0 <= self.biases <= len(convs) or self.pick not in ("magnitude", "first"):
+            raise WrongUse(
+                f"scheme {self.label} does not fit this model",
+                where=f"it was published for {self.model}" if self.model else f"pick {self.pick!r}",
+                number=f"{len(convs)} layers before the last one, {count} named; biases {self.biases}",
+                action="name other layers, or use last-K, bias or a share of channels",
+            )
+
+
+def _published(text: str) -> Sparse:
+    """A set of published.TTE, "49kb", with ",first" after it where channels are not picked by norm."""
+    name, _, pick = text.partition(",")
+    if name not in TTE or pick not in ("", "magnitude", "first"):
+        raise ValueError
+    known = TTE[name]
+    return Sparse(
+        known.biases, known.weights, pick or "magnitude", f"tte:{text}", known.model, SHAPES[known.model]
+    )
+
+
+Scheme = Sparse | Full | Last | Bias | Norm | Blocks | Patterns | Explicit
 
 #: Names without an argument; `resolve` also takes the forms of PREFIXES.
 TABLE_OF_SCHEMES: Mapping[str, Scheme] = {"full": Full(), "last": Last(), "bias": Bias(), "norm": Norm()}
 PREFIXES: Mapping[str, tuple[str, Callable[[str], Scheme]]] = {
     "last-": ("last-3: the last three layers", lambda t: Last(int(t))),
     "block:": ("block:layer3,fc: top-level modules by name", lambda t: Blocks(tuple(t.split(",")))),
+    "tte:": (f"tte:49kb: published for mcunet-5fps ({', '.join(TTE)}; tte:49kb,first)", _published),
     "match:": ("match:*.bn*.weight: parameters by pattern", lambda t: Patterns(tuple(t.split(",")))),
 }
 
 
 def resolve(scheme: Any) -> Any:
     """A scheme object from what a user may write; an UpdateSet passes as it is."""
-    if isinstance(scheme, (Full, Last, Bias, Norm, Blocks, Patterns, Explicit, UpdateSet)):
+    if isinstance(scheme, (Sparse, Full, Last, Bias, Norm, Blocks, Patterns, Explicit, UpdateSet)):
         return scheme
     if isinstance(scheme, Mapping):
         return Explicit(dict(scheme))
@@ -284,7 +358,7 @@ def candidates(graph: Graph) -> list[Scheme]:
     tried += [Bias()] * ("bias" in roles) + [Norm()] * ("scale" in roles)
     tried += [Blocks((n,)) for n in names] if 1 < len(names) <= 6 else []
     full = Full()
-    found = {
+    found: dict[frozenset[str], Scheme] = {
         frozenset(full.choose(graph).tensors): full
     }  # the plain name, where another scheme comes to the same
     for scheme in tried:

@@ -1,0 +1,214 @@
+/* Integer sums of products and their way back to int8: see ac_dot.h. */
+#include "ac_dot.h"
+
+#if AC_DSP
+/* 0.81 instructions a product, and 7 for each four sums. In registers: r0 sum, r1 rounds left, r2 columns, r3 w, r4-r7 the
+ * four sums; on the stack from sp on: four times start, end, w, rounds of four groups, where the first round begins. */
+__attribute__((naked)) void AC_KERNEL(dot_columns)(int32_t *sum __attribute__((unused)),
+                                                   const int32_t *end __attribute__((unused)),
+                                                   const uint32_t *columns __attribute__((unused)),
+                                                   const int8_t *w __attribute__((unused)),
+                                                   int groups __attribute__((unused)),
+                                                   int32_t start __attribute__((unused))) {
+#define GROUP /* 13 instructions of 4 bytes */    \
+    "ldr.w r12, [r3], #4\n\t"                     \
+    "ldmia.w r2!, {r8, r9, r10, r11}\n\t"         \
+    "sxtb16 lr, r12\n\t"                          \
+    "smlad r4, r8, lr, r4\n\t"                    \
+    "smlad r5, r9, lr, r5\n\t"                    \
+    "smlad r6, r10, lr, r6\n\t"                   \
+    "smlad r7, r11, lr, r7\n\t"                   \
+    "ldmia.w r2!, {r8, r9, r10, r11}\n\t"         \
+    "sxtb16 lr, r12, ror #8\n\t"                  \
+    "smlad r4, r8, lr, r4\n\t"                    \
+    "smlad r5, r9, lr, r5\n\t"                    \
+    "smlad r6, r10, lr, r6\n\t"                   \
+    "smlad r7, r11, lr, r7\n\t"
+    AC_ASM("push {r4-r11, lr}\n\t"
+           "ldrd r8, r4, [sp, #36]\n\t" /* groups, start */
+           "mov r5, r4\n\t"
+           "mov r6, r4\n\t"
+           "mov r7, r4\n\t"
+           "rsb r9, r8, #0\n\t"
+           "and r9, r9, #3\n\t" /* groups that the first round leaves out */
+           "add r8, r8, #3\n\t"
+           "lsr r8, r8, #2\n\t"
+           "mov r10, #52\n\t"
+           "adr.w r11, 2f\n\t"
+           "mla r9, r9, r10, r11\n\t"
+           "orr r9, r9, #1\n\t"
+           "push {r1, r3, r8, r9}\n\t"
+           "push {r4-r7}\n\t"
+           "1:\n\t"
+           "ldm sp, {r4-r7}\n\t"
+           "ldrd r3, r1, [sp, #20]\n\t"
+           "ldr.w pc, [sp, #28]\n\t"
+           ".balign 4\n"
+           "2:\n\t" GROUP GROUP GROUP GROUP
+           "subs r1, r1, #1\n\t"
+           "bne 2b\n\t"
+           "stmia r0!, {r4-r7}\n\t"
+           "ldr r12, [sp, #16]\n\t"
+           "cmp r0, r12\n\t"
+           "bne 1b\n\t"
+           "add sp, sp, #32\n\t"
+           "pop {r4-r11, pc}");
+#undef GROUP
+}
+#else
+void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *columns, const int8_t *w, int groups,
+                            int32_t start) {
+    for (; sum != end; sum += 4) {
+        int32_t a = start, b = start, c = start, d = start;
+        for (int g = 0; g < groups; g++, columns += 8) {
+            int16_t x[16];
+            AC_COPY(x, columns, sizeof x);
+            for (int i = 0; i < 4; i++) {
+                const int32_t by = w[4 * g + i];
+                a += x[ac_in_group(i, 0)] * by;
+                b += x[ac_in_group(i, 1)] * by;
+                c += x[ac_in_group(i, 2)] * by;
+                d += x[ac_in_group(i, 3)] * by;
+            }
+        }
+        sum[0] = a;
+        sum[1] = b;
+        sum[2] = c;
+        sum[3] = d;
+    }
+}
+#endif
+
+#if AC_DSP
+/* In registers: r0 sum, r1 bytes of a row, r2 x, r3 w, r4-r7 the four sums, r8-r11 words of x, r11 or r12 on words of w, lr v.
+ * A row of four windows: each word of x is loaded once; what a window has alone at its first or last column is multiplied
+ * by half a word. */
+#define MULTIPLY(sum, x, w) "smlad " sum ", " x ", " w ", " sum "\n\t"
+#define HIGH_LOW(sum, x, w) "smlatb " sum ", " x ", " w ", " sum "\n\t"
+#define LOW_HIGH(sum, x, w) "smlabt " sum ", " x ", " w ", " sum "\n\t"
+#define STEP_1(x0, x1, x2)                                                                  \
+    "ldrd r11, r12, [r3], #8\n\t" MULTIPLY("r4", x0, "r11") MULTIPLY("r6", x1, "r11")       \
+        MULTIPLY("r5", x1, "r12") MULTIPLY("r7", x2, "r12")
+#define FIRST_1 "ldmia r2, {r8, r9, r10}\n\t" STEP_1("r8", "r9", "r10") HIGH_LOW("r5", "r8", "r11") HIGH_LOW("r7", "r9", "r11")
+#define LAST_1(x1, x2) LOW_HIGH("r4", x1, "r12") LOW_HIGH("r6", x2, "r12")
+#define ROW_3_1 FIRST_1 LAST_1("r9", "r10")
+#define ROW_5_1 FIRST_1 "ldr r8, [r2, #12]\n\t" STEP_1("r9", "r10", "r8") LAST_1("r10", "r8")
+#define ROW_7_1                                                                                              \
+    FIRST_1 "ldr r8, [r2, #12]\n\t" STEP_1("r9", "r10", "r8") "ldr r9, [r2, #16]\n\t" STEP_1("r10", "r8", "r9") \
+        LAST_1("r8", "r9")
+#define ALL(what, x0, x1, x2, x3) \
+    what("r4", x0, "r12") what("r5", x1, "r12") what("r6", x2, "r12") what("r7", x3, "r12")
+#define FIRST_2(next) \
+    "ldmia r2, {r8, r9, r10, r11}\n\tldr r12, [r3], #" next "\n\t" ALL(MULTIPLY, "r8", "r9", "r10", "r11") "ldr r8, [r2, #16]\n\t"
+#define STEP_2(next, x0, x1, x2, x3) "ldr r12, [r3], #" next "\n\t" ALL(MULTIPLY, x0, x1, x2, x3)
+#define LAST_2(x0, x1, x2, x3) "ldr r12, [r3], #4\n\t" ALL(LOW_HIGH, x0, x1, x2, x3)
+#define ROW_3_2 FIRST_2("4") LAST_2("r9", "r10", "r11", "r8")
+#define ROW_5_2 FIRST_2("8") STEP_2("4", "r9", "r10", "r11", "r8") "ldr r9, [r2, #20]\n\t" LAST_2("r10", "r11", "r8", "r9")
+#define ROW_7_2                                                                                                   \
+    FIRST_2("8") STEP_2("8", "r9", "r10", "r11", "r8") "ldr r9, [r2, #20]\n\t" STEP_2("4", "r10", "r11", "r8", "r9") \
+    "ldr r10, [r2, #24]\n\t" LAST_2("r11", "r8", "r9", "r10")
+#define NEXT "add r2, r2, r1\n\t"
+#define TIMES_3(row) row NEXT row NEXT row NEXT
+#define TIMES_5(row) TIMES_3(row) row NEXT row NEXT
+#define TIMES_7(row) TIMES_5(row) row NEXT row NEXT
+#define WINDOWS(width, step)                                                                            \
+    __attribute__((naked)) static void windows_##width##_##step(                                        \
+        int32_t *sum __attribute__((unused)), const int32_t *end __attribute__((unused)),               \
+        const uint32_t *x __attribute__((unused)), const ac_windows *v __attribute__((unused))) {       \
+        AC_ASM("push {r1, r4-r11, lr}\n\t"                                                              \
+               "mov lr, r3\n\t"                                                                         \
+               "ldr r1, [lr, #20]\n\t"                                                                  \
+               "1:\n\t"                                                                                 \
+               "ldmia lr, {r4-r7}\n\t"                                                                  \
+               "ldr r3, [lr, #16]\n\t" TIMES_##width(ROW_##width##_##step) "stmia r0!, {r4-r7}\n\t"      \
+               "ldr r12, [lr, #24]\n\t"                                                                 \
+               "sub r2, r2, r12\n\t"                                                                    \
+               "ldr r12, [sp]\n\t"                                                                      \
+               "cmp r0, r12\n\t"                                                                        \
+               "bcc 1b\n\t"                                                                             \
+               "pop {r1, r4-r11, pc}");                                                                 \
+    }
+#else
+AC_INLINE void windows(int32_t *sum, const int32_t *end, const uint32_t *x, const ac_windows *v, int width, int step) {
+    for (; sum < end; sum += 4, x += 2 * step) {
+        int32_t a = v->start[0], b = a, c = a, d = a;
+        const uint32_t *line = x, *w = v->w;
+        for (int i = 0; i < width; i++, line += v->pitch / 4, w += width - 1) {
+            int16_t from[16];
+            AC_COPY(from, line, sizeof *from * (size_t)(3 * step + width));
+            for (int j = 0; j < width; j++) {
+                const int32_t by = (int16_t)(uint16_t)(j + 1 < width ? w[j] : w[j - 1] >> 16);
+                a += from[j] * by;
+                b += from[step + j] * by;
+                c += from[2 * step + j] * by;
+                d += from[3 * step + j] * by;
+            }
+        }
+        sum[0] = a;
+        sum[1] = b;
+        sum[2] = c;
+        sum[3] = d;
+    }
+}
+#define WINDOWS(width, step)                                                                                          \
+    static void windows_##width##_##step(int32_t *sum, const int32_t *end, const uint32_t *x, const ac_windows *v) { \
+        windows(sum, end, x, v, width, step);                                                                         \
+    }
+#endif
+WINDOWS(3, 1)
+WINDOWS(3, 2)
+WINDOWS(5, 1)
+WINDOWS(5, 2)
+WINDOWS(7, 1)
+WINDOWS(7, 2)
+ac_dot_windows *const AC_KERNEL(dot_windows)[3][2] = {
+    {windows_3_1, windows_3_2}, {windows_5_1, windows_5_2}, {windows_7_1, windows_7_2}};
+
+/* AC_KERNEL(requantize) of a multiple of four sums, where s->quick; full: low and high are int8's ends, keep: there are
+ * bits, and at most 32 sums, whose bits it returns from above. */
+AC_INLINE uint32_t quick_run(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, int full, int keep) {
+    const uint32_t low = ((uint32_t)s->low & 0xFFu) * 0x01010101u;
+    const int32_t m = s->multiplier, offset = s->offset, right = -s->shift, range = s->high - s->low;
+    const int32_t *const end = sum + count;
+    uint32_t within = 0;
+    do {
+        uint32_t word = 0;
+        for (int k = 0; k < 4; k++) {
+            const int32_t v = ac_add_high(offset + (sum[k] >> 31), sum[k], m) >> right;
+            if (keep) within = ac_shift_in(within, v, range);
+            word |= (uint32_t)(full ? ac_to_byte(v) : ac_clamped(v, 0, range)) << (8 * k);
+        }
+        word = ac_add_bytes(word, low);
+        AC_COPY(y, &word, 4);
+        y += 4;
+        sum += 4;
+    } while (sum != end);
+    return within;
+}
+
+AC_INLINE void quick_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at, int full) {
+    if (!bits) {
+        quick_run(y, sum, count, s, full, 0);
+        return;
+    }
+    for (int i = 0; i < count; i += 32) {
+        const int some = count - i < 32 ? count - i : 32;
+        ac_add_bits(bits, at + (size_t)i, quick_run(y + i, sum + i, some, s, full, 1) >> (32 - some), some);
+    }
+}
+
+AC_APART void exact_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
+    for (int i = 0; i < count; i++) {
+        const int32_t all = s->quick ? sum[i] / 2 : ac_wrap_add(sum[i] / 2, s->bias);
+        const int32_t v = ac_wrap_add(ac_scaled(all, s->multiplier, s->shift), s->zero);
+        y[i] = (int8_t)ac_clamped(v, s->low, s->high);
+        if (bits && v == y[i]) ac_add_bits(bits, at + (size_t)i, 1, 1);
+    }
+}
+
+void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
+    const int fours = s->quick ? count & ~3 : 0;
+    if (fours && s->high - s->low == 255) quick_row(y, sum, fours, s, bits, at, 1);
+    else if (fours) quick_row(y, sum, fours, s, bits, at, 0);
+    if (fours < count) exact_row(y + fours, sum + fours, count - fours, s, bits, at + (size_t)fours);
+}
