@@ -77,7 +77,8 @@ def export(
     sizes = {
         "PROGRAM": len(plan.program.bytes),
         "STATE": max(4, *(p.state_bytes for p in programs)),
-        "ARENA": max(4, *(p.arena_bytes for p in programs)),
+        # also where a delta is received, and read to from flash that is no memory
+        "ARENA": max(max(p.arena_bytes, -(-largest_delta(p) // 4) * 4) for p in programs),
         "SLOT": max((len(p.bytes) for p in programs[1:]), default=0) if slot_bytes is None else slot_bytes,
         "DELTA": max(largest_delta(p) for p in programs),
     }

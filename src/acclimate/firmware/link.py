@@ -552,7 +552,7 @@ class Board:
             raise BadInput(
                 "the delta is larger than the arena, into which it is received",
                 number=f"{len(raw)} bytes, {self.info.arena_room}",
-                action="write the tensors one by one: feed('state', name=...)",
+                action="a delta of the Program that runs fits; this is of another, or no delta",
             )
         self._write(IN_DELTA, len(raw), raw)
         self._ask(COMMIT, struct.pack("<3I", IN_DELTA, len(raw), 0), "the delta")
