@@ -394,6 +394,7 @@ def run(data: Path, quick: bool, seed: int, tell: Callable[[str], None], folder:
         "stack_room_bytes": stack_room,
         "arena_bytes": measured.arena_bytes,
         "arena_planned_bytes": board.info.arena_bytes,
+        "arena_room_bytes": board.info.arena_room,
         "state_bytes": board.info.state_bytes,
         "ram_bytes": image.ram_bytes,
         "ram_limit_bytes": firmware.ram_bytes,
@@ -473,16 +474,15 @@ def page(d: dict[str, Any]) -> Report:
         Column("before", "before", "share"),
         Column("after", "after", "share"),
     )
+    blocks = {
+        "stack": d["stack_room_bytes"],
+        "arena": d["arena_planned_bytes"],
+        "room for a delta": d["arena_room_bytes"] - d["arena_planned_bytes"],
+        "state": d["state_bytes"],
+    }
+    app = d["ram_bytes"] - sum(blocks.values())
     ram = Parts(
-        "RAM of the board",
-        (
-            ("stack", d["stack_room_bytes"]),
-            ("arena", d["arena_planned_bytes"]),
-            ("state", d["state_bytes"]),
-            ("app", d["ram_bytes"] - d["stack_room_bytes"] - d["arena_planned_bytes"] - d["state_bytes"]),
-        ),
-        d["ram_limit_bytes"],
-        "the board's RAM",
+        "RAM of the board", (*blocks.items(), ("app", app)), d["ram_limit_bytes"], "the board's RAM"
     )
     flash = Parts(
         "Flash of the board",
