@@ -65,7 +65,7 @@ CPUS = {
         _arm("cortex-m0plus", "cortex_m0plus", "soft", ""),
         _arm("cortex-m4", "cortex_m4+vfp4d16sp", "hard", "fpv4-sp-d16"),
         _arm("cortex-m7", "cortex_m7+fp_armv8d16sp", "hard", "fpv5-sp-d16"),
-        _arm("cortex-m33", "cortex_m33+fp_armv8d16sp", "hard", "fpv5-sp-d16"),
+        _arm("cortex-m33", "cortex_m33+fp_armv8d16sp+dsp", "hard", "fpv5-sp-d16"),
         _arm("cortex-m55", "cortex_m55+mve_fp", "hard", "auto"),
         Cpu(
             "riscv32",

@@ -153,7 +153,11 @@ def conv(
     w_name = _parameter(graph, w_name, w, "i8", Quant(w_scale))
     b_name = ""
     if bias is not None:
-        b_name = _parameter(graph, *bias, "i32", Quant(np.float64(x.scale) * scales))
+        room = (
+            2**31 - 1 - 255 * 128 * (w.size // len(w))
+        )  # so that no sum wraps; dead channels have such biases
+        held = np.clip(bias[1], -room, room)
+        b_name = _parameter(graph, bias[0], held, "i32", Quant(np.float64(x.scale) * scales))
     if w.ndim != len(graph.shape(x.name)):
         w_name = emit(graph, "reshape", w_name, name=f"{w_name}.view", shape=(*w.shape, 1))
     attrs, *ratios = conv_attrs(x[1:], scales, y)

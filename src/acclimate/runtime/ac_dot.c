@@ -10,19 +10,19 @@ __attribute__((naked)) void AC_KERNEL(dot_columns)(int32_t *sum __attribute__((u
                                                    const int8_t *w __attribute__((unused)),
                                                    int groups __attribute__((unused)),
                                                    int32_t start __attribute__((unused))) {
-#define GROUP /* 13 instructions of 4 bytes */    \
-    "ldr.w r12, [r3], #4\n\t"                     \
-    "ldmia.w r2!, {r8, r9, r10, r11}\n\t"         \
-    "sxtb16 lr, r12\n\t"                          \
-    "smlad r4, r8, lr, r4\n\t"                    \
-    "smlad r5, r9, lr, r5\n\t"                    \
-    "smlad r6, r10, lr, r6\n\t"                   \
-    "smlad r7, r11, lr, r7\n\t"                   \
-    "ldmia.w r2!, {r8, r9, r10, r11}\n\t"         \
-    "sxtb16 lr, r12, ror #8\n\t"                  \
-    "smlad r4, r8, lr, r4\n\t"                    \
-    "smlad r5, r9, lr, r5\n\t"                    \
-    "smlad r6, r10, lr, r6\n\t"                   \
+#define GROUP /* 13 instructions of 4 bytes */                                                     \
+    "ldr.w r12, [r3], #4\n\t"                                                                      \
+    "ldmia.w r2!, {r8, r9, r10, r11}\n\t"                                                          \
+    "sxtb16 lr, r12\n\t"                                                                           \
+    "smlad r4, r8, lr, r4\n\t"                                                                     \
+    "smlad r5, r9, lr, r5\n\t"                                                                     \
+    "smlad r6, r10, lr, r6\n\t"                                                                    \
+    "smlad r7, r11, lr, r7\n\t"                                                                    \
+    "ldmia.w r2!, {r8, r9, r10, r11}\n\t"                                                          \
+    "sxtb16 lr, r12, ror #8\n\t"                                                                   \
+    "smlad r4, r8, lr, r4\n\t"                                                                     \
+    "smlad r5, r9, lr, r5\n\t"                                                                     \
+    "smlad r6, r10, lr, r6\n\t"                                                                    \
     "smlad r7, r11, lr, r7\n\t"
     AC_ASM("push {r4-r11, lr}\n\t"
            "ldrd r8, r4, [sp, #36]\n\t" /* groups, start */
@@ -44,8 +44,7 @@ __attribute__((naked)) void AC_KERNEL(dot_columns)(int32_t *sum __attribute__((u
            "ldrd r3, r1, [sp, #20]\n\t"
            "ldr.w pc, [sp, #28]\n\t"
            ".balign 4\n"
-           "2:\n\t" GROUP GROUP GROUP GROUP
-           "subs r1, r1, #1\n\t"
+           "2:\n\t" GROUP GROUP GROUP GROUP "subs r1, r1, #1\n\t"
            "bne 2b\n\t"
            "stmia r0!, {r4-r7}\n\t"
            "ldr r12, [sp, #16]\n\t"
@@ -56,8 +55,8 @@ __attribute__((naked)) void AC_KERNEL(dot_columns)(int32_t *sum __attribute__((u
 #undef GROUP
 }
 #else
-void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *columns, const int8_t *w, int groups,
-                            int32_t start) {
+void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *columns,
+                            const int8_t *w, int groups, int32_t start) {
     for (; sum != end; sum += 4) {
         int32_t a = start, b = start, c = start, d = start;
         for (int g = 0; g < groups; g++, columns += 8) {
@@ -86,50 +85,58 @@ void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *co
 #define MULTIPLY(sum, x, w) "smlad " sum ", " x ", " w ", " sum "\n\t"
 #define HIGH_LOW(sum, x, w) "smlatb " sum ", " x ", " w ", " sum "\n\t"
 #define LOW_HIGH(sum, x, w) "smlabt " sum ", " x ", " w ", " sum "\n\t"
-#define STEP_1(x0, x1, x2)                                                                  \
-    "ldrd r11, r12, [r3], #8\n\t" MULTIPLY("r4", x0, "r11") MULTIPLY("r6", x1, "r11")       \
+#define STEP_1(x0, x1, x2)                                                                         \
+    "ldrd r11, r12, [r3], #8\n\t" MULTIPLY("r4", x0, "r11") MULTIPLY("r6", x1, "r11")              \
         MULTIPLY("r5", x1, "r12") MULTIPLY("r7", x2, "r12")
-#define FIRST_1 "ldmia r2, {r8, r9, r10}\n\t" STEP_1("r8", "r9", "r10") HIGH_LOW("r5", "r8", "r11") HIGH_LOW("r7", "r9", "r11")
+#define FIRST_1                                                                                    \
+    "ldmia r2, {r8, r9, r10}\n\t" STEP_1("r8", "r9", "r10") HIGH_LOW("r5", "r8", "r11")            \
+        HIGH_LOW("r7", "r9", "r11")
 #define LAST_1(x1, x2) LOW_HIGH("r4", x1, "r12") LOW_HIGH("r6", x2, "r12")
 #define ROW_3_1 FIRST_1 LAST_1("r9", "r10")
 #define ROW_5_1 FIRST_1 "ldr r8, [r2, #12]\n\t" STEP_1("r9", "r10", "r8") LAST_1("r10", "r8")
-#define ROW_7_1                                                                                              \
-    FIRST_1 "ldr r8, [r2, #12]\n\t" STEP_1("r9", "r10", "r8") "ldr r9, [r2, #16]\n\t" STEP_1("r10", "r8", "r9") \
-        LAST_1("r8", "r9")
-#define ALL(what, x0, x1, x2, x3) \
+#define ROW_7_1                                                                                    \
+    FIRST_1 "ldr r8, [r2, #12]\n\t" STEP_1("r9", "r10", "r8") "ldr r9, [r2, #16]\n\t" STEP_1(      \
+        "r10", "r8", "r9") LAST_1("r8", "r9")
+#define ALL(what, x0, x1, x2, x3)                                                                  \
     what("r4", x0, "r12") what("r5", x1, "r12") what("r6", x2, "r12") what("r7", x3, "r12")
-#define FIRST_2(next) \
-    "ldmia r2, {r8, r9, r10, r11}\n\tldr r12, [r3], #" next "\n\t" ALL(MULTIPLY, "r8", "r9", "r10", "r11") "ldr r8, [r2, #16]\n\t"
+#define FIRST_2(next)                                                                              \
+    "ldmia r2, {r8, r9, r10, r11}\n\tldr r12, [r3], #" next                                        \
+    "\n\t" ALL(MULTIPLY, "r8", "r9", "r10", "r11") "ldr r8, [r2, #16]\n\t"
 #define STEP_2(next, x0, x1, x2, x3) "ldr r12, [r3], #" next "\n\t" ALL(MULTIPLY, x0, x1, x2, x3)
 #define LAST_2(x0, x1, x2, x3) "ldr r12, [r3], #4\n\t" ALL(LOW_HIGH, x0, x1, x2, x3)
 #define ROW_3_2 FIRST_2("4") LAST_2("r9", "r10", "r11", "r8")
-#define ROW_5_2 FIRST_2("8") STEP_2("4", "r9", "r10", "r11", "r8") "ldr r9, [r2, #20]\n\t" LAST_2("r10", "r11", "r8", "r9")
-#define ROW_7_2                                                                                                   \
-    FIRST_2("8") STEP_2("8", "r9", "r10", "r11", "r8") "ldr r9, [r2, #20]\n\t" STEP_2("4", "r10", "r11", "r8", "r9") \
-    "ldr r10, [r2, #24]\n\t" LAST_2("r11", "r8", "r9", "r10")
+#define ROW_5_2                                                                                    \
+    FIRST_2("8")                                                                                   \
+    STEP_2("4", "r9", "r10", "r11", "r8") "ldr r9, [r2, #20]\n\t" LAST_2("r10", "r11", "r8", "r9")
+#define ROW_7_2                                                                                    \
+    FIRST_2("8")                                                                                   \
+    STEP_2("8", "r9", "r10", "r11", "r8") "ldr r9, [r2, #20]\n\t" STEP_2(                          \
+        "4", "r10", "r11", "r8", "r9") "ldr r10, [r2, #24]\n\t" LAST_2("r11", "r8", "r9", "r10")
 #define NEXT "add r2, r2, r1\n\t"
 #define TIMES_3(row) row NEXT row NEXT row NEXT
 #define TIMES_5(row) TIMES_3(row) row NEXT row NEXT
 #define TIMES_7(row) TIMES_5(row) row NEXT row NEXT
-#define WINDOWS(width, step)                                                                            \
-    __attribute__((naked)) static void windows_##width##_##step(                                        \
-        int32_t *sum __attribute__((unused)), const int32_t *end __attribute__((unused)),               \
-        const uint32_t *x __attribute__((unused)), const ac_windows *v __attribute__((unused))) {       \
-        AC_ASM("push {r1, r4-r11, lr}\n\t"                                                              \
-               "mov lr, r3\n\t"                                                                         \
-               "ldr r1, [lr, #20]\n\t"                                                                  \
-               "1:\n\t"                                                                                 \
-               "ldmia lr, {r4-r7}\n\t"                                                                  \
-               "ldr r3, [lr, #16]\n\t" TIMES_##width(ROW_##width##_##step) "stmia r0!, {r4-r7}\n\t"      \
-               "ldr r12, [lr, #24]\n\t"                                                                 \
-               "sub r2, r2, r12\n\t"                                                                    \
-               "ldr r12, [sp]\n\t"                                                                      \
-               "cmp r0, r12\n\t"                                                                        \
-               "bcc 1b\n\t"                                                                             \
-               "pop {r1, r4-r11, pc}");                                                                 \
+#define WINDOWS(width, step)                                                                       \
+    __attribute__((naked)) static void windows_##width##_##step(                                   \
+        int32_t *sum __attribute__((unused)), const int32_t *end __attribute__((unused)),          \
+        const uint32_t *x __attribute__((unused)), const ac_windows *v __attribute__((unused))) {  \
+        AC_ASM(                                                                                    \
+            "push {r1, r4-r11, lr}\n\t"                                                            \
+            "mov lr, r3\n\t"                                                                       \
+            "ldr r1, [lr, #20]\n\t"                                                                \
+            "1:\n\t"                                                                               \
+            "ldmia lr, {r4-r7}\n\t"                                                                \
+            "ldr r3, [lr, #16]\n\t" TIMES_##width(ROW_##width##_##step) "stmia r0!, {r4-r7}\n\t"   \
+                                                                        "ldr r12, [lr, #24]\n\t"   \
+                                                                        "sub r2, r2, r12\n\t"      \
+                                                                        "ldr r12, [sp]\n\t"        \
+                                                                        "cmp r0, r12\n\t"          \
+                                                                        "bcc 1b\n\t"               \
+                                                                        "pop {r1, r4-r11, pc}");   \
     }
 #else
-AC_INLINE void windows(int32_t *sum, const int32_t *end, const uint32_t *x, const ac_windows *v, int width, int step) {
+AC_INLINE void windows(int32_t *sum, const int32_t *end, const uint32_t *x, const ac_windows *v,
+                       int width, int step) {
     for (; sum < end; sum += 4, x += 2 * step) {
         int32_t a = v->start[0], b = a, c = a, d = a;
         const uint32_t *line = x, *w = v->w;
@@ -150,9 +157,10 @@ AC_INLINE void windows(int32_t *sum, const int32_t *end, const uint32_t *x, cons
         sum[3] = d;
     }
 }
-#define WINDOWS(width, step)                                                                                          \
-    static void windows_##width##_##step(int32_t *sum, const int32_t *end, const uint32_t *x, const ac_windows *v) { \
-        windows(sum, end, x, v, width, step);                                                                         \
+#define WINDOWS(width, step)                                                                       \
+    static void windows_##width##_##step(int32_t *sum, const int32_t *end, const uint32_t *x,      \
+                                         const ac_windows *v) {                                    \
+        windows(sum, end, x, v, width, step);                                                      \
     }
 #endif
 WINDOWS(3, 1)
@@ -164,18 +172,21 @@ WINDOWS(7, 2)
 ac_dot_windows *const AC_KERNEL(dot_windows)[3][2] = {
     {windows_3_1, windows_3_2}, {windows_5_1, windows_5_2}, {windows_7_1, windows_7_2}};
 
-/* AC_KERNEL(requantize) of a multiple of four sums, where s->quick; full: low and high are int8's ends, keep: there are
- * bits, and at most 32 sums, whose bits it returns from above. */
-AC_INLINE uint32_t quick_run(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, int full, int keep) {
+/* AC_KERNEL(requantize) of a multiple of four sums, where s->quick; full: low and high are int8's ends; keep: it returns
+ * the bits of the last 32, the last on top. */
+AC_INLINE uint32_t quick_run(int8_t *y, const int32_t *sum, int count, const ac_scaling *s,
+                             int full, int keep) {
     const uint32_t low = ((uint32_t)s->low & 0xFFu) * 0x01010101u;
-    const int32_t m = s->multiplier, offset = s->offset, right = -s->shift, range = s->high - s->low;
+    const int32_t m = s->multiplier, offset = s->offset, right = -s->shift,
+                  range = s->high - s->low;
     const int32_t *const end = sum + count;
     uint32_t within = 0;
     do {
         uint32_t word = 0;
         for (int k = 0; k < 4; k++) {
             const int32_t v = ac_add_high(offset + (sum[k] >> 31), sum[k], m) >> right;
-            if (keep) within = ac_shift_in(within, v, range);
+            if (keep)
+                within = ac_shift_in(within, v, range);
             word |= (uint32_t)(full ? ac_to_byte(v) : ac_clamped(v, 0, range)) << (8 * k);
         }
         word = ac_add_bytes(word, low);
@@ -186,29 +197,84 @@ AC_INLINE uint32_t quick_run(int8_t *y, const int32_t *sum, int count, const ac_
     return within;
 }
 
-AC_INLINE void quick_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at, int full) {
-    if (!bits) {
-        quick_run(y, sum, count, s, full, 0);
-        return;
+#if AC_DSP
+/* In registers: r0 y, r1 sum, r2 its end, r3 255, r4 multiplier, r5 shift, r6 offset, r7 low in each byte, r8-r11 the four, lr
+ * their bits. One sum: where it is between low and high, counted from low. */
+#define PLACE(sum)                                                                                 \
+    "add r12, r6, " sum ", asr #31\n\t"                                                            \
+    "smmlar " sum ", " sum ", r4, r12\n\t"                                                         \
+    "asr " sum ", " sum ", r5\n\t"
+#define KEEP(sum) "cmp r3, " sum "\n\trrx lr, lr\n\t"
+#define DROP(sum)
+#define BYTE(sum) "usat " sum ", #8, " sum "\n\t"
+#define FULL(name, keep)                                                                           \
+    __attribute__((naked)) static uint32_t name(                                                   \
+        int8_t *y __attribute__((unused)), const int32_t *sum __attribute__((unused)),             \
+        int count __attribute__((unused)), const ac_scaling *s __attribute__((unused))) {          \
+        AC_ASM("push {r4-r11, lr}\n\t"                                                             \
+               "ldrd r4, r5, [r3, #4]\n\t"                                                         \
+               "ldr r6, [r3, #28]\n\t"                                                             \
+               "ldrb r7, [r3, #20]\n\t"                                                            \
+               "rsb r5, r5, #0\n\t"                                                                \
+               "orr r7, r7, r7, lsl #8\n\t"                                                        \
+               "orr r7, r7, r7, lsl #16\n\t"                                                       \
+               "mov r3, #255\n\t"                                                                  \
+               "add r2, r1, r2, lsl #2\n\t"                                                        \
+               "1:\n\t"                                                                            \
+               "ldmia r1!, {r8, r9, r10, r11}\n\t" PLACE("r8") keep("r8") BYTE("r8") PLACE("r9")   \
+                   keep("r9") BYTE("r9") PLACE("r10") keep("r10") BYTE("r10") PLACE("r11")         \
+                       keep("r11") BYTE("r11") "orr r8, r8, r9, lsl #8\n\t"                        \
+                                               "orr r10, r10, r11, lsl #8\n\t"                     \
+                                               "orr r8, r8, r10, lsl #16\n\t"                      \
+                                               "uadd8 r8, r8, r7\n\t"                              \
+                                               "cmp r1, r2\n\t"                                    \
+                                               "str r8, [r0], #4\n\t"                              \
+                                               "bne 1b\n\t"                                        \
+                                               "mov r0, lr\n\t"                                    \
+                                               "pop {r4-r11, pc}");                                \
     }
-    for (int i = 0; i < count; i += 32) {
-        const int some = count - i < 32 ? count - i : 32;
-        ac_add_bits(bits, at + (size_t)i, quick_run(y + i, sum + i, some, s, full, 1) >> (32 - some), some);
-    }
+FULL(full_run, DROP)
+FULL(full_run_bits, KEEP)
+#else
+static uint32_t full_run(int8_t *y, const int32_t *sum, int count, const ac_scaling *s) {
+    return quick_run(y, sum, count, s, 1, 0);
+}
+static uint32_t full_run_bits(int8_t *y, const int32_t *sum, int count, const ac_scaling *s) {
+    return quick_run(y, sum, count, s, 1, 1);
+}
+#endif
+
+AC_APART uint32_t part_run(int8_t *y, const int32_t *sum, int count, const ac_scaling *s) {
+    return quick_run(y, sum, count, s, 0, 1);
 }
 
-AC_APART void exact_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
+/* AC_KERNEL(requantize) of any sums. */
+AC_APART void exact_row(int8_t *y, const int32_t *sum, int count, const ac_scaling *s,
+                        uint32_t *bits, size_t at) {
+    const int32_t bias = s->quick ? 0 : s->bias, m = s->multiplier, shift = s->shift,
+                  zero = s->zero, low = s->low, high = s->high;
     for (int i = 0; i < count; i++) {
-        const int32_t all = s->quick ? sum[i] / 2 : ac_wrap_add(sum[i] / 2, s->bias);
-        const int32_t v = ac_wrap_add(ac_scaled(all, s->multiplier, s->shift), s->zero);
-        y[i] = (int8_t)ac_clamped(v, s->low, s->high);
-        if (bits && v == y[i]) ac_add_bits(bits, at + (size_t)i, 1, 1);
+        const int32_t v = ac_wrap_add(ac_scaled(ac_wrap_add(sum[i] / 2, bias), m, shift), zero);
+        const int32_t clamped = ac_clamped(v, low, high);
+        y[i] = (int8_t)clamped;
+        if (bits && v == clamped)
+            ac_add_bits(bits, at + (size_t)i, 1, 1);
     }
 }
 
-void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at) {
-    const int fours = s->quick ? count & ~3 : 0;
-    if (fours && s->high - s->low == 255) quick_row(y, sum, fours, s, bits, at, 1);
-    else if (fours) quick_row(y, sum, fours, s, bits, at, 0);
-    if (fours < count) exact_row(y + fours, sum + fours, count - fours, s, bits, at + (size_t)fours);
+void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s,
+                           uint32_t *bits, size_t at) {
+    const int fours = s->quick ? count & ~3 : 0, full = s->high - s->low == 255;
+    if (fours && full && !bits) {
+        full_run(y, sum, fours, s);
+    } else {
+        for (int i = 0; i < fours; i += 32) {
+            const int some = fours - i < 32 ? fours - i : 32;
+            const uint32_t within = (full ? full_run_bits : part_run)(y + i, sum + i, some, s);
+            if (bits)
+                ac_add_bits(bits, at + (size_t)i, within >> (32 - some), some);
+        }
+    }
+    if (fours < count)
+        exact_row(y + fours, sum + fours, count - fours, s, bits, at + (size_t)fours);
 }

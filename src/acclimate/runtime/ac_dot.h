@@ -81,24 +81,26 @@ AC_INLINE uint32_t ac_doubled(uint32_t a) {
 
 /* to[p] = 2 * (byte p of x + minus, byte p of z + minus) */
 AC_INLINE void ac_put_pairs(uint32_t *to, uint32_t x, uint32_t z, uint32_t minus) {
-    const uint32_t x02 = ac_doubled(ac_even_bytes(minus, x)), x13 = ac_doubled(ac_odd_bytes(minus, x)),
-                   z02 = ac_doubled(ac_even_bytes(minus, z)), z13 = ac_doubled(ac_odd_bytes(minus, z));
+    const uint32_t x02 = ac_doubled(ac_even_bytes(minus, x)),
+                   x13 = ac_doubled(ac_odd_bytes(minus, x)),
+                   z02 = ac_doubled(ac_even_bytes(minus, z)),
+                   z13 = ac_doubled(ac_odd_bytes(minus, z));
     to[0] = ac_low_halves(x02, z02);
     to[1] = ac_low_halves(x13, z13);
     to[2] = ac_high_halves(x02, z02);
     to[3] = ac_high_halves(x13, z13);
 }
 
-#define AC_MULTIPLY(name, instruction)                                                 \
-    AC_INLINE int32_t name(uint32_t x, uint32_t w, int32_t sum) {                      \
-        int32_t y;                                                                     \
-        AC_ASM(instruction " %0, %1, %2, %3" : "=r"(y) : "r"(x), "r"(w), "r"(sum));    \
-        return y;                                                                      \
+#define AC_MULTIPLY(name, instruction)                                                             \
+    AC_INLINE int32_t name(uint32_t x, uint32_t w, int32_t sum) {                                  \
+        int32_t y;                                                                                 \
+        AC_ASM(instruction " %0, %1, %2, %3" : "=r"(y) : "r"(x), "r"(w), "r"(sum));                \
+        return y;                                                                                  \
     }
-AC_MULTIPLY(ac_pairs, "smlad")        /* sum + x.low * w.low + x.high * w.high */
-AC_MULTIPLY(ac_low_low, "smlabb")     /* sum + x.low * w.low */
-AC_MULTIPLY(ac_low_high, "smlabt")    /* sum + x.low * w.high */
-AC_MULTIPLY(ac_high_low, "smlatb")    /* sum + x.high * w.low */
+AC_MULTIPLY(ac_pairs, "smlad")     /* sum + x.low * w.low + x.high * w.high */
+AC_MULTIPLY(ac_low_low, "smlabb")  /* sum + x.low * w.low */
+AC_MULTIPLY(ac_low_high, "smlabt") /* sum + x.low * w.high */
+AC_MULTIPLY(ac_high_low, "smlatb") /* sum + x.high * w.low */
 #undef AC_MULTIPLY
 #endif
 
@@ -156,7 +158,8 @@ AC_INLINE uint32_t ac_add_bytes(uint32_t a, uint32_t b) {
 AC_INLINE int ac_in_group(int i, int p) { return (i & 1) * 8 + p * 2 + (i >> 1); }
 
 /* The columns of `pixels` pixels (1 to 4) that follow each other in `count` planes. */
-AC_INLINE void ac_columns_of_planes(uint32_t *to, const int8_t *x, size_t plane, int count, int pixels, int zero) {
+AC_INLINE void ac_columns_of_planes(uint32_t *to, const int8_t *x, size_t plane, int count,
+                                    int pixels, int zero) {
     int c = 0;
 #if AC_DSP
     if (pixels == 4) {
@@ -170,31 +173,44 @@ AC_INLINE void ac_columns_of_planes(uint32_t *to, const int8_t *x, size_t plane,
     for (; c < count; c += 4, to += 8) {
         int16_t group[16] = {0};
         for (int i = 0; i < 4 && c + i < count; i++, x += plane)
-            for (int p = 0; p < pixels; p++) group[ac_in_group(i, p)] = (int16_t)(2 * (x[p] - zero));
+            for (int p = 0; p < pixels; p++)
+                group[ac_in_group(i, p)] = (int16_t)(2 * (x[p] - zero));
         AC_COPY(to, group, sizeof group);
     }
 }
 
 /* sum[4 * k + p] = start + the products of column p of the k-th four pixels and w, up to `end`, at least one four. w has
  * 4 * groups elements. */
-void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *columns, const int8_t *w, int groups,
-                            int32_t start);
+void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *columns,
+                            const int8_t *w, int groups, int32_t start);
 
 /* ---- rows: what the outputs of a depthwise convolution see ---- */
 
 /* x - zero as int16, wherever `to` points. */
 AC_INLINE void ac_widen(int16_t *to, const int8_t *x, int count, int zero) {
-    int i = 0;
+    int rest = count;
 #if AC_DSP
-    const uint32_t minus = ((uint32_t)-zero & 0xFFFFu) * 0x10001u;
-    for (; i + 4 <= count; i += 4) {
-        const uint32_t word = ac_load4(x + i), even = ac_even_bytes(minus, word), odd = ac_odd_bytes(minus, word);
-        const uint32_t low = ac_low_halves(even, odd), high = ac_high_halves(even, odd);
-        AC_COPY(to + i, &low, 4);
-        AC_COPY(to + i + 2, &high, 4);
+    int fours = count >> 2;
+    if (fours) {
+        uint32_t word, even, low;
+        AC_ASM("1:\n\t"
+               "ldr %[word], [%[x]], #4\n\t"
+               "sxtab16 %[even], %[minus], %[word]\n\t"
+               "sxtab16 %[word], %[minus], %[word], ror #8\n\t"
+               "pkhbt %[low], %[even], %[word], lsl #16\n\t"
+               "pkhtb %[word], %[word], %[even], asr #16\n\t"
+               "str %[low], [%[to]], #4\n\t"
+               "str %[word], [%[to]], #4\n\t"
+               "subs %[fours], %[fours], #1\n\t"
+               "bne 1b" : [to] "+r"(to),
+               [x] "+r"(x), [fours] "+r"(fours), [word] "=&r"(word), [even] "=&r"(even),
+               [low] "=&r"(low) : [minus] "r"(((uint32_t)-zero & 0xFFFFu) * 0x10001u) : "cc",
+               "memory");
     }
+    rest &= 3;
 #endif
-    for (; i < count; i++) to[i] = (int16_t)(x[i] - zero);
+    for (int i = 0; i < rest; i++)
+        to[i] = (int16_t)(x[i] - zero);
 }
 
 /* Doubled weights of a window: each row's pairs of neighbours. */
@@ -216,13 +232,16 @@ typedef struct {
     int32_t pitch, back; /* bytes of a row; `width` rows less what four windows advance */
 } ac_windows;
 
-AC_INLINE ac_windows ac_windows_of(int32_t start, const uint32_t *w, int pitch_words, int width, int step) {
-    return (ac_windows){{start, start, start, start}, w, pitch_words * 4, width * pitch_words * 4 - 8 * step};
+AC_INLINE ac_windows ac_windows_of(int32_t start, const uint32_t *w, int pitch_words, int width,
+                                   int step) {
+    return (ac_windows){
+        {start, start, start, start}, w, pitch_words * 4, width * pitch_words * 4 - 8 * step};
 }
 
 /* sum[k] = start + the products of window k, up to `end` in steps of four, at least four; it starts at row 0, column
  * k * step of x, which lies at a whole word. */
-typedef void ac_dot_windows(int32_t *sum, const int32_t *end, const uint32_t *x, const ac_windows *v);
+typedef void ac_dot_windows(int32_t *sum, const int32_t *end, const uint32_t *x,
+                            const ac_windows *v);
 
 /* For windows of 3, 5 and 7 columns (and rows), with steps of 1 and 2: [width / 2 - 1][step - 1]. */
 extern ac_dot_windows *const AC_KERNEL(dot_windows)[3][2];
@@ -235,14 +254,16 @@ typedef struct {
     int32_t multiplier, shift; /* as TFLite has them */
     int32_t bias, zero, low, high;
     int32_t offset; /* where quick: half a unit and the zero point, before the last shift */
-    int quick;      /* the bias is in the sums, and one multiplication, one addition and one shift do the rest */
+    int quick; /* the bias is in the sums, and one multiplication, one addition and one shift do the rest */
 } ac_scaling;
 
 /* most: the largest |sum|, not doubled */
-AC_INLINE ac_scaling ac_scaling_of(int32_t bias, int32_t m, int32_t shift, int32_t zero, int32_t low, int32_t high,
-                                   int32_t most) {
+AC_INLINE ac_scaling ac_scaling_of(int32_t bias, int32_t m, int32_t shift, int32_t zero,
+                                   int32_t low, int32_t high, int32_t most) {
     const int32_t rest = (1 << 30) - most; /* |sum| + |bias| < 2^30 */
-    ac_scaling s = {0, m, shift, bias, zero, low, high, 0, shift < 0 && shift >= -21 && bias < rest && bias > -rest};
+    ac_scaling s = {0,    m,    shift,
+                    bias, zero, low,
+                    high, 0,    shift < 0 && shift >= -21 && bias < rest && bias > -rest};
     if (s.quick) {
         s.start = 2 * bias;
         s.offset = (zero - low) * (1 << -shift) + (1 << (-shift - 1));
@@ -254,11 +275,13 @@ AC_INLINE ac_scaling ac_scaling_of(int32_t bias, int32_t m, int32_t shift, int32
 AC_INLINE void ac_add_bits(uint32_t *bits, size_t at, uint32_t word, int count) {
     const unsigned from = at & 31u;
     bits[at >> 5] |= word << from;
-    if (from + (unsigned)count > 32u) bits[(at >> 5) + 1] |= word >> (32u - from);
+    if (from + (unsigned)count > 32u)
+        bits[(at >> 5) + 1] |= word >> (32u - from);
 }
 
 /* y[i] = what sum[i], doubled and from s->start on, stands for, i < count; bits at, at + 1, ... (NULL: none; zero before):
  * whether it was within low..high. */
-void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s, uint32_t *bits, size_t at);
+void AC_KERNEL(requantize)(int8_t *y, const int32_t *sum, int count, const ac_scaling *s,
+                           uint32_t *bits, size_t at);
 
 #endif

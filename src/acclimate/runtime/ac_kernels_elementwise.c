@@ -2,6 +2,8 @@
 #include "ac_math.h"
 #include "ac_ops.h"
 
+#include <string.h>
+
 /* ---- one input: y = value of v; n elements of any shape ---- */
 
 #define AC_MAP(op, attributes, value)                                                              \
@@ -79,6 +81,10 @@ ac_status AC_KERNEL(gate_bits)(const ac_call *call) {
     const float slope = ((const ac_attr_gate_bits *)call->attr)->slope;
     for (size_t i = 0; i < n; i += 32) {
         const uint32_t word = bits[i / 32], count = n - i < 32 ? (uint32_t)(n - i) : 32;
+        if (word == 0xFFFFFFFFu && count == 32) {
+            if (y != d) memcpy(y + i, d + i, 32 * sizeof *y);
+            continue;
+        }
         AC_INDEPENDENT
         for (uint32_t l = 0; l < count; l++)
             y[i + l] = d[i + l] * (word >> l & 1u ? 1.0f : slope);
@@ -391,6 +397,16 @@ static size_t size_of(const axis_group *groups, int end, int reduced) {
     return size;
 }
 
+/* ac_sum of at most AC_SUM_BLOCK neighbours, which needs no double */
+static float sum_block(const float *x, size_t n) {
+    float lane[AC_SUM_LANES] = {0};
+    size_t i = 0;
+    for (; i + AC_SUM_LANES <= n; i += AC_SUM_LANES)
+        for (size_t l = 0; l < AC_SUM_LANES; l++) lane[l] += x[i + l];
+    for (size_t l = 0; i < n; i++, l++) lane[l] += x[i];
+    return 0.0f + ac_fold(lane);
+}
+
 /* y[r] = scale * sum over the reduced groups, of which the last is contiguous */
 static void sum_rows(const float *x, const axis_group *groups, int count, double divisor,
                      float *y) {
@@ -398,12 +414,16 @@ static void sum_rows(const float *x, const axis_group *groups, int count, double
     const size_t n = groups[count - 1].size;
     for (size_t k = 0; k < kept; k++) {
         const float *from = x + offset_of(groups, count, 0, k);
-        double total = ac_sum(from, from, 0.0f, n, 1);
-        for (size_t c = 1; c < chunks; c++) {
+        if (chunks == 1 && n <= AC_SUM_BLOCK && divisor == 1.0) {
+            y[k] = sum_block(from, n);
+            continue;
+        }
+        double total = 0;
+        for (size_t c = 0; c < chunks; c++) {
             const float *chunk = from + offset_of(groups, count - 1, 1, c);
             total += ac_sum(chunk, chunk, 0.0f, n, 1);
         }
-        y[k] = (float)(divisor == 1.0 ? total : total / divisor); /* doubles are slow where there are none */
+        y[k] = (float)(total / divisor);
     }
 }
 

@@ -142,35 +142,36 @@ typedef struct {
 /* Columns of taps [first, first + count) for `pixels` outputs (1 to 4) from `at` on. */
 AC_APART void gather(const view *v, uint32_t *columns, int first, int count, int at, int pixels) {
     const ac_attr_q_conv *a = v->a;
-    const int step = a->stride[1], twice = 2 * a->x_zero, row = at / v->out.w * a->stride[0] - a->before[0],
-              col = at % v->out.w * step - a->before[1];
-    const int together = pixels == 4 && at % v->out.w + 4 <= v->out.w && col >= 0
-                         && col + 3 * step + (v->kernel.w - 1) * a->dilation[1] < v->in.w; /* one row, no edge */
-    const int area = (int)v->kernel.plane;
-    int i = first % area / v->kernel.w, j = first % v->kernel.w;
-    const int8_t *plane = v->x + (size_t)(first / area) * v->in.plane;
+    const int down = a->stride[0], step = a->stride[1], twice = 2 * a->x_zero, width = v->kernel.w, height = v->kernel.h,
+              below = a->dilation[0], right = a->dilation[1], in_h = v->in.h, in_w = v->in.w, out_w = v->out.w,
+              row = at / out_w * down - a->before[0], col = at % out_w * step - a->before[1];
+    const int together = pixels == 4 && at % out_w + 4 <= out_w && col >= 0
+                         && col + 3 * step + (width - 1) * right < in_w; /* one row, no edge */
+    const size_t area = v->in.plane;
     int16_t *to = (int16_t *)(void *)columns;
-    for (int k = 0; k < count; plane += v->in.plane, i = 0)
-        for (; i < v->kernel.h && k < count; i++, j = 0) {
-            const int h = row + i * a->dilation[0];
-            for (; j < v->kernel.w && k < count; j++, k++) {
-                int16_t *put = to + k / 4 * 16 + ac_in_group(k & 3, 0);
-                if (together && h >= 0 && h < v->in.h) {
-                    const int8_t *from = plane + h * v->in.w + col + j * a->dilation[1];
-                    put[0] = (int16_t)(2 * from[0] - twice);
-                    put[2] = (int16_t)(2 * from[step] - twice);
-                    put[4] = (int16_t)(2 * from[2 * step] - twice);
-                    put[6] = (int16_t)(2 * from[3 * step] - twice);
-                } else {
-                    for (int p = 0; p < 4; p++) {
-                        const int y = (at + p) / v->out.w * a->stride[0] - a->before[0] + i * a->dilation[0],
-                                  x = (at + p) % v->out.w * step - a->before[1] + j * a->dilation[1];
-                        const int inside = p < pixels && y >= 0 && y < v->in.h && x >= 0 && x < v->in.w;
-                        put[2 * p] = (int16_t)(inside ? 2 * plane[y * v->in.w + x] - twice : 0);
-                    }
-                }
+    int i = first % (width * height) / width, j = first % width;
+    const int8_t *plane = v->x + (size_t)(first / (width * height)) * area;
+    for (int k = 0; k < count; j = 0) {
+        const int end = smaller(width, j + count - k), h = row + i * below;
+        if (together && h >= 0 && h < in_h) {
+            const int8_t *from = plane + h * in_w + col + j * right;
+            for (; j < end; j++, k++, from += right) {
+                int16_t *put = to + (unsigned)k / 4 * 16 + ac_in_group(k & 3, 0);
+                put[0] = (int16_t)(2 * from[0] - twice);
+                put[2] = (int16_t)(2 * from[step] - twice);
+                put[4] = (int16_t)(2 * from[2 * step] - twice);
+                put[6] = (int16_t)(2 * from[3 * step] - twice);
             }
         }
+        for (; j < end; j++, k++)
+            for (int p = 0; p < 4; p++) {
+                const int y = (at + p) / out_w * down - a->before[0] + i * below,
+                          x = (at + p) % out_w * step - a->before[1] + j * right;
+                const int inside = p < pixels && y >= 0 && y < in_h && x >= 0 && x < in_w;
+                to[k / 4 * 16 + ac_in_group(k & 3, p)] = (int16_t)(inside ? 2 * plane[y * in_w + x] - twice : 0);
+            }
+        if (++i == height) i = 0, plane += area;
+    }
     for (int k = count; k & 3; k++)
         for (int p = 0; p < 4; p++) to[k / 4 * 16 + ac_in_group(k & 3, p)] = 0;
 }
@@ -201,15 +202,34 @@ static ac_scaling scaling_of(const ac_q_image *m, int o) {
 static const int8_t *copy_weights(int8_t *to, const ac_weights *w, int o, int first, int count) {
     const int plane = (int)w->plane, end = first + count;
     memcpy(to, w->whole + (size_t)o * (size_t)w->channels * w->plane + first, (size_t)count);
+    if (plane == 1 && count == w->channels) {
+        const int8_t *part = w->part + (size_t)o * (size_t)w->parts;
+        for (int k = 0; k < w->parts; k++) to[w->index[k]] = part[k];
+    } else
     for (int k = 0; k < w->parts; k++) {
         const int at = w->index[k] * plane, from = larger(at, first), to_end = smaller(at + plane, end);
-        if (plane == 1 && from < to_end) to[at - first] = w->part[(size_t)o * (size_t)w->parts + (size_t)k];
-        else if (from < to_end)
+        if (from < to_end)
             memcpy(to + from - first, w->part + ((size_t)o * (size_t)w->parts + (size_t)k) * w->plane + (from - at),
                    (size_t)(to_end - from));
     }
     if (count % 4) memset(to + count, 0, 4u - (size_t)count % 4);
     return to;
+}
+
+/* Outputs [first, last) of `count` pixels from p on, whose columns are in scratch; `copied`: where weights must be copied to,
+ * or NULL. */
+AC_APART void dot_outputs(const view *v, const ac_q_image *to, scratch *s, int p, int count, int first, int last,
+                          int8_t *copied) {
+    const int taps = v->kernel.c * (int)v->kernel.plane;
+    int32_t *const end = s->sum + (count + 3) / 4 * 4;
+    const int8_t *by = to->w.whole + (size_t)first * (size_t)taps;
+    size_t at = (size_t)first * v->out.plane + (size_t)p;
+    for (int o = first; o < last; o++, by += taps, at += v->out.plane) {
+        const ac_scaling scale = scaling_of(to, o);
+        const int8_t *w = copied ? copy_weights(copied, &to->w, o, 0, taps) : by;
+        AC_KERNEL(dot_columns)(s->sum, end, s->words, w, AC_GROUPS(taps), scale.start);
+        AC_KERNEL(requantize)(to->y + at, s->sum, count, &scale, to->bits, to->at + at);
+    }
 }
 
 /* Outputs [first, last) from the channels of one group. */
@@ -220,15 +240,18 @@ AC_APART void q_conv_dense(const view *v, const ac_q_image *to, scratch *s, int 
     const int part = smaller(taps, most), square = AC_COLUMN_WORDS(part); /* taps at once; words of four pixels */
     int8_t *padded = (int8_t *)(s->words + WORDS - AC_GROUPS(part));
     const int squares = smaller((WORDS - (copied ? AC_GROUPS(part) : 0)) / square, SUMS / 4);
-    const int together = part < taps ? SUMS / 4 : 1; /* outputs */
     for (int p = 0, count; p < pixels; p += count) {
         count = smaller(part < taps ? 4 : 4 * squares, pixels - p);
+        if (part == taps) {
+            fill(v, s->words, square, 0, taps, p, count);
+            dot_outputs(v, to, s, p, count, first, last, copied ? padded : NULL);
+            continue;
+        }
         for (int o = first, end; o < last; o = end) {
-            end = smaller(o + together, last);
+            end = smaller(o + SUMS / 4, last);
             for (int t = 0; t < taps; t += part) {
                 const int size = smaller(part, taps - t);
-                if (part < taps || o == first)
-                    fill(v, s->words, square, t, size, p, count);
+                fill(v, s->words, square, t, size, p, count);
                 for (int k = o; k < end; k++) {
                     const ac_scaling scale = scaling_of(to, k);
                     int32_t *sum = s->sum + (k - o) * 4, some[4];
@@ -264,10 +287,11 @@ static int is_depthwise(const view *v) {
 
 /* Rows [first, first + rows) of a channel, with zeros where it has none: `clean` says that those are there already. */
 AC_APART void widen(const view *v, uint32_t *line, int pitch, int first, int rows, int clean) {
+    const int height = v->in.h, width = v->in.w, before = v->a->before[1], zero = v->a->x_zero;
+    const int8_t *const x = v->x;
     for (int i = first; i < first + rows; i++, line += pitch) {
         if (!clean) memset(line, 0, (size_t)pitch * 4);
-        if (i >= 0 && i < v->in.h)
-            ac_widen((int16_t *)(void *)line + v->a->before[1], v->x + (size_t)i * (size_t)v->in.w, v->in.w, v->a->x_zero);
+        if (i >= 0 && i < height) ac_widen((int16_t *)(void *)line + before, x + (size_t)i * (size_t)width, width, zero);
     }
 }
 
@@ -284,7 +308,10 @@ AC_APART void q_conv_depthwise(view *v, const ac_q_image *to, scratch *s) {
         const ac_windows windows = ac_windows_of(scale.start, w, pitch, size, step);
         size_t at = (size_t)o * v->out.plane;
         int next = 0;
-        ac_put_window(w, ac_weights_of(&to->w, o, 0, &next), size);
+        const int8_t *from = ac_weights_of(&to->w, o, 0, &next);
+        if (size == 3) ac_put_window(w, from, 3);
+        else if (size == 5) ac_put_window(w, from, 5);
+        else ac_put_window(w, from, 7);
         for (int p = 0; p < v->out.h; p += most) {
             const int rows = smaller(most, v->out.h - p);
             const uint32_t *x = s->words;
@@ -360,11 +387,12 @@ enum { FLOATS = 1024, SIDE = 16 };
     s[(at) + 7] += x7 * (by)
 
 /* to[i] = scale * d[i], 0 where bit at + i is not set; bits may be NULL */
-static void scale_gradient(float *to, const float *d, int count, float scale, const uint32_t *bits, size_t at) {
-    if (bits)
+AC_APART void scale_gradient(float *to, const float *d, int count, float scale, const uint32_t *bits, size_t at) {
+    if (bits) {
         for (int i = 0; i < count; i++, at++) to[i] = bits[at >> 5] >> (at & 31u) & 1u ? d[i] * scale : 0.0f;
-    else
+    } else {
         for (int i = 0; i < count; i++) to[i] = d[i] * scale;
+    }
 }
 
 /* What q_conv_input_grad works on: one group of channels of one image. */
@@ -422,44 +450,63 @@ AC_APART void input_grad_pointwise(const input_view *v, int outputs) {
     }
 }
 
-/* to[i][j] = what the window of x at (row + i, col + j) would see of d, whose pixels lie `stride` apart, with zeros between
- * and around them: `rows` rows of `pitch`. */
-AC_APART void spread(const input_view *v, float *to, int rows, int pitch, int row, int o) {
-    const int down = v->a->stride[0], step = v->a->stride[1];
-    const int first = v->kernel.w - 1 - v->a->before[1]; /* where column 0 of d goes */
-    const int left = first_inside(first, step, v->out.w), right = end_inside(first, step, pitch, v->out.w);
-    memset(to, 0, (size_t)(rows * pitch) * sizeof(float));
-    for (int p = 0; p < v->out.h; p++) {
-        const int i = p * down + v->kernel.h - 1 - v->a->before[0] - row;
-        if (i < 0 || i >= rows || left >= right) continue;
+/* Floats of a row of d with what four windows may see around it. */
+static int spread_pitch(const input_view *v) { return (v->in.w + 3) / 4 * 4 + v->kernel.w - 1; }
+
+/* Rows [first, first + rows) of channel o of d, pixels `stride` apart, with zeros between and around them; `clean` says that
+ * those are there already. */
+AC_APART void spread(const input_view *v, float *to, int pitch, int first, int rows, int o, int clean) {
+    const int step = v->a->stride[1], start = v->kernel.w - 1 - v->a->before[1]; /* where column 0 of d goes */
+    const int left = first_inside(start, step, v->out.w), right = end_inside(start, step, pitch, v->out.w), some = right - left;
+    if (!clean) memset(to, 0, (size_t)(rows * pitch) * sizeof(float));
+    for (int p = first; p < first + rows && some > 0; p++, to += pitch) {
         const size_t at = ((size_t)o * (size_t)v->out.h + (size_t)p) * (size_t)v->out.w + (size_t)left;
-        float *line = to + i * pitch + first + left * step;
-        scale_gradient(line, v->d + at, right - left, v->scale[o], v->bits, v->at + at);
-        for (int q = right - left - 1; step > 1 && q > 0; q--) {
+        float *line = to + start + left * step;
+        scale_gradient(line, v->d + at, some, v->scale[o], v->bits, v->at + at);
+        for (int q = some - 1; step > 1 && q > 0; q--) {
             line[q * step] = line[q];
             line[q] = 0.0f;
         }
     }
 }
 
-/* sum[k] += the products of four windows of rows of d and w */
-AC_INLINE void add_windows(float sum[4], const float *d, int pitch, const float *w, int height, int width) {
-    float s0 = sum[0], s1 = sum[1], s2 = sum[2], s3 = sum[3];
-    for (int i = 0; i < height; i++, d += pitch, w += width)
-        for (int j = 0; j < width; j++) {
-            s0 += d[j] * w[j];
-            s1 += d[j + 1] * w[j];
-            s2 += d[j + 2] * w[j];
-            s3 += d[j + 3] * w[j];
+/* dx[k] (+)= the products of window k of `rows` rows of d, `pitch` apart, and as many of w, `down` apart */
+AC_INLINE void add_windows(float *dx, int count, const float *d, int pitch, const float *w, int down, int rows, int width,
+                           int add) {
+    for (; count > 0; count -= 4, d += 4, dx += 4) {
+        float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
+        if (add) {
+            s0 = dx[0];
+            if (count > 1) s1 = dx[1];
+            if (count > 2) s2 = dx[2];
+            if (count > 3) s3 = dx[3];
         }
-    sum[0] = s0;
-    sum[1] = s1;
-    sum[2] = s2;
-    sum[3] = s3;
+        const float *line = d, *by = w;
+        for (int i = 0; i < rows; i++, line += pitch, by += down)
+            for (int j = 0; j < width; j++) {
+                s0 += line[j] * by[j];
+                s1 += line[j + 1] * by[j];
+                s2 += line[j + 2] * by[j];
+                s3 += line[j + 3] * by[j];
+            }
+        dx[0] = s0;
+        if (count > 1) dx[1] = s1;
+        if (count > 2) dx[2] = s2;
+        if (count > 3) dx[3] = s3;
+    }
 }
 
-/* Floats of a row of d with what four windows may see around it. */
-static int spread_pitch(const input_view *v) { return (v->in.w + 3) / 4 * 4 + v->kernel.w - 1; }
+typedef void adder(float *dx, int count, const float *d, int pitch, const float *w, int down, int rows, int width, int add);
+
+#define ADDER(name, constant)                                                                                                \
+    AC_APART void name(float *dx, int count, const float *d, int pitch, const float *w, int down, int rows, int width, int add) { \
+        (void)width;                                                                                                         \
+        add_windows(dx, count, d, pitch, w, down, rows, constant, add);                                                      \
+    }
+ADDER(add_windows_3, 3)
+ADDER(add_windows_5, 5)
+ADDER(add_windows_7, 7)
+ADDER(add_windows_any, width)
 
 /* Whether input_grad_depthwise takes it. */
 static int is_spread(const input_view *v) {
@@ -469,28 +516,24 @@ static int is_spread(const input_view *v) {
 
 /* A depthwise convolution: dx correlates the spread d with the weights turned by half a turn. */
 AC_APART void input_grad_depthwise(const input_view *v, int outputs) {
-    const int height = v->kernel.h, width = v->kernel.w, area = height * width, pitch = spread_pitch(v);
-    const int most = FLOATS / pitch - height + 1; /* rows of dx at once */
-    float d[FLOATS], w[49], sum[4];
+    const int height = v->kernel.h, width = v->kernel.w, area = height * width, pitch = spread_pitch(v), down = v->a->stride[0];
+    const int room = FLOATS / pitch, start = height - 1 - v->a->before[0]; /* rows of d at once; turned row of w for the first */
+    adder *const add = width == 3 ? add_windows_3 : width == 5 ? add_windows_5 : width == 7 ? add_windows_7 : add_windows_any;
+    float d[FLOATS], w[49];
     for (int o = 0; o < outputs; o++) {
-        int next = 0;
-        const int8_t *by = ac_weights_of(&v->w, o, 0, &next);
-        for (int k = 0; k < area; k++) w[k] = (float)by[area - 1 - k];
-        for (int row = 0; row < v->in.h; row += most) {
-            const int rows = smaller(most, v->in.h - row);
-            spread(v, d, rows + height - 1, pitch, row, o);
-            for (int i = 0; i < rows; i++)
-                for (int col = 0; col < v->in.w; col += 4) {
-                    const int some = smaller(4, v->in.w - col);
-                    const float *from = d + i * pitch + col;
-                    float *to = v->dx + (size_t)(row + i) * (size_t)v->in.w + (size_t)col;
-                    for (int k = 0; k < 4; k++) sum[k] = o && k < some ? to[k] : 0.0f;
-                    if (width == 3) add_windows(sum, from, pitch, w, height, 3);
-                    else if (width == 5) add_windows(sum, from, pitch, w, height, 5);
-                    else if (width == 7) add_windows(sum, from, pitch, w, height, 7);
-                    else add_windows(sum, from, pitch, w, height, width);
-                    for (int k = 0; k < some; k++) to[k] = sum[k];
-                }
+        int next = 0, held = 0, end = 0; /* rows of d in scratch */
+        const int8_t *from = ac_weights_of(&v->w, o, 0, &next);
+        for (int k = 0; k < area; k++) w[k] = (float)from[area - 1 - k];
+        for (int i = 0; i < v->in.h; i++) {
+            const int p = first_inside(start - i, down, v->out.h), last = end_inside(start - i, down, height, v->out.h);
+            if (last > end) {
+                held = p;
+                end = smaller(p + room, v->out.h);
+                spread(v, d, pitch, held, end - held, o, o && end - held == v->out.h);
+            }
+            const int rows = larger(last - p, 0), turned = rows ? p * down + start - i : 0;
+            add(v->dx + (size_t)i * (size_t)v->in.w, v->in.w, d + (rows ? p - held : 0) * pitch, pitch, w + turned * width,
+                down * width, rows, width, o);
         }
     }
 }
@@ -734,9 +777,9 @@ AC_INLINE int32_t floor_of(float x, uint32_t k) {
 }
 
 AC_INLINE float at_most_2_30(float x) {
-    x = x > 1073741824.0f ? 1073741824.0f : x;
-    x = x < -1073741824.0f ? -1073741824.0f : x;
-    return x == x ? x : 0.0f;
+    const float most = 1073741824.0f;
+    if (x > -most && x < most) return x;
+    return x >= most ? most : x <= -most ? -most : 0.0f;
 }
 
 /* w[i] -= rounded(lr * g[i] / scale) for i < count; of `moment` and `rest` either may be NULL; `at` counts elements.

@@ -153,8 +153,10 @@ enum {
 #else
     ROWS = 2,
 #endif
-    MOST_TAPS = 2048 /* of an output; its panel and rows of weights fit the scratch */
+    MOST_TAPS = 1920 /* of an output; its panel and rows of weights fit the scratch */
 };
+
+typedef uint16_t two_bytes __attribute__((aligned(1), may_alias));
 
 /* What tap (c, i, j) sees from output pixels [at, at + TILE) of an image: x - zero, or 0 outside. */
 static void see(int16_t *to, const ac_attr_q_conv *a, const int8_t *plane, const shape *in, const shape *out, int i, int j,
@@ -171,7 +173,12 @@ static void see(int16_t *to, const ac_attr_q_conv *a, const int8_t *plane, const
                       last = larger(first, col >= in->w ? 0 : smaller(count, (in->w - 1 - col) / step + 1));
             if (step == 1)
                 for (int l = first; l < last; l++) to[l] = (int16_t)(from[col + l] - a->x_zero);
-            else
+            else if (step == 2 && first < last) { /* the low byte of each pair; of the last there may be only one */
+                const two_bytes *two = (const void *)(from + col + 2 * first);
+                for (int l = first; l < last - 1; l++)
+                    to[l] = (int16_t)(((int16_t)(uint16_t)(two[l - first] << 8) >> 8) - a->x_zero);
+                to[last - 1] = (int16_t)(from[col + 2 * (last - 1)] - a->x_zero);
+            } else
                 for (int l = first; l < last; l++) to[l] = (int16_t)(from[col + l * step] - a->x_zero);
         }
         to += count;
@@ -196,6 +203,72 @@ static void weights_of(int16_t *to, const ac_call *call, const shape *kernel, in
         for (int i = 0; i < plane; i++) to[((const int32_t *)AC_IN(call, 6))[k] * plane + i] = part[k * plane + i];
 }
 
+/* Two channels of a pointwise convolution, as pairs: to[2l] = a[l] - zero, to[2l + 1] = b[l] - zero for l < count. */
+static void interleave(int16_t *to, const int8_t *a, const int8_t *b, int zero, int count) {
+    int l = 0;
+#if defined(__AVX2__)
+    const __m256i away = _mm256_set1_epi16((int16_t)zero);
+    for (; l + 16 <= count; l += 16) {
+        const __m256i x = _mm256_sub_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(a + l))), away);
+        const __m256i y = _mm256_sub_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(b + l))), away);
+        const __m256i low = _mm256_unpacklo_epi16(x, y), high = _mm256_unpackhi_epi16(x, y);
+        _mm256_storeu_si256((void *)(to + 2 * l), _mm256_permute2x128_si256(low, high, 0x20));
+        _mm256_storeu_si256((void *)(to + 2 * l + 16), _mm256_permute2x128_si256(low, high, 0x31));
+    }
+#endif
+    for (; l < count; l++) {
+        to[2 * l] = (int16_t)(a[l] - zero);
+        to[2 * l + 1] = (int16_t)(b[l] - zero);
+    }
+}
+
+/* The panel of TILE output pixels from `at`: pairs of taps, each a row of TILE pairs. */
+static void fill_panel(int16_t *panel, const ac_attr_q_conv *a, const int8_t *x, const shape *in, const shape *kernel,
+                       const shape *out, size_t at) {
+    const int plane = (int)kernel->plane, taps = kernel->c * plane;
+    const int straight = plane == 1 && out->plane == in->plane && a->stride[0] == 1 && a->stride[1] == 1 && !a->before[0]
+                         && !a->before[1];
+    const int count = smaller(TILE, (int)(out->plane - at));
+    for (int k = 0; k < taps; k += 2) {
+        int16_t *to = panel + (size_t)k * TILE;
+        if (straight && k + 1 < taps) {
+            interleave(to, x + (size_t)k * in->plane + at, x + (size_t)(k + 1) * in->plane + at, a->x_zero, count);
+            memset(to + 2 * count, 0, (size_t)(TILE - count) * 2 * sizeof *to);
+            continue;
+        }
+        int16_t line[2][TILE];
+        for (int i = 0; i < 2; i++) {
+            const int c = (k + i) / plane, tap = (k + i) % plane;
+            if (k + i < taps) see(line[i], a, x + (size_t)c * in->plane, in, out, tap / kernel->w, tap % kernel->w, at);
+            else memset(line[i], 0, sizeof line[i]);
+        }
+        for (int l = 0; l < TILE; l++) {
+            to[2 * l] = line[0][l];
+            to[2 * l + 1] = line[1][l];
+        }
+    }
+}
+
+/* The first `vectors` vectors of the sums of `rows` output channels, whose weights lie `even` apart. */
+AC_INLINE void sum_panel(int32_t to[][TILE], const int16_t *panel, const int16_t *weight, int even, int rows, int vectors) {
+    pairs sum[2 * ROWS][4];
+    AC_UNROLL for (int i = 0; i < rows; i++)
+        AC_UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = no_sum();
+    for (int k = 0; k < even; k += 2) {
+        const int16_t *from = panel + (size_t)k * TILE;
+        pairs b[4];
+        AC_UNROLL for (int v = 0; v < vectors; v++) b[v] = load_pairs(from + 2 * WIDE * v);
+        AC_UNROLL for (int i = 0; i < rows; i++) {
+            uint32_t w;
+            memcpy(&w, weight + (size_t)i * (size_t)even + k, sizeof w);
+            const pairs by = same_pair(w);
+            AC_UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = add_products(sum[i][v], b[v], by);
+        }
+    }
+    AC_UNROLL for (int i = 0; i < rows; i++)
+        AC_UNROLL for (int v = 0; v < vectors; v++) store_sums(to[i] + WIDE * v, sum[i][v]);
+}
+
 static void dense(const ac_call *call, const results *r, int16_t *scratch, int n, int first, int last) {
     const ac_attr_q_conv *a = call->attr;
     const shape in = shape_of(AC_IN_T(call, 0)), kernel = shape_of(AC_IN_T(call, 1)), out = shape_of(AC_OUT_T(call, 0));
@@ -204,41 +277,17 @@ static void dense(const ac_call *call, const results *r, int16_t *scratch, int n
                       + ((size_t)n * (size_t)in.c + (size_t)(first / per_group * kernel.c)) * in.plane;
     int16_t *panel = scratch, *weight = panel + (size_t)even * TILE;
     for (size_t at = 0; at < out.plane; at += TILE) {
-        int16_t line[2][TILE];
-        for (int k = 0; k < even; k++) {
-            const int c = k / (int)kernel.plane, tap = k % (int)kernel.plane;
-            if (k < taps)
-                see(line[k & 1], a, x + (size_t)c * in.plane, &in, &out, tap / kernel.w, tap % kernel.w, at);
-            else
-                memset(line[k & 1], 0, sizeof line[0]);
-            int16_t *to = panel + (size_t)(k - 1) * TILE;
-            for (int l = 0; (k & 1) && l < TILE; l++) {
-                to[2 * l] = line[0][l];
-                to[2 * l + 1] = line[1][l];
-            }
-        }
-        const int count = smaller(TILE, (int)(out.plane - at));
-        for (int o = first; o < last; o += ROWS) {
-            const int rows = smaller(ROWS, last - o);
-            for (int i = 0; i < ROWS; i++) weights_of(weight + (size_t)i * (size_t)even, call, &kernel, o + smaller(i, rows - 1));
-            pairs sum[ROWS][4];
-            AC_UNROLL for (int i = 0; i < ROWS; i++)
-                AC_UNROLL for (int v = 0; v < 4; v++) sum[i][v] = no_sum();
-            for (int k = 0; k < even; k += 2) {
-                const int16_t *from = panel + (size_t)k * TILE;
-                pairs b[4];
-                AC_UNROLL for (int v = 0; v < 4; v++) b[v] = load_pairs(from + 2 * WIDE * v);
-                AC_UNROLL for (int i = 0; i < ROWS; i++) {
-                    uint32_t w;
-                    memcpy(&w, weight + (size_t)i * (size_t)even + k, sizeof w);
-                    AC_UNROLL for (int v = 0; v < 4; v++) sum[i][v] = add_products(sum[i][v], b[v], same_pair(w));
-                }
-            }
-            for (int i = 0; i < rows; i++) {
-                int32_t flat[TILE];
-                AC_UNROLL for (int v = 0; v < 4; v++) store_sums(flat + WIDE * v, sum[i][v]);
-                put_results(r, o + i, ((size_t)n * (size_t)out.c + (size_t)(o + i)) * out.plane + at, flat, count);
-            }
+        const int count = smaller(TILE, (int)(out.plane - at)), block = count > 2 * WIDE ? ROWS : 2 * ROWS;
+        fill_panel(panel, a, x, &in, &kernel, &out, at);
+        for (int o = first; o < last; o += block) {
+            const int rows = smaller(block, last - o);
+            int32_t sum[2 * ROWS][TILE];
+            for (int i = 0; i < block; i++)
+                weights_of(weight + (size_t)i * (size_t)even, call, &kernel, o + smaller(i, rows - 1));
+            if (count > 2 * WIDE) sum_panel(sum, panel, weight, even, ROWS, 4);
+            else sum_panel(sum, panel, weight, even, 2 * ROWS, 2);
+            for (int i = 0; i < rows; i++)
+                put_results(r, o + i, ((size_t)n * (size_t)out.c + (size_t)(o + i)) * out.plane + at, sum[i], count);
         }
     }
 }
@@ -489,10 +538,58 @@ static int is_pointwise(const int32_t *stride, const int32_t *before, const int3
            && !after[1];
 }
 
-/* Of a pointwise convolution: a matrix product with weights as floats; others are left to the plain kernel. */
+/* The gradient over the input of a depthwise convolution: d, apart by the stride and with zeros around it, meets the
+ * kernel turned about. Channel by channel, so dx may be d. */
+static void spread_channels(const ac_call *call, const shape *in, const shape *kernel, const shape *out) {
+    const ac_attr_q_conv_input_grad *a = call->attr;
+    const int8_t *w = AC_IN(call, 1);
+    const float *d = AC_IN(call, 0), *scale = AC_IN(call, 2);
+    const uint32_t *bits = AC_IN(call, 3);
+    const size_t line = (size_t)(in->w + kernel->w - 1 + LANES), lines = (size_t)(in->h + kernel->h - 1);
+    float *room = call->workers->scratch, *to = AC_OUT(call, 0);
+    memset(room, 0, line * lines * sizeof *room);
+    for (size_t k = 0; k < (size_t)out->n * (size_t)out->c; k++, to += in->plane) {
+        const int8_t *by = w + k % (size_t)out->c * kernel->plane;
+        const float unit = scale[k % (size_t)out->c];
+        float weight[64];
+        for (int i = 0; i < (int)kernel->plane; i++) weight[i] = (float)by[kernel->plane - 1 - (size_t)i] * unit;
+        for (int p = 0; p < out->h; p++) {
+            const int row = p * a->stride[0] + kernel->h - 1 - a->before[0];
+            if (row < 0 || row >= (int)lines) continue;
+            for (int q = 0; q < out->w; q++) {
+                const int col = q * a->stride[1] + kernel->w - 1 - a->before[1];
+                const size_t at = k * out->plane + (size_t)p * (size_t)out->w + (size_t)q;
+                if (col < 0 || col >= in->w + kernel->w - 1) continue;
+                room[(size_t)row * line + (size_t)col] = !bits || (bits[at >> 5] >> (at & 31u) & 1u) ? d[at] : 0.0f;
+            }
+        }
+        for (int r = 0; r < in->h; r++)
+            for (int c = 0; c < in->w; c += LANES) {
+                vec sum = {0};
+                for (int i = 0; i < kernel->h; i++)
+                    for (int j = 0; j < kernel->w; j++)
+                        sum += load(room + (size_t)(r + i) * line + (size_t)(c + j)) * weight[i * kernel->w + j];
+                if (c + LANES <= in->w) store(to + r * in->w + c, sum);
+                else
+                    for (int l = 0; c + l < in->w; l++) to[r * in->w + c + l] = sum[l];
+            }
+    }
+}
+
+static int can_spread(const ac_attr_q_conv_input_grad *a, const shape *in, const shape *kernel, const shape *out) {
+    return kernel->c == 1 && a->groups == in->c && out->c == in->c && kernel->plane <= 64 && a->dilation[0] == 1
+           && a->dilation[1] == 1
+           && ((size_t)in->w + (size_t)kernel->w + LANES) * ((size_t)in->h + (size_t)kernel->h) * sizeof(float) <= AC_SCRATCH_BYTES;
+}
+
+/* Of a pointwise convolution: a matrix product with weights as floats. */
 ac_status AC_FAST_KERNEL(q_conv_input_grad)(const ac_call *call) {
     const ac_attr_q_conv_input_grad *a = call->attr;
     const shape in = shape_of(AC_OUT_T(call, 0)), kernel = shape_of(AC_IN_T(call, 1)), out = shape_of(AC_IN_T(call, 0));
+    if (call->workers && !AC_IN(call, 4) && can_spread(a, &in, &kernel, &out)) {
+        spread_channels(call, &in, &kernel, &out);
+        return AC_OK;
+    }
     const size_t weights = (size_t)out.c * (size_t)in.c, held = AC_IN(call, 3) ? (size_t)out.c * out.plane : 0;
     if (!call->workers || !is_pointwise(a->stride, a->before, a->after, a->groups, &kernel) || out.plane < LANES
         || (weights + held) * sizeof(float) > AC_SCRATCH_BYTES)
