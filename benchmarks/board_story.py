@@ -481,9 +481,7 @@ def page(d: dict[str, Any]) -> Report:
         "state": d["state_bytes"],
     }
     app = d["ram_bytes"] - sum(blocks.values())
-    ram = Parts(
-        "RAM of the board", (*blocks.items(), ("app", app)), d["ram_limit_bytes"], "the board's RAM"
-    )
+    ram = Parts("RAM of the board", (*blocks.items(), ("app", app)), d["ram_limit_bytes"], "the board's RAM")
     flash = Parts(
         "Flash of the board",
         (

@@ -107,7 +107,9 @@ def integer_plans() -> dict[str, Plan]:
     int8 = quantize(net, x)
     return {
         "int8-full": compile_plan(int8, batch_size=1),
-        "int8-residual": compile_plan(int8, batch_size=2, optimizer=SGD(rounding="residual"), gradients="int8"),
+        "int8-residual": compile_plan(
+            int8, batch_size=2, optimizer=SGD(rounding="residual"), gradients="int8"
+        ),
         "int8-channels": compile_plan(
             int8,
             batch_size=1,
