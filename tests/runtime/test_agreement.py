@@ -233,6 +233,21 @@ def indexed(case: Case) -> Type:
     return case.outs[0] if case.row.name == "take_grad" else case.ins[0]
 
 
+def block_makes_sense(a: dict) -> bool:
+    """The numbers of a block's convolutions, and of the addition at its end, within what a convolution may have."""
+    scaling = np.array(a["scaling"]).reshape(-1, 4)
+    geometry = np.array(a["geometry"]).reshape(-1, 6)
+    if scaling.min() < -128 or scaling.max() > 127 or (scaling[:, 2] > scaling[:, 3]).any():
+        return False
+    if geometry.min() < 0 or geometry.max() >= 2**16 or geometry[:, :2].min() < 1 or min(a["rows"]) < 1:
+        return False
+    if not a["adds"]:
+        return True
+    numbers = dict(zip((k for k, v in TABLE["q_add"].encoded().items()), a["add"], strict=True))
+    within = all(low <= numbers[k] <= high for k, (low, high) in WITHIN.items() if k in numbers)
+    return within and numbers["low"] <= numbers["high"]
+
+
 def makes_sense(case: Case) -> bool:
     """The loader may be stricter than the compiler's rules where no frontend goes: that is not held against it."""
     for name, low in {
@@ -251,6 +266,8 @@ def makes_sense(case: Case) -> bool:
         if integer and name in case.attrs and not low <= case.attrs[name] <= high:
             return False
     if integer and case.attrs.get("low", 0) > case.attrs.get("high", 0):
+        return False
+    if case.row.name == "q_block" and not block_makes_sense(case.attrs):
         return False
     for i, index in case.constants.items() if "axis" in case.attrs else ():
         if i < len(case.ins) and not (
@@ -400,23 +417,30 @@ def test_what_a_signature_leaves_open_has_a_check(op):
 BAD_SCALING = {"q_conv": {3: (-1, -(2**31)), 4: (31, -32)}, "bf_align": {2: (-1, 32769), 3: (513, -513)}}
 
 
+def not_possible(base: Case, i: int, at: int) -> tuple[int, ...]:
+    """Numbers that element `at` of a constant may not be."""
+    row = base.row
+    if row.parts and i == row.parts[2]:  # channels of a weight, in order
+        return (-1, base.ins[row.parts[0]].shape[1], 2**31 - 1, -(2**31))
+    if row.name == "q_block":  # bias, multiplier and shift of each channel
+        return ((), (-1, -(2**31)), (31, -32))[at // base.ins[i].shape[1]]
+    if "axis" in base.attrs:
+        return (-1, indexed(base).shape[base.attrs["axis"]], 2**31 - 1, -(2**31))
+    return BAD_SCALING[row.name][i]
+
+
 def test_constants_are_checked_at_load():
     """Channels to take or to update, and scalings, are constants within range."""
     for base in base_cases():
         for i, good in base.constants.items():
-            if "axis" in base.attrs:
-                values = (-1, indexed(base).shape[base.attrs["axis"]], 2**31 - 1, -(2**31))
-            else:
-                values = BAD_SCALING[base.row.name][i]
-            for bad in values:
-                for at in range(good.size):
+            for at in range(good.size):
+                for bad in not_possible(base, i, at):
                     content = good.copy()
-                    content[at] = bad
-                    assert (
-                        runtime._core.load(replace(base, constants={i: content}).program(), "auto", True)[0]
-                        != OK
-                    )
-            moved = replace(base, constants={})  # in memory, where it could change after the check
+                    content.flat[at] = bad
+                    broken = replace(base, constants={**base.constants, i: content})
+                    assert runtime._core.load(broken.program(), "auto", True)[0] != OK
+            others = {k: v for k, v in base.constants.items() if k != i}
+            moved = replace(base, constants=others)  # in memory, where it could change after the check
             assert runtime._core.load(moved.program(), "auto", True)[0] != OK
             assert runtime._core.load(base.program(), "auto", True)[0] == OK
 

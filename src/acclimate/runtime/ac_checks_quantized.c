@@ -75,6 +75,7 @@ ac_status ac_check_q_block(const ac_call *call) {
         }
         in = out;
     }
+    if (AC_OUT_T(call, 1)->size != (held ? held : 1)) return AC_E_SHAPE;
     for (int d = 0; d < 4; d++)
         if (out.dim[d] != AC_OUT_T(call, 0)->dim[d] || (a->adds && out.dim[d] != AC_IN_T(call, 0)->dim[d])) return AC_E_SHAPE;
     if (!a->adds) return AC_OK;
