@@ -445,6 +445,21 @@ def test_constants_are_checked_at_load():
             assert runtime._core.load(base.program(), "auto", True)[0] == OK
 
 
+def test_what_lies_between_the_convolutions_of_a_block_has_a_size():
+    """Of 65536 x 65536 numbers plain kernels hold one row, fast ones all of them: 2^32, as a uint32 0."""
+    row = TABLE["q_block"]
+    w, table = Type((1, 1, 1, 1), "i8"), np.array([[0], [1 << 30], [-1]], np.int32)
+    for side, status in ((1 << 15, OK), (1 << 16, E_SHAPE)):
+        half = side // 2
+        geometry = (1, 1, half, half, half - 1, half - 1, side, side, 0, 0, 0, 0)
+        attrs = row.fill(
+            {"geometry": geometry, "scaling": (0, 0, -128, 127) * 2, "rows": (1, 1), "adds": 0, "add": ()}
+        )
+        ins = (Type((1, 1, 1, 1), "i8"), *(w, Type((3, 1), "i32")) * 2)
+        case = Case(row, ins, (ins[0], Type((side,), "i8")), attrs, {2: table, 4: table})
+        assert runtime._core.load(case.program(), "auto", True)[0] == status, side
+
+
 def element_bytes(t: Type) -> int:
     """Bytes without those that round up to whole words."""
     return t.size_bytes if t.dtype == "bit" else t.size * np.dtype(DTYPES[t.dtype]).itemsize
