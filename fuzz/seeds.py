@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from cases import CASES, arrays, one_node
-from runtime.nets import plans, samples
+from runtime.nets import integer_plans, plans, samples
 
 from acclimate import delta
 from acclimate.layout import arrange
@@ -33,14 +33,14 @@ def programs() -> list[bytes]:
         for row, example in CASES:
             graph, _ = one_node(row, example, arrays(row, example), all_outputs)
             out.append(build({"run": arrange(graph)}).bytes)
-    steps = [plan.program.bytes for plan in plans().values()]
+    steps = [plan.program.bytes for plan in (plans() | integer_plans()).values()]
     return [*dict.fromkeys(out), *steps * 8]  # steps hold many ops each: they are picked more often
 
 
 def pairs() -> list[bytes]:
     """Programs of training steps, each followed by what was learned in a few of its steps."""
     out = []
-    for plan in plans().values():
+    for plan in (plans() | integer_plans()).values():
         x, y = samples(plan.model, 4 * plan.batch_size, 3)
         learner = Learner(plan).partial_fit(x, y if plan.loss.__class__ is CrossEntropy else np.eye(3)[y])
         out += [plan.program.bytes, delta.encode(learner._records(True), plan.model_hash)]

@@ -125,6 +125,56 @@ def test_learning_on_an_emulated_board(float_plan):
     assert figures["instructions_per_step"] > figures["instructions_per_prediction"] > 0
 
 
+@pytest.mark.parametrize("cpu", ["cortex-m7", pytest.param("riscv32", marks=pytest.mark.slow)])
+def test_what_is_kept_outlives_power_cuts(cpu, int8_plan, tmp_path):
+    """Old or new, whatever operation of the flash the power is cut in; what was not saved is gone."""
+    x, y = _samples(int8_plan)
+    x = emulator.default_feeds(int8_plan.program, "step")["x"]
+    y = y[: len(x)]
+    with trial.start(trial.firmware_of(int8_plan, tmp_path / "project", cpu)) as board:
+        machine = board.link.line
+        assert not machine.erases.any() and set(machine.kept) == {0xFF}
+        states = []
+        for _ in range(2):
+            board.step(x, y, 0.1)
+            board.save()
+            states.append(board.state())
+        old, image, before = states[1], machine.kept, machine.flash_operations
+        board.step(x, y, 0.1)
+        new, delta = board.state(), board.delta()
+        erased = int(machine.erases.sum())
+        board.save()
+        whole, operations = np.frombuffer(machine.kept, np.uint8), machine.flash_operations - before
+        erased = int(machine.erases.sum()) - erased
+        assert len({*states, new}) == 3 and operations > len(delta) // 4 and erased >= 1
+        seen = set()
+        for operation in [*range(1, erased + 3), operations // 2, *range(operations - 20, operations + 1)]:
+            machine.kept = image
+            board.restart()
+            assert board.state() == old
+            board.load_delta(delta)
+            machine.lose_power_in(operation, seed=operation)
+            with pytest.raises(AcclimateError, match="restarted"):
+                board.save()
+            torn = np.frombuffer(machine.kept, np.uint8)
+            if operation > erased:  # some of the bits that are to be cleared are not yet
+                assert (torn & whole == whole).all()
+            board.connect()
+            assert board.state() in (old, new)
+            seen.add(board.state())
+        assert seen == {old, new}
+        machine.kept = image
+        board.restart()
+        board.load_delta(delta)
+        board.save()
+        assert board.kept()["erases"] > 1
+        (tmp_path / "flash.bin").write_bytes(machine.kept)
+        learner = acclimate.Learner(int8_plan, kernels="plain").restore(tmp_path / "flash.bin")
+        assert learner._main.state.tobytes()[: len(new)] == board.state() == new
+        board.rollback()
+        assert board.state() == old
+
+
 @pytest.mark.parametrize("kind", ["int8", "float"])
 def test_check_finds_all_equal(kind, int8_plan, float_plan, tmp_path):
     plan = int8_plan if kind == "int8" else float_plan

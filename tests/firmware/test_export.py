@@ -237,7 +237,7 @@ def test_the_app_fits_the_declarations_of_its_system(target, tmp_path):
 
 # -- fuzzing -------------------------------------------------------------------------------------------------------
 
-SEQUENCES = 1000
+SEQUENCES = 2000
 
 
 @pytest.fixture(scope="module")

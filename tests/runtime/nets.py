@@ -8,6 +8,7 @@ from acclimate.ir import Dim, Graph
 from acclimate.objective import SGD, Adam, BinaryCrossEntropy, CrossEntropy
 from acclimate.ops import emit
 from acclimate.planner import Plan, compile_plan
+from acclimate.quantizer import quantize
 
 
 def _weights(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -96,6 +97,26 @@ def plans() -> dict[str, Plan]:
             cnn(train=False), batch_size=2, scheme=channels, optimizer=SGD(lr=0.1, momentum=0.9)
         ),
         "cnn-bias": compile_plan(cnn(train=False), batch_size=1, scheme="bias"),
+    }
+
+
+def integer_plans() -> dict[str, Plan]:
+    """Training steps of an int8 net: every rounding of its updates, gradients in float and as block floating point."""
+    net = cnn(train=False)
+    x, _ = samples(net, 32, 4)
+    int8 = quantize(net, x)
+    return {
+        "int8-full": compile_plan(int8, batch_size=1),
+        "int8-residual": compile_plan(
+            int8, batch_size=2, optimizer=SGD(rounding="residual"), gradients="int8"
+        ),
+        "int8-channels": compile_plan(
+            int8,
+            batch_size=1,
+            scheme={"conv.weight": [0, 2], "head.weight": None, "head.bias": None},
+            optimizer=SGD(momentum=0.9, rounding="nearest"),
+            gradients="int16",
+        ),
     }
 
 

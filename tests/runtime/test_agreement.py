@@ -169,9 +169,18 @@ def open_attrs(case: Case) -> dict:
     return {**case.attrs, **found}
 
 
+def _lists_what_is_not_there(case: Case) -> bool:
+    """Whether a constant names channels that the changed weights do not have: content, which no shape rule sees."""
+    if not case.row.parts:
+        return False
+    w, _, index = case.row.parts
+    listed, t = case.constants.get(index), case.ins[w]
+    return listed is not None and t is not None and len(t.shape) > 1 and bool((listed >= t.shape[1]).any())
+
+
 def verdict(case: Case) -> bool | None:
     """Whether the loader must take a case; None where either will do."""
-    if case.free:
+    if case.free or _lists_what_is_not_there(case):
         return None
     trial = replace(case, attrs=open_attrs(case))
     patterns = parse(case.row.signature)[1]

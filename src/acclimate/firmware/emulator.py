@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import mmap
 import os
 import select
 import shutil
@@ -30,7 +31,7 @@ from ..device import Device
 from ..device import get as get_device
 from ..errors import AcclimateError, BadInput, CannotFit, WrongUse, missing_extra
 from ..ir import DTYPES
-from ..program import ARENA, STATE_ENTRY, Binding, Program, decode, operations
+from ..program import ARENA, STATE_ENTRY, Binding, Program, decode, operations, pack_bits
 from ..runtime import LABEL_ERROR, PAINT, SOURCE
 from . import toolchain
 from .toolchain import BOARDS, FLAGS, SECTIONS, STACK_BYTES, Cpu, Firmware, cpu_of
@@ -88,6 +89,10 @@ class _Watch(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("in_at", "in_end")),
         *((name, ctypes.c_void_p) for name in ("output",)),
         *((name, ctypes.c_uint64) for name in ("out_end", "out_room", "polls")),
+        *((name, ctypes.c_void_p) for name in ("kept",)),
+        *((name, ctypes.c_uint64) for name in ("kept_bytes", "kept_at")),
+        *((name, ctypes.c_void_p) for name in ("erases",)),
+        *((name, ctypes.c_uint64) for name in ("operations", "power_until", "torn_state")),
     ]
 
 
@@ -399,7 +404,7 @@ class Harness:
         return (self.arena_at if b.area == ARENA else self.state_at) + b.offset
 
     def feed(self, entry: str, inputs: Mapping[str, Any]) -> None:
-        """Copy inputs to their places in the emulated memory."""
+        """Copy inputs to their places in the emulated memory; bits are one number an element."""
         for name, value in inputs.items():
             b = self.program.entries[entry][name]
             data = np.asarray(value, DTYPES[b.type.dtype])
@@ -409,7 +414,7 @@ class Harness:
                     where=f"{entry}, {name}",
                     number=f"{data.shape}, must be {b.type.shape}",
                 )
-            self._put(self._address(b), data.tobytes())
+            self._put(self._address(b), (pack_bits(data) if b.type.dtype == "bit" else data).tobytes())
 
     def read(self, entry: str, name: str) -> np.ndarray:
         """A copy of an input, an output, or (entry "state") a persistent value; bits as words of 32."""
@@ -484,28 +489,49 @@ class UnicornMachine:
     """An emulated board in this process: exactly its RAM and flash are mapped, anything else faults. A link.Transport.
 
     limit: instructions that the firmware may run without asking for bytes.
+
+    What the firmware keeps lies in NOR flash of its own (see `kept`), which is erased in pages and programmed in words;
+    `lose_power_in` cuts the power in the middle of one of these operations, and the board starts again.
     """
 
     name, per_tick = "emulator", 1.0  # its counter counts instructions / per_tick
-    GOES_ON, WAITS, RESET, TOO_LONG, FULL = range(5)
+    GOES_ON, WAITS, RESET, TOO_LONG, FULL, NO_POWER = range(6)
 
     def __init__(self, firmware: Firmware, limit: int = 1 << 40) -> None:
         machine = firmware.machine
         self.cpu, self.limit = cpu_of(machine.cpu), limit
         self.image = read_elf(firmware.elf, machine.flash, machine.ram)
         self.engine = open_engine(self.cpu)
-        self.engine.mem_map(machine.flash, whole_pages(firmware.flash_bytes, "flash"), 5)
+        kept_bytes = firmware.kept_bytes
+        self.engine.mem_map(machine.flash, whole_pages(firmware.flash_bytes, "flash") - kept_bytes, 5)
         self.engine.mem_map(machine.ram, whole_pages(firmware.ram_bytes, "RAM"), 3)
         self.engine.mem_write(machine.flash, self.image.flash)
         self.watch = Watch(self.engine, self.image.flash, machine.flash, self.cpu)
+        self._ram = machine.ram, firmware.ram_bytes
+        self._block = mmap.mmap(
+            -1, max(kept_bytes, PAGE)
+        )  # whole pages of the host, as the emulator needs them
+        self._kept = np.frombuffer(self._block, np.uint8)[:kept_bytes]
+        self._kept[:] = 0xFF
+        #: Erases of each page of the flash for what was learned.
+        self.erases = np.zeros(kept_bytes // PAGE, np.uint32)
+        if kept_bytes:
+            at = machine.flash + firmware.flash_bytes - kept_bytes
+            self.engine.mem_map_ptr(at, kept_bytes, 1, _pointer(self._kept))
+        record = self.watch.record
+        record.kept, record.kept_bytes, record.erases = (
+            _pointer(self._kept),
+            kept_bytes,
+            _pointer(self.erases),
+        )
         if self.cpu.is_arm:
             self.watch.device(machine.uart, "uart", "uart")
-            self.watch.device(machine.timer, "timer", "nothing")
+            self.watch.device(machine.timer, "timer", "timer")
             self.watch.device(0xE000E000, "nothing", "control")
         else:
             self.watch.device(machine.uart, "16550", "16550")
             self.watch.device(machine.timer, "clint", "nothing")
-            self.watch.device(0x00100000, "nothing", "finisher")
+            self.watch.device(0x00100000, "finisher", "finisher")
         self._pending, self._said = bytearray(), bytearray()
         self._reset()
 
@@ -542,6 +568,11 @@ class UnicornMachine:
             self._said += self.watch.output[: record.out_end].tobytes()
             record.out_end = 0
             if record.why == self.RESET:
+                self._reset()
+            elif record.why == self.NO_POWER:
+                record.in_at, record.power_until = record.in_end, 0
+                noise = np.random.default_rng(record.torn_state).bytes(self._ram[1])
+                self.engine.mem_write(self._ram[0], noise)
                 self._reset()
             elif record.why == self.WAITS:
                 return
@@ -581,6 +612,28 @@ class UnicornMachine:
 
     def close(self) -> None:
         """Nothing is left behind."""
+
+    @property
+    def kept(self) -> bytes:
+        """The flash that what was learned is kept in; may be set, as one flashes a chip."""
+        return self._kept.tobytes()
+
+    @kept.setter
+    def kept(self, raw: bytes) -> None:
+        self._kept[:] = np.frombuffer(raw, np.uint8)
+
+    @property
+    def flash_operations(self) -> int:
+        """Pages erased and words programmed so far."""
+        return int(self.watch.record.operations)
+
+    def lose_power_in(self, operation: int, seed: int = 0) -> None:
+        """Cut the power in the middle of the operation-th page erased or word programmed from now on (1: the next).
+
+        Of the bits that it would have changed, a random half is. Then RAM holds noise, and the board starts again.
+        """
+        self.watch.record.power_until = self.flash_operations + operation
+        self.watch.record.torn_state = seed
 
     @property
     def instructions(self) -> int:

@@ -21,7 +21,7 @@ from ..ops import TABLE
 from ..planner import Plan
 from ..program import HEADER_WORDS, STATE, STATE_ENTRY, Program
 from ..runtime import SOURCE
-from .toolchain import BOARDS, CPUS, MACHINES, Machine, linker_script
+from .toolchain import BOARDS, CPUS, MACHINES, Machine, kept_bytes, linker_script
 
 C = Path(__file__).parent / "c"
 MODES = ("interpreter", "unrolled")
@@ -81,7 +81,8 @@ def export(
     sizes = {
         "PROGRAM": len(plan.program.bytes),
         "STATE": max(4, *(p.state_bytes for p in programs)),
-        "ARENA": max(4, *(p.arena_bytes for p in programs)),
+        # also where a delta is received, and read to from flash that is no memory
+        "ARENA": max(max(p.arena_bytes, -(-largest_delta(p) // 4) * 4) for p in programs),
         "SLOT": max((len(p.bytes) for p in programs[1:]), default=0) if slot_bytes is None else slot_bytes,
         "DELTA": max(largest_delta(p) for p in programs),
     }
@@ -95,9 +96,13 @@ def export(
         texts["src/ac_unrolled.c"] = unrolled(plan.program)
     defines = ("AC_UNROLLED=1",) if mode == "unrolled" else ()
     if machine is not None:
-        copies[f"src/{machine.source}"] = BOARDS / machine.source
+        copies |= {f"src/{name}": BOARDS / name for name in (machine.source, "ac_board_flash.h")}
         texts["board.ld"] = linker_script(
-            machine, plan.device.flash_bytes, plan.device.ram_bytes, plan.device.reserve_bytes
+            machine,
+            plan.device.flash_bytes,
+            plan.device.ram_bytes,
+            plan.device.reserve_bytes,
+            kept_bytes(sizes["DELTA"]),
         )
         defines += tuple(define.removeprefix("-D") for define in machine.defines)
     values = _values(plan, target, mode, sizes, defines)

@@ -325,7 +325,10 @@ class Link:
         )
 
     def ask(self, type_: int, content: bytes = b"", timeout_s: float | None = None) -> Message:
-        """The answer to one message, whatever its status."""
+        """The answer to one message, whatever its status.
+
+        A board that restarted is not asked again: it would do to what it restored what was meant for what it lost.
+        """
         number = self.number()
         raw, wait = frame(type_, number, content), timeout_s or self.timeout_s
         for attempt in range(self.retries):
@@ -333,6 +336,12 @@ class Link:
             self.line.write(raw)
             deadline = time.monotonic() + wait
             while (answer := self.receive(deadline)) is not None:
+                if self.restarted and type_ not in (HELLO, RESET):
+                    raise AcclimateError(
+                        "the board restarted: what it learned since its last save is gone",
+                        where=self.name,
+                        action="connect(), and go on from what it restored",
+                    )
                 if answer.number == number and answer.type == type_ | ANSWER:
                     return answer
         raise self.silent(type_)
@@ -543,7 +552,7 @@ class Board:
             raise BadInput(
                 "the delta is larger than the arena, into which it is received",
                 number=f"{len(raw)} bytes, {self.info.arena_room}",
-                action="write the tensors one by one: feed('state', name=...)",
+                action="a delta of the Program that runs fits; this is of another, or no delta",
             )
         self._write(IN_DELTA, len(raw), raw)
         self._ask(COMMIT, struct.pack("<3I", IN_DELTA, len(raw), 0), "the delta")
@@ -664,12 +673,6 @@ class Board:
 
     def _ask(self, type_: int, content: bytes = b"", what: str = "") -> bytes:
         answer = self.link.ask(type_, content)
-        if self.link.restarted and type_ not in (HELLO, RESET):
-            raise AcclimateError(
-                "the board restarted: what it learned since its last save is gone",
-                where=self.link.name,
-                action="connect(), and go on from what it restored",
-            )
         if answer.status:
             raise self._refused(answer.status, what)
         return answer.content

@@ -24,6 +24,7 @@ from ..device import Device
 from ..errors import AcclimateError, CannotFit, WrongUse, missing_extra
 
 BOARDS = Path(__file__).parent / "boards"
+FLASH_PAGE = 4096  # what an emulated board erases at once
 STACK_BYTES = 8 << 10  # what acclimate.h promises that ac_run stays below
 
 #: What the runtime is compiled with on every processor: the same bits everywhere.
@@ -264,18 +265,29 @@ MACHINES = {
 }
 
 
-def linker_script(machine: Machine, flash_bytes: int, ram_bytes: int, stack_bytes: int) -> str:
+def kept_bytes(delta_bytes: int) -> int:
+    """Flash that two slots of an emulated board take, for deltas of at most so many bytes."""
+    return 2 * (-(-(delta_bytes + 4 * 64) // FLASH_PAGE) * FLASH_PAGE)
+
+
+def linker_script(
+    machine: Machine, flash_bytes: int, ram_bytes: int, stack_bytes: int, kept_bytes: int = 0
+) -> str:
     """Where things lie on the emulated board: exactly its flash and RAM, the stack at RAM's start.
 
     stack_bytes: 0 for STACK_BYTES, where the device's stack would lie in memory of its own that is not counted.
+    kept_bytes: the last of the flash, whole pages, for what was learned.
     """
     stack_bytes = stack_bytes or STACK_BYTES
-    return f"""/* {machine.machine} with {flash_bytes} bytes of flash and {ram_bytes} of RAM. */
+    size = f"{flash_bytes} bytes of flash and {ram_bytes} of RAM; the last {kept_bytes} of flash keep what is learned"
+    return f"""/* {machine.machine} with {size}. */
 ENTRY({"Reset_Handler" if machine.cpu.startswith("cortex") else "_start"})
 MEMORY {{
-  FLASH (rx) : ORIGIN = {machine.flash:#x}, LENGTH = {flash_bytes}
+  FLASH (rx) : ORIGIN = {machine.flash:#x}, LENGTH = {flash_bytes - kept_bytes}
   RAM (rwx)  : ORIGIN = {machine.ram:#x}, LENGTH = {ram_bytes}
 }}
+ac_kept_start = {machine.flash + flash_bytes - kept_bytes:#x};
+ac_kept_end = {machine.flash + flash_bytes:#x};
 SECTIONS {{
   .text : {{
     KEEP(*(.vectors)) *(.text .text.*) *(.rodata .rodata.* .srodata .srodata.*)
@@ -310,8 +322,9 @@ class Firmware:
 
     elf: Path
     machine: Machine
-    flash_bytes: int
+    flash_bytes: int  # kept_bytes included
     ram_bytes: int
+    kept_bytes: int = 0  # the last of the flash, for what was learned
 
 
 def build_project(
@@ -324,7 +337,7 @@ def build_project(
     """
     script_file = folder / "board.ld"
     script = script_file.read_text() if script_file.is_file() else ""
-    named = re.match(r"/\* (\S+) with (\d+) bytes of flash and (\d+) of RAM", script)
+    named = re.match(r"/\* (\S+) with (\d+) bytes of flash and (\d+) of RAM; the last (\d+) ", script)
     machine = next((m for m in MACHINES.values() if named and m.machine == named[1]), None)
     if machine is None or not named:
         raise WrongUse(
@@ -333,15 +346,16 @@ def build_project(
             number="board.ld is not there" if not script else "board.ld names no known machine",
             action=f"acclimate export MODEL --target {next(iter(MACHINES))}; targets are {', '.join(MACHINES)}",
         )
-    flash_bytes, ram_bytes = int(named[2]), int(named[3])
+    flash_bytes, ram_bytes, kept = int(named[2]), int(named[3]), int(named[4])
     if device is not None:
         flash_bytes, ram_bytes = device.flash_bytes, device.ram_bytes
-        script = linker_script(machine, flash_bytes, ram_bytes, device.reserve_bytes)
+        script = linker_script(machine, flash_bytes, ram_bytes, device.reserve_bytes, kept)
     sources = sorted((folder / "src").glob("*.c"))
     unrolled = ("-DAC_UNROLLED=1",) if (folder / "src" / "ac_unrolled.c").exists() else ()
-    return build_firmware(
+    elf = build_firmware(
         sources, [folder / "src"], script, machine, flash_bytes, ram_bytes, compiler, (*unrolled, *flags)
-    )
+    ).elf
+    return Firmware(elf, machine, flash_bytes, ram_bytes, kept)
 
 
 def build_firmware(

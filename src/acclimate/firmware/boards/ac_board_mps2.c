@@ -3,14 +3,15 @@
  * For another board keep Reset_Handler, and give ac_board_open a serial port and a counter of its own. Where things lie
  * says the linker script; RAM starts with the stack, so that one which grows too far leaves RAM and faults.
  */
-#include "ac_app.h"
-
 #ifndef AC_UART /* addresses of the CMSDK UART and of the timer */
 #define AC_UART 0x40004000u
 #endif
 #ifndef AC_TIMER
 #define AC_TIMER 0x40000000u
 #endif
+#define AC_FLASH (AC_TIMER + 0x800u) /* nothing there but in the emulator */
+
+#include "ac_board_flash.h"
 
 #define AT(address) (*(volatile uint32_t *)(uintptr_t)(address))
 #define PAINT 0xA5A5A5A5u
@@ -90,8 +91,8 @@ static uint32_t stack_used(void *user) {
 }
 
 const ac_board *ac_board_open(void) {
-    static const ac_board board = {.read = read, .write = write, .counter = counter, .stack_used = stack_used,
-                                   .receive_bytes = 1u << 16};
+    static ac_board board = {.read = read, .write = write, .counter = counter, .stack_used = stack_used,
+                             .slots = AC_FLASH_SLOTS, .receive_bytes = 1u << 16};
     AT(AC_UART + 16) = 16; /* the fastest rate */
     AT(AC_UART + 8) = 3;   /* transmit, receive */
 #ifdef AC_SYSTEM_COUNTER
@@ -101,6 +102,7 @@ const ac_board *ac_board_open(void) {
     AT(AC_TIMER + 4) = 0xFFFFFFFFu;
     AT(AC_TIMER) = 1;
 #endif
+    board.flash = flash_open();
     return &board;
 }
 

@@ -3,14 +3,15 @@
  * For another board keep _start, and give ac_board_open a serial port and a counter of its own. Where things lie says
  * the linker script; RAM starts with the stack, so that one which grows too far leaves RAM.
  */
-#include "ac_app.h"
-
 #define UART 0x10000000u     /* 16550 */
 #define MTIME 0x0200BFF8u    /* CLINT */
 #define FINISHER 0x00100000u /* of virt alone: ends or restarts the emulator */
+#define AC_FLASH (FINISHER + 0x800u) /* nothing there but in the emulator */
 #define BYTE(address) (*(volatile uint8_t *)(uintptr_t)(address))
 #define WORD(address) (*(volatile uint32_t *)(uintptr_t)(address))
 #define PAINT 0xA5A5A5A5u
+
+#include "ac_board_flash.h"
 
 extern uint32_t ac_stack_bottom[], ac_stack_top[], ac_data_from[], ac_data_start[], ac_data_end[], ac_bss_start[],
     ac_bss_end[];
@@ -68,8 +69,9 @@ static uint32_t stack_used(void *user) {
 }
 
 const ac_board *ac_board_open(void) {
-    static const ac_board board = {.read = read, .write = write, .counter = counter, .stack_used = stack_used,
-                                   .receive_bytes = 1u << 16};
+    static ac_board board = {.read = read, .write = write, .counter = counter, .stack_used = stack_used,
+                             .slots = AC_FLASH_SLOTS, .receive_bytes = 1u << 16};
+    board.flash = flash_open();
     return &board;
 }
 

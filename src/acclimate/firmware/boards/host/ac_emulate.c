@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 enum { INTERPRETER = 1, KERNEL = 2 };
-enum { GOES_ON, WAITS_FOR_BYTES, WANTS_RESET, RAN_TOO_LONG, SAID_MUCH }; /* why the emulator was stopped */
+enum { GOES_ON, WAITS_FOR_BYTES, WANTS_RESET, RAN_TOO_LONG, SAID_MUCH, LOST_POWER }; /* why the emulator was stopped */
 
 typedef struct {
     uint64_t total, limit;
@@ -27,6 +27,11 @@ typedef struct {
     uint64_t in_at, in_end;
     uint8_t *out;
     uint64_t out_end, out_room, polls; /* polls: in a row for bytes that are not there */
+    /* NOR flash for what was learned */
+    uint8_t *kept;
+    uint64_t kept_bytes, kept_at;                 /* where a word is programmed next */
+    uint32_t *erases;                             /* of each page */
+    uint64_t operations, power_until, torn_state; /* power is lost in that operation, 0: never; random numbers for it */
 } ac_watch;
 
 enum { POLLS = 2 };
@@ -97,10 +102,48 @@ void ac_16550_write(void *engine, uint64_t offset, unsigned size, uint64_t value
     ac_uart_write(engine, offset, size, value, user);
 }
 
+/* The controller of ac_board_flash.h, 0x800 behind other registers. Erasing sets bits and programming clears them; an
+ * operation in which power is lost does so to some of them. */
+enum { FLASH = 0x800, FLASH_PAGE = 4096 };
+
+static uint32_t torn(ac_watch *w) {
+    w->torn_state = w->torn_state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(w->torn_state >> 33) ^ (uint32_t)(w->torn_state >> 12);
+}
+
+static void change(ac_watch *w, uint64_t at, uint64_t bytes, uint32_t word, int set) {
+    if (w->why == LOST_POWER || at % 4 || at > w->kept_bytes || bytes > w->kept_bytes - at) return;
+    const int whole = ++w->operations != w->power_until;
+    if (set) w->erases[at / FLASH_PAGE]++;
+    for (uint64_t i = 0; i < bytes; i++) {
+        const uint8_t byte = (uint8_t)(word >> i % 4 * 8), random = whole ? 0 : (uint8_t)torn(w);
+        if (set) w->kept[at + i] |= byte & (uint8_t)~random;
+        else w->kept[at + i] &= byte | random;
+    }
+    if (!whole) w->why = LOST_POWER;
+}
+
+static uint64_t flash_read(uint64_t offset) { return offset == FLASH ? 0x4C464341u : 0; }
+
+static void flash_write(ac_watch *w, uint64_t offset, uint64_t value) {
+    if (offset == FLASH + 4) w->kept_at = value;
+    if (offset == FLASH + 8) {
+        change(w, w->kept_at, 4, (uint32_t)value, 0);
+        w->kept_at += 4;
+    }
+    if (offset == FLASH + 12) change(w, value * FLASH_PAGE, FLASH_PAGE, 0xFFFFFFFFu, 1);
+}
+
 /* CMSDK timer: value at 4, counting down; here an instruction each. */
 uint64_t ac_timer_read(void *engine, uint64_t offset, unsigned size, void *user) {
     (void)engine, (void)size;
+    if (offset >= FLASH) return flash_read(offset);
     return offset == 4 ? 0xFFFFFFFFu - (uint32_t)((ac_watch *)user)->total : 0;
+}
+
+void ac_timer_write(void *engine, uint64_t offset, unsigned size, uint64_t value, void *user) {
+    (void)engine, (void)size;
+    flash_write(user, offset, value);
 }
 
 /* CLINT of virt: mtime at 0xBFF8 of its block, mapped from 0xB000 on; here an instruction each. */
@@ -117,9 +160,15 @@ void ac_control_write(void *engine, uint64_t offset, unsigned size, uint64_t val
 }
 
 /* The test device of virt: 0x7777 asks for a reset. */
+uint64_t ac_finisher_read(void *engine, uint64_t offset, unsigned size, void *user) {
+    (void)engine, (void)size, (void)user;
+    return flash_read(offset);
+}
+
 void ac_finisher_write(void *engine, uint64_t offset, unsigned size, uint64_t value, void *user) {
     (void)engine, (void)size;
     if (offset == 0 && (value & 0xFFFFu) == 0x7777u) ((ac_watch *)user)->why = WANTS_RESET;
+    flash_write(user, offset, value);
 }
 
 uint64_t ac_nothing_read(void *engine, uint64_t offset, unsigned size, void *user) {
