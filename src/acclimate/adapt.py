@@ -220,13 +220,24 @@ def will_it_fit(
     recompute: str | Sequence[str] = "auto",
     micro_batches: int | None = None,
     curve: bool = False,
+    gradients: str = "float32",
 ) -> tuple[dict[str, Any], CannotFit | None]:
     """Figures of every scheme and of the one asked for; and the error, with fixes, where it does not fit.
 
     curve: also what memory costs in time, by recomputing and micro-batches.
     """
     options, note = _options(
-        model, device, dataset, memory_bytes, loss, optimizer, lr, batch_size, recompute, micro_batches
+        model,
+        device,
+        dataset,
+        memory_bytes,
+        loss,
+        optimizer,
+        lr,
+        batch_size,
+        recompute,
+        micro_batches,
+        gradients,
     )
     error: CannotFit | None = None
     extra = None
@@ -277,6 +288,7 @@ def _options(
     batch_size: int,
     recompute: str | Sequence[str],
     micro_batches: int | None,
+    gradients: str,
 ) -> tuple[dict[str, Any], str]:
     """What `acclimate.plan` takes besides the scheme, and a note on the loss where it was chosen here."""
     loss, note = _loss_for(model, None if dataset is None else dataset.y, loss)
@@ -288,6 +300,7 @@ def _options(
         "memory_bytes": memory_bytes,
         "recompute": recompute,
         "micro_batches": micro_batches,
+        "gradients": gradients,
     }
     return options, note
 
@@ -306,10 +319,21 @@ def plan_of(
     tell: Tell = silent,
     recompute: str | Sequence[str] = "auto",
     micro_batches: int | None = None,
+    gradients: str = "float32",
 ) -> Plan:
     """The plan of these options. Raises CannotFit, with fixes."""
     options, _ = _options(
-        model, device, dataset, memory_bytes, loss, optimizer, lr, batch_size, recompute, micro_batches
+        model,
+        device,
+        dataset,
+        memory_bytes,
+        loss,
+        optimizer,
+        lr,
+        batch_size,
+        recompute,
+        micro_batches,
+        gradients,
     )
     if scheme == "auto":
         return _auto(model, dataset, seed, tell, options)

@@ -130,6 +130,14 @@ MicroBatches = Annotated[
         show_default=False,
     ),
 ]
+Gradients = Annotated[
+    str,
+    typer.Option(
+        "--gradients",
+        metavar="G",
+        help="What flows back through the layers of an int8 model: float32, or int16 or int8 in blocks.",
+    ),
+]
 Loss = Annotated[
     str | None,
     typer.Option(
@@ -336,6 +344,7 @@ def plan(
     batch: Batch = 1,
     recompute: Recompute = "auto",
     micro_batches: MicroBatches = None,
+    gradients: Gradients = "float32",
     curve: Annotated[
         bool, typer.Option("--curve", help="Also bytes against time, as memory shrinks.")
     ] = False,
@@ -382,6 +391,7 @@ def plan(
             recompute if recompute in RECOMPUTE else [name.strip() for name in recompute.split(",")],
             micro_batches,
             curve,
+            gradients,
         )
     if out is not None:
         figures["report"] = str(write_run(figures, out))
@@ -436,6 +446,7 @@ def export(
     batch: Batch = 1,
     recompute: Recompute = "auto",
     micro_batches: MicroBatches = None,
+    gradients: Gradients = "float32",
     loss: Loss = None,
     optimizer: OptimizerName = "sgd",
     lr: Rate = None,
@@ -464,7 +475,20 @@ def export(
     with _progress() as tell:
         plans = [
             plan_of(
-                graph, device, s, dataset, limit, loss, optimizer, lr, batch, seed, tell, ways, micro_batches
+                graph,
+                device,
+                s,
+                dataset,
+                limit,
+                loss,
+                optimizer,
+                lr,
+                batch,
+                seed,
+                tell,
+                ways,
+                micro_batches,
+                gradients,
             )
             for s in (scheme, *(room_for or ()))
         ]
