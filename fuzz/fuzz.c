@@ -250,7 +250,7 @@ static void change_op(parts *p) {
     uint32_t op = below(p->n_ops), *word = &p->ops[p->at[op]];
     uint32_t end = op + 1 < p->n_ops ? p->at[op + 1] : p->op_words;
     uint32_t attrs = (*word & 0xFFFF) < AC_OP_COUNT ? ac_table_base[*word & 0xFFFF].attr_words : 0;
-    if (attrs > end - p->at[op] - 1) attrs = end - p->at[op] - 1; /* its number may have been changed already */
+    if (attrs > end - p->at[op] - 1) attrs = end - p->at[op] - 1; /* the op's number may have been changed before */
     uint16_t *a = any_argument(p, op), *b = any_argument(p, op), kept;
     switch (below(9)) {
     case 0: *word = (*word & 0xFFFF0000u) | below(AC_OP_COUNT + 2); break;

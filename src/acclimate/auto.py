@@ -13,7 +13,7 @@ from . import schemes
 from .data import Dataset, split
 from .device import Device
 from .errors import WrongUse
-from .ir import Graph
+from .ir import Graph, graph_of
 from .learner import Learner
 from .objective import Loss, Optimizer
 from .planner import Plan, cannot_fit, compile_plan, kib
@@ -64,6 +64,7 @@ def plan(
         from .frontend import load
 
         model = load(model)
+    graph_of(model)
     args: dict[str, Any] = {
         "device": device,
         "loss": loss,

@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import WrongUse
 from .grad import predict_graph, prune
-from .ir import Graph, Node, Type
+from .ir import Graph, Node, Type, graph_of
 from .ops import TABLE, emit, infer
 
 IN_USE = (
@@ -51,7 +51,9 @@ def _head(model: Graph) -> _Head:
         raise WrongUse(
             "the model does not end in a linear or convolutional layer of its own with an output (n, classes)",
             where=f"the output {model.type(output)}, made by {node.op if node else 'nothing'}",
-            action="give the model without what follows that layer, such as a softmax",
+            action="give the float model, and quantise afterwards"
+            if node is not None and node.op == "dequantize"
+            else "give the model without what follows that layer, such as a softmax",
         )
     axis = 0 if node.op == "conv" or node.attrs["tb"] else 1
     parameters = {weight: axis} | (
@@ -67,9 +69,9 @@ def reserve_classes(model: Graph, n: int) -> Graph:
     "classes.in_use" keeps them out of loss and prediction until the entry "add_class" (Learner.add_class) switches
     one on. Label smoothing and class weights count spare classes too; leave them out. Quantise after reserving.
     """
-    if not isinstance(n, int) or n < 1:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise WrongUse("the number of spare classes must be a whole number from 1", number=repr(n))
-    if IN_USE in model.values:
+    if IN_USE in graph_of(model).values:
         raise WrongUse(
             "this model has spare classes already", number=f"{model.shape(IN_USE)[0]} classes in all"
         )
@@ -122,7 +124,7 @@ def prototype_graphs(model: Graph, classes: int, metric: str = "euclidean") -> d
         raise WrongUse("prototypes do not know this metric", number=repr(metric), action=", ".join(METRICS))
     if not isinstance(classes, int) or classes < 1:
         raise WrongUse("the number of classes must be a whole number from 1", number=repr(classes))
-    front = predict_graph(model)
+    front = predict_graph(graph_of(model))
     front.outputs = {"output": _head(front).node.inputs[0]}
     front = prune(front)
     if front.type(front.outputs["output"]).dtype != "f32":

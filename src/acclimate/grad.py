@@ -174,17 +174,15 @@ class Tape:
         return self.emit("take", name, index, axis=channels.axis), index
 
     def learnable(self, name: str, grad: str, channels: Channels | None) -> tuple[str, str]:
-        """(the part of a tensor's gradient that it learns by, the index of its channels or "").
+        """(the part of a tensor's gradient that it learns by, the index of its channels or "")."""
+        return (grad, "") if channels is None else self.take(grad, channels)
 
-        Zeros of a sparse tensor get none, so that pruned connections stay pruned, whatever the optimiser.
-        """
-        index = ""
-        if channels is not None:
-            grad, index = self.take(grad, channels)
-        if self.graph.values[name].sparse:
-            now = self.emit("take", name, index, axis=channels.axis) if channels is not None else name
-            grad = self.emit("keep", grad, now)
-        return grad, index
+    def unpruned(self, name: str, grad: str, index: str, axis: int) -> str:
+        """What `learnable` gave without the zeros of a sparse tensor: pruned connections stay pruned, whatever the
+        optimiser."""
+        if not self.graph.values[name].sparse:
+            return grad
+        return self.emit("keep", grad, self.emit("take", name, index, axis=axis) if index else name)
 
     # -- persistent values --------------------------------------------------------------------------------------
     def state(self, name: str, shape: tuple[int, ...], dtype: str = "f32") -> str:
@@ -338,7 +336,9 @@ def gradient_graph(model: Graph, update_set: UpdateSet, loss: Loss) -> Graph:
     for name in update_set.names():
         channels = update_set.channels(graph, name)
         if grads[name]:
-            graph.outputs[f"d_{name}"] = Tape(graph).learnable(name, grads[name], channels)[0]
+            tape, axis = Tape(graph), 0 if channels is None else channels.axis
+            grad, index = tape.learnable(name, grads[name], channels)
+            graph.outputs[f"d_{name}"] = tape.unpruned(name, grad, index, axis)
     return graph
 
 
@@ -354,7 +354,12 @@ def step_graphs(model: Graph, update_set: UpdateSet, loss: Loss, optimizer: Opti
         channels = update_set.channels(graph, name)
         if grads[name]:
             grad, index = tape.learnable(name, grads[name], channels)
-            parts[name] = (grad, index, 0 if channels is None else channels.axis)
+            axis = 0 if channels is None else channels.axis
+            if (
+                optimizer.accumulate == 1
+            ):  # else the sum is masked, once, and gradients are added where they are made
+                grad = tape.unpruned(name, grad, index, axis)
+            parts[name] = (grad, index, axis)
     if not parts:
         raise WrongUse(
             "the loss depends on no tensor of the update set",
@@ -382,7 +387,7 @@ def _apply_graph(source: Graph, parts: Mapping[str, tuple[str, str, int]], optim
         for n in (name, f"{name}{GRADIENT}", index):
             if n and n not in graph.values:
                 graph.add(source.values[n])
-        means[name] = (f"{name}{GRADIENT}", index, axis)
+        means[name] = (tape.unpruned(name, f"{name}{GRADIENT}", index, axis), index, axis)
     _apply(tape, means, optimizer)
     for name in parts:
         tape.update("clear", f"{name}{GRADIENT}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import BadInput
+from .errors import BadInput, WrongUse
 
 #: Bytes an element; "bit" packs 32 elements into a 4-byte word.
 DTYPES: dict[str, Any] = {
@@ -256,3 +256,14 @@ def reachable(graph: Graph, wanted: Iterable[str], effects: Iterable[Node] = ())
         keep.add(id(node))
         stack += [producers[n] for n in node.inputs if n in producers]
     return [n for n in graph.nodes if id(n) in keep]
+
+
+def graph_of(model: Any) -> Graph:
+    """What a user gave as a model, if it is a Graph; else WrongUse."""
+    if not isinstance(model, Graph):
+        raise WrongUse(
+            "a model is a Graph",
+            number=type(model).__name__,
+            action="acclimate.load(path), or from_torch(module)",
+        )
+    return model

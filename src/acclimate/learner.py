@@ -142,6 +142,8 @@ class Learner:
             raise WrongUse(
                 "the model has no spare classes", action="acclimate.reserve_classes(model, n) before planning"
             )
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+            raise WrongUse("a class is a whole number", number=repr(label), action="learner.add_class(5)")
         self._main.run("add_class", label=np.array([label], np.int32))
         return self
 
@@ -154,10 +156,15 @@ class Learner:
             raise WrongUse("this learner has no replay", action="Learner(plan, replay=acclimate.Replay())")
         kept = self._kept_as(x)
         if self.buffer is None:
-            self.buffer = self.replay.buffer(kept, int(self._output.shape[-1]))
+            self.buffer = self._buffer(kept)
         for sample, label in zip(kept, y, strict=True):
             self.buffer.add(sample, int(label))
         return self
+
+    def _buffer(self, kept: np.ndarray) -> Buffer:
+        """An empty one, for samples like these."""
+        assert self.replay is not None
+        return self.replay.buffer(kept, int(self._output.shape[-1]))
 
     def _kept_as(self, x: np.ndarray) -> np.ndarray:
         """What a replay keeps of samples: themselves, or what the frozen layers make of them."""
@@ -183,13 +190,16 @@ class Learner:
                 "a batch of one sample has no room for a replayed one", action="batch_size=2 or more"
             )
         if self.buffer is None:
-            self.remember(x[:batch], y[:batch])
-        assert self.buffer is not None
+            self.buffer = self._buffer(self._kept_as(x[:batch]))
         steps = -(-len(x) // (batch - old))
         for i in range(steps):
             part = slice(i * (batch - old), (i + 1) * (batch - old))
             new, labels = self._kept_as(x[part]), y[part]
-            x_old, y_old = self.buffer.batch(old)
+            if len(self.buffer):
+                x_old, y_old = self.buffer.batch(old)
+            else:  # nothing is remembered yet: the samples that come next, in their place
+                rows = (part.stop + np.arange(old)) % len(x)
+                x_old, y_old = self._kept_as(x[rows]), y[rows]
             mixed = np.concatenate([new, x_old]), np.concatenate([labels, y_old.astype(labels.dtype)])
             loss = self._step(*mixed, rate, entry)
             self.loss_history.append(loss)

@@ -719,7 +719,9 @@ class SGD:
         _check_optimizer(self)
         if self.rounding not in ROUNDINGS:
             raise WrongUse(
-                "no rounding is called that", number=repr(self.rounding), action=f"one of {ROUNDINGS}"
+                "no rounding is called that",
+                number=repr(self.rounding),
+                action=f"one of {', '.join(ROUNDINGS)}",
             )
         if not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
             raise WrongUse("share is a number in (0, 1]", number=repr(self.share), action="share=0.25")

@@ -20,7 +20,7 @@ from .classes import IN_USE, add_class_graph
 from .device import Device
 from .errors import CannotFit, WrongUse
 from .grad import UpdateSet, gradient_graph, latent_graphs, predict_graph, step_graphs
-from .ir import Dim, Graph, Node
+from .ir import Dim, Graph, Node, graph_of
 from .layout import Layout, arrange, persistent_layout
 from .objective import LOSSES, OPTIMIZERS, SGD, Loss, Optimizer, resolve
 from .ops import TABLE, cost, parse, with_batch
@@ -576,6 +576,12 @@ def compile_plan(
     if gradients not in GRADIENTS:
         raise WrongUse(
             "gradients cannot flow in this", number=repr(gradients), action=f"one of {', '.join(GRADIENTS)}"
+        )
+    if gradients != "float32" and all(v.quant is None for v in graph_of(model).values.values()):
+        raise WrongUse(
+            "gradients flow in integers through integer layers alone, and this model has none",
+            number=repr(gradients),
+            action='acclimate.quantize(model, x) first, or gradients="float32"',
         )
     chosen = schemes.resolve(scheme)
     update_set = chosen if isinstance(chosen, UpdateSet) else chosen.choose(model)

@@ -16,7 +16,7 @@ import numpy as np
 from . import passes
 from .errors import WrongUse
 from .grad import predict_graph
-from .ir import Dim, Graph, Node, Value
+from .ir import Dim, Graph, Node, Value, graph_of
 from .layout import arrange
 from .learner import Learner
 from .ops import TABLE, cost, infer, verify, with_batch
@@ -232,6 +232,7 @@ def prune(
     >>> sum(v.type.size for v in small.parameters().values())
     2182
     """
+    graph_of(model)
     if channels is None and connections is None:
         raise WrongUse("nothing is to be pruned", action="channels=0.5, or connections=0.9")
     if criterion not in CRITERIA:

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import passes
+from .classes import IN_USE
 from .data import Dataset
 from .errors import BadInput, WrongUse
 from .grad import predict_graph, prune
-from .ir import Graph, Node, Quant, Value
+from .ir import Graph, Node, Quant, Value, graph_of
 from .layout import arrange
 from .objective import LOSSES, Loss, resolve
 from .ops import TABLE, emit, verify, with_batch
@@ -89,10 +90,13 @@ def quantize(
     >>> int8 = acclimate.quantize(model, x[:256])                                     # doctest: +SKIP
     >>> plan = acclimate.plan(int8, device="nano33ble")                               # doctest: +SKIP
     """
-    if any(TABLE[n.op].fakes for n in model.nodes):
-        if calibration is not None:
+    if any(TABLE[n.op].fakes for n in graph_of(model).nodes):
+        given = (method, percentile, per_channel, tuple(keep_float), bits)
+        if calibration is not None or given != ("minmax", PERCENTILE, True, (), 8):
             raise WrongUse(
-                "this graph holds its scales already", where="calibration", action="quantize(model)"
+                "this graph holds its scales already",
+                where="calibration" if calibration is not None else "options",
+                action="quantize(model), with nothing else",
             )
         return lower(model)
     return Quantization(model, calibration, method, percentile, per_channel, keep_float, bits).graph
@@ -143,7 +147,7 @@ def fold(model: Graph) -> Graph:
     biases = {
         n.inputs[1]: n.inputs[2] for n in before.nodes if TABLE[n.op].roles.get(2) and len(n.inputs) > 2
     }
-    graph = prune(passes.prepare(before, set()))
+    graph = prune(passes.prepare(before, {IN_USE}))
     names: dict[str, str] = {}
     pairs: list[tuple[str, str]] = []  # a folded weight and its bias
     for node in graph.nodes:
@@ -370,7 +374,7 @@ def calibrate(
         raise WrongUse(
             "no calibration is called that", number=repr(method), action=f"one of {', '.join(METHODS)}"
         )
-    if not 50 < percentile <= 100:
+    if not isinstance(percentile, (int, float)) or not 50 < percentile <= 100:
         raise WrongUse(
             "percentile must be above 50, at most 100", number=repr(percentile), action="percentile=99.99"
         )
@@ -481,7 +485,7 @@ class Quantization:
             raise WrongUse("bits of a weight must be from 2 to 8", number=repr(self.bits), action="bits=8")
         if isinstance(self.keep_float, str):
             self.keep_float = (self.keep_float,)
-        if any(v.quant is not None for v in self.model.values.values()):
+        if any(v.quant is not None for v in graph_of(self.model).values.values()):
             raise WrongUse("this graph is quantised already", action="give the float model")
         if self.calibration is None:
             raise WrongUse(
@@ -610,6 +614,8 @@ class Quantization:
         count = len(next(iter(data.values())))
         target = None
         if y is not None:
+            if np.shape(y)[:1] != (count,):
+                raise BadInput("x and y differ in length", number=f"x {count}, y {np.shape(y)}")
             target = resolve(loss, LOSSES, "loss").check(
                 np.asarray(y), self.model.type(self.model.outputs["output"])
             )

@@ -48,8 +48,12 @@ class Replay:
                 raise WrongUse(
                     f"a replay buffer does not know this {what}", number=repr(value), action=", ".join(known)
                 )
-        if not 0 < self.share < 1:
-            raise WrongUse("share is a part of a batch", number=str(self.share), action="share=0.5")
+        for name, low in (("memory_bytes", 1), ("parts", 1), ("codes", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+                raise WrongUse(f"{name} must be a whole number", number=f"{value!r}, from {low}")
+        if not isinstance(self.share, (int, float)) or not 0 < self.share < 1:
+            raise WrongUse("share is a part of a batch", number=repr(self.share), action="share=0.5")
 
     def buffer(self, samples: np.ndarray, classes: int) -> Buffer:
         """An empty buffer for samples like these (n, ...), from which the range or the codebook is taken.

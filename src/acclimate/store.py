@@ -130,5 +130,6 @@ def newest(raw: bytes, model: int | None = None, where: str = "") -> bytes:
 
 def delta_in(raw: bytes, model: int, where: str = "") -> bytes:
     """`raw` itself, or where it is a flash image the delta of its newest slot of this model."""
-    image = MAGIC in raw and not raw.startswith(b"ACUP")
+    erased = bool(raw) and not raw.strip(b"\xff")  # a flash in which nothing was ever kept
+    image = erased or (MAGIC in raw and not raw.startswith(b"ACUP"))
     return newest(raw, model, where) if image else raw

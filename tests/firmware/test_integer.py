@@ -14,7 +14,7 @@ from acclimate.layout import arrange
 from acclimate.ops import TABLE
 from acclimate.ops.quantized import scaled
 from acclimate.ops.row import Example
-from acclimate.program import build
+from acclimate.program import build, pack_bits
 from acclimate.runtime import Session
 
 MISSING = [n for n in ("ziglang", "unicorn", "elftools") if importlib.util.find_spec(n) is None]
@@ -112,17 +112,58 @@ def gradients(form, gated=True):
     return dx, dw
 
 
+def in_blocks(form, bits, hostile=False):
+    """(graph, feeds) of both gradients from blocks, of the update made with one, and of what is done to blocks alone.
+
+    hostile: the largest and smallest mantissas and weights only, so that sums wrap.
+    """
+    x_shape, w_shape, g = FORMS[form]
+    rng, top = np.random.default_rng(len(form)), 2 ** (bits - 1)
+    kind = np.int16 if bits == 16 else np.int8
+    shape = output_shape(x_shape, w_shape, g)
+    x, w = (rng.integers(-128, 128, s).astype(np.int8) for s in (x_shape, w_shape))
+    m, other = (rng.integers(-top, top, shape).astype(kind) for _ in range(2))
+    if hostile:
+        m, w = (rng.choice((-t, -t, t - 1), v.shape).astype(v.dtype) for v, t in ((m, top), (w, 128)))
+    m[:, ::3] //= 2**9 if bits == 16 else 2**4
+    m[0, -1] = 0
+    e, f = (rng.integers(-20, 5, shape[:2]).astype(np.int32) for _ in range(2))
+    e[0, -1] = -512
+    seen, ratio = rng.random(shape) < 0.7, rng.integers(2**14, 2**15 + 1, w_shape[0]).astype(np.int32)
+    lr, scale = np.float32([0.3]), rng.uniform(0.01, 0.1, w_shape[0]).astype(np.float32)
+    power, of_x = np.full(w_shape[0], -15, np.int32), {**g, "x_zero": -3, "x_scale": 0.05}
+    calls = [
+        ("bf_conv_input_grad", [m, e[:, 0], w], {**g, "size": x_shape[2:], "bits": 24 - bits}),
+        ("bf_conv_input_grad", [m, e[:, 0], w], {**g, "size": x_shape[2:], "bits": bits}),
+        ("bf_conv_weight_grad", [x, m, e], {**of_x, "kernel": w_shape[2:]}),
+        ("bf_conv_sgd", [w, x, m, e, lr, scale], of_x),
+        ("bf_gate", [m, seen], {}),
+        ("bf_align", [m, e, ratio, power], {"spare": 1}),
+        ("bf_add", [m, e, other, f], {}),
+        ("bf_sum", [m, e], {}),
+    ]
+    if w_shape[1] > 4:
+        index = np.sort(rng.permutation(w_shape[1])[:4]).astype(np.int32)
+        part = rng.integers(-128, 128, (w_shape[0], 4, *w_shape[2:])).astype(np.int8)
+        calls.append(
+            ("bf_conv_input_grad", [m, e[:, 0], w, part, index], {**g, "size": x_shape[2:], "bits": 16})
+        )
+    return [(*one_node(TABLE[op], Example((), attrs), inputs), inputs) for op, inputs, attrs in calls]
+
+
 def on_board(graph, feeds, cpu):
-    """Raw bytes of each output on an emulated processor and here, and the emulated run."""
+    """Raw bytes of each output and of the state on an emulated processor and here, and the emulated run."""
     program = build({"run": arrange(graph)})
     session = Session(program, kernels="plain")
-    session.feed("run", feeds)
+    session.feed("run", {name: pack_bits(v) if v.dtype == bool else v for name, v in feeds.items()})
     session.run_range("run")
-    run = emulator.Harness(program, cpu).run("run", **feeds)
+    harness, size = emulator.Harness(program, cpu), program.state_bytes
+    run = harness.run("run", **feeds)
     places = [b for b in program.entries["run"].values() if b.is_output]
     here = {b.name: session.arena[b.offset : b.offset + b.type.size_bytes].tobytes() for b in places}
     there = {name: run.outputs[name].tobytes() for name in here}
-    return there, {name: raw[: len(there[name])] for name, raw in here.items()}, run  # the rest rounds up
+    here = {name: raw[: len(there[name])] for name, raw in here.items()}  # the rest rounds up
+    return {**there, "": harness.state[:size]}, {**here, "": session.state.tobytes()[:size]}, run
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)
@@ -150,6 +191,25 @@ def test_gradients_by_definition(form):
         assert np.abs(found - want).max() <= 3e-6 * np.abs(want).max()
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_in_blocks_by_definition(form, bits):
+    for hostile in (False, True):
+        for graph, feeds, inputs in in_blocks(form, bits, hostile):
+            node, row = graph.nodes[0], TABLE[graph.nodes[0].op]
+            want = row.ref(
+                node.attrs, *[v.astype(np.float64) if v.dtype == np.float32 else v for v in inputs]
+            )
+            if row.updates:
+                continue  # compared on boards, and with the gradient's own op where the update is tested
+            found = run_c(graph, feeds)
+            for k, v in enumerate(want):
+                if v.dtype.kind == "i":
+                    assert np.array_equal(found[f"o{k}"], v), (node.op, k)
+                else:
+                    assert np.abs(found[f"o{k}"] - v).max() <= 3e-6 * np.abs(v).max(), node.op
+
+
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (extra emulate)")
 @pytest.mark.parametrize("cpu", CPUS)
 def test_the_same_bits_on_boards(cpu):
@@ -157,4 +217,14 @@ def test_the_same_bits_on_boards(cpu):
         for graph, feeds in (*(forward(form, c)[:2] for c in CLAMPS), *gradients(form, gated=False)):
             there, here, run = on_board(graph, feeds, cpu)
             assert there == here, (form, graph.nodes[0].op)
+            assert run.stack_bytes <= toolchain.STACK_BYTES - 1024, form
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (extra emulate)")
+@pytest.mark.parametrize("cpu", CPUS)
+def test_the_same_bits_in_blocks_on_boards(cpu):
+    for form, bits in ((form, bits) for form in FORMS for bits in (16, 8)):
+        for graph, feeds, _ in in_blocks(form, bits, hostile=bits == 16):
+            there, here, run = on_board(graph, feeds, cpu)
+            assert there == here, (form, bits, graph.nodes[0].op)
             assert run.stack_bytes <= toolchain.STACK_BYTES - 1024, form

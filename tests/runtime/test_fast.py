@@ -12,9 +12,12 @@ from runtime.fast_cases import cases, program_of, run
 from runtime.native import ROOT, call
 from runtime.nets import plans, samples
 
+from acclimate.ir import Graph
+from acclimate.layout import Buffer, Layout
 from acclimate.learner import Learner
-from acclimate.ops import TABLE
+from acclimate.ops import TABLE, emit
 from acclimate.ops.row import Example
+from acclimate.program import build
 from acclimate.runtime import Session, best_isa
 
 ISAS = ["base", "v3", "v4"][: ["base", "v3", "v4"].index(best_isa()) + 1]
@@ -103,6 +106,39 @@ def test_strides_of_which_the_product_is_no_int(isa, stride):
         program = program_of(op, arrays, attrs | more)
         plain, fast = (run(program, arrays, isa=isa, kernels=k) for k in ("plain", "fast"))
         np.testing.assert_allclose(fast, plain, rtol=1e-5, atol=1e-5, err_msg=op)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_integer_convolution_of_one_channel_over_its_input(isa):
+    """It is depthwise, so the planner lets the output have the place of the input."""
+    rng = np.random.default_rng(5)
+    x, w = (rng.integers(-128, 128, s).astype(np.int8) for s in ((1, 1, 9, 20), (1, 1, 3, 3)))
+    graph = Graph()
+    scaling = [graph.constant(n, np.array([v], np.int32), "i32") for n, v in (("m", 2**30), ("s", -7))]
+    names = [graph.input("i0", x.shape, "i8"), graph.input("i1", w.shape, "i8")]
+    attrs = ONCE | {"before": (1, 1), "after": (1, 1), "x_zero": 3, "y_zero": -5, "low": -128, "high": 127}
+    graph.outputs["o"] = y = emit(graph, "q_conv", *names, "", *scaling, unused=(1,), **attrs)[0]
+    buffers = [Buffer(["i0", y], x.size, 0, 1, 0), Buffer(["i1"], 12, 0, 1, x.size)]
+    offsets, size = {"i0": 0, y: 0, "i1": x.size}, x.size + 12
+    program = build({"run": Layout(graph, graph.nodes, buffers, offsets, size, size)})
+    plain, fast = (run(program, [x, w], isa=isa, kernels=k) for k in ("plain", "fast"))
+    apart = run(
+        program_of("q_conv", [x, w, None, *(np.array([v], np.int32) for v in (2**30, -7))], attrs), [x, w]
+    )
+    np.testing.assert_array_equal(plain, apart)
+    np.testing.assert_array_equal(fast, apart)
+
+
+def test_an_integer_gradient_of_so_many_columns_that_their_product_is_no_int():
+    """49 rows of them are more than an int holds: they must not be taken for few enough to lie on the stack."""
+    d, w = np.array([[[[2, 3, 5]]]], np.float32), np.full((1, 1, 49, 1), 7, np.int8)
+    columns, step = 43_826_200, 1 << 24
+    attrs = ONCE | {"before": (24, 0), "after": (24, 0), "stride": (1, step), "size": (1, columns)}
+    arrays = [d, w, np.array([0.5], np.float32)]
+    program = program_of("q_conv_input_grad", arrays, attrs)
+    dx = run(program, arrays, kernels="plain")[0, 0, 0]
+    np.testing.assert_array_equal(dx[::step], [7.0, 10.5, 17.5])
+    assert np.count_nonzero(dx) == 3
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -31,7 +31,7 @@ from ..device import Device
 from ..device import get as get_device
 from ..errors import AcclimateError, BadInput, CannotFit, WrongUse, missing_extra
 from ..ir import DTYPES
-from ..program import ARENA, STATE_ENTRY, Binding, Program, decode, operations
+from ..program import ARENA, STATE_ENTRY, Binding, Program, decode, operations, pack_bits
 from ..runtime import LABEL_ERROR, PAINT, SOURCE
 from . import toolchain
 from .toolchain import BOARDS, FLAGS, SECTIONS, STACK_BYTES, Cpu, Firmware, cpu_of
@@ -404,7 +404,7 @@ class Harness:
         return (self.arena_at if b.area == ARENA else self.state_at) + b.offset
 
     def feed(self, entry: str, inputs: Mapping[str, Any]) -> None:
-        """Copy inputs to their places in the emulated memory."""
+        """Copy inputs to their places in the emulated memory; bits are one number an element."""
         for name, value in inputs.items():
             b = self.program.entries[entry][name]
             data = np.asarray(value, DTYPES[b.type.dtype])
@@ -414,7 +414,7 @@ class Harness:
                     where=f"{entry}, {name}",
                     number=f"{data.shape}, must be {b.type.shape}",
                 )
-            self._put(self._address(b), data.tobytes())
+            self._put(self._address(b), (pack_bits(data) if b.type.dtype == "bit" else data).tobytes())
 
     def read(self, entry: str, name: str) -> np.ndarray:
         """A copy of an input, an output, or (entry "state") a persistent value; bits as words of 32."""

@@ -63,6 +63,10 @@ def export(
     >>> acclimate.export(plan, "firmware", target="cortex-m4")                         # doctest: +SKIP
     """
     check(target, mode)
+    if not isinstance(plan, Plan):
+        raise WrongUse(
+            "export takes a Plan", number=type(plan).__name__, action="acclimate.plan(model, device)"
+        )
     if slot_bytes is not None and (slot_bytes < 0 or slot_bytes % 4):
         raise WrongUse("slot_bytes is a multiple of 4 from zero", number=str(slot_bytes))
     if (room_for or slot_bytes) and mode == "unrolled":

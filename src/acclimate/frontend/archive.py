@@ -10,6 +10,7 @@ A dimension that scales with the batch is {"batch": coefficient}; a float that J
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -23,7 +24,7 @@ import numpy as np
 
 from ..data import read_arrays
 from ..errors import AcclimateError, BadInput
-from ..ir import DTYPES, Dim, Graph, Node, Quant, Type, Value
+from ..ir import DTYPES, Dim, Graph, Node, Quant, Type, Value, graph_of
 from ..ops import TABLE, verify
 from ..ops.row import MAX_RANK
 from . import common as c
@@ -53,7 +54,7 @@ def save(graph: Graph, path: str | PathLike[str]) -> int:
         return key
 
     values = []
-    for v in graph.values.values():
+    for v in graph_of(graph).values.values():
         quant = None if v.quant is None else {"scale": put(v.quant.scale), "zero": v.quant.zero}
         values.append(
             {
@@ -84,8 +85,16 @@ def save(graph: Graph, path: str | PathLike[str]) -> int:
     try:
         part.write_bytes(out.getvalue())
         os.replace(part, file)
+    except OSError as error:
+        raise BadInput(
+            "the graph could not be written",
+            where=str(path),
+            number=error.strerror or str(error),
+            action="check the folder and the free space; the old file is as it was",
+        ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     return len(out.getvalue())
 
 
@@ -235,7 +244,7 @@ def _value(told: Any, batch: int, arrays: Mapping[str, np.ndarray]) -> Value:
     sparse = bool(_whole(int(told.get("sparse", False)), 0, 1, "sparse"))
     if sparse and (kind != "parameter" or dtype != "f32"):
         raise BadInput("only a float parameter is sparse", where=name, number=f"{kind}, {dtype}")
-    return Value(name, Type(shape, dtype), kind, data, quant, sparse)
+    return Value(name, Type(shape, dtype), kind, data, quant, sparse=sparse)
 
 
 def _node(told: Any, batch: int) -> Node:

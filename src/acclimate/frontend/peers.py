@@ -37,6 +37,8 @@ def published(
     """
     if classes is not None and (isinstance(classes, bool) or not isinstance(classes, int) or classes < 1):
         raise WrongUse("classes must be a whole number from 1", number=repr(classes), action="classes=10")
+    if not isinstance(seed, int) or seed < 0:
+        raise WrongUse("seed must be a whole number from 0", number=repr(seed), action="seed=0")
     graph, net = Graph(), _Net(arrays)
     first = told["first_conv"]
     side = net.whole(first["in_shape"], 1, MOST_SIDE, "first_conv")

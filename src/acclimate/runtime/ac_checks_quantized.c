@@ -68,6 +68,11 @@ ac_status ac_check_q_block(const ac_call *call) {
         const ac_status status = ac_check_window(&in, w, &out, window, in.dim[1] / w->dim[1]);
         if (status != AC_OK) return status;
         if (rows > out.dim[2]) return AC_E_OP;
+        uint64_t size = 1; /* of what this stage makes, where it is held whole */
+        for (int d = 0; d < 4; d++) {
+            size *= (uint64_t)out.dim[d];
+            if (size > INT32_MAX) return AC_E_SHAPE;
+        }
         if (i) { /* rows of this stage's input that are held */
             const int64_t room = ((int64_t)rows - 1) * g[0] + w->dim[2];
             held += (uint64_t)in.dim[1] * (uint64_t)in.dim[3] * (uint64_t)(room < in.dim[2] ? room : in.dim[2]);
@@ -75,6 +80,7 @@ ac_status ac_check_q_block(const ac_call *call) {
         }
         in = out;
     }
+    if (AC_OUT_T(call, 1)->size != (held ? held : 1)) return AC_E_SHAPE;
     for (int d = 0; d < 4; d++)
         if (out.dim[d] != AC_OUT_T(call, 0)->dim[d] || (a->adds && out.dim[d] != AC_IN_T(call, 0)->dim[d])) return AC_E_SHAPE;
     if (!a->adds) return AC_OK;

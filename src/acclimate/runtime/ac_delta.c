@@ -257,7 +257,7 @@ static ac_status apply(const record *r, uint8_t *state) {
                 const size_t at = (o * dim + (r->channels ? word_at(r->index + 4 * c) : 0)) * inner + done;
                 const size_t to = spot(r, at, piece);
                 const uint8_t *from = r->data + (o * count + c) * inner + done;
-                if (to == SIZE_MAX && memcmp(r->part.fixed + at, from, unit)) return AC_E_RECORD;
+                if (to == SIZE_MAX && !ac_same_bytes(r->part.fixed + at, from, unit)) return AC_E_RECORD;
                 if (to != SIZE_MAX && state) memcpy(state + r->tensor->offset + to, from, unit);
             }
     return AC_OK;

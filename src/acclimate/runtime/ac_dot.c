@@ -79,6 +79,156 @@ void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *co
 #endif
 
 #if AC_DSP
+/* 0.69 instructions a product. In registers: r1 columns, r2 rows, r4-r7 and r8-r11 the sums of both rows; on the stack from sp
+ * on: sum, rows, end, bytes to the second sums, where the first round begins, end of rows. */
+__attribute__((naked)) void AC_KERNEL(dot_pairs)(int32_t *sum __attribute__((unused)),
+                                                 const uint32_t *columns __attribute__((unused)),
+                                                 const uint32_t *rows __attribute__((unused)),
+                                                 int pairs __attribute__((unused)),
+                                                 const int32_t *end __attribute__((unused)),
+                                                 int next __attribute__((unused))) {
+#define PAIR /* 11 instructions of 4 bytes */   \
+    "ldrd r3, r0, [r2], #16\n\t"                \
+    "ldrd r12, lr, [r1], #8\n\t"                \
+    "smlad r4, r12, r3, r4\n\t"                 \
+    "smlad r5, lr, r3, r5\n\t"                  \
+    "smlad r8, r12, r0, r8\n\t"                 \
+    "smlad r9, lr, r0, r9\n\t"                  \
+    "ldrd r12, lr, [r1], #8\n\t"                \
+    "smlad r6, r12, r3, r6\n\t"                 \
+    "smlad r7, lr, r3, r7\n\t"                  \
+    "smlad r10, r12, r0, r10\n\t"               \
+    "smlad r11, lr, r0, r11\n\t"
+#define EIGHT PAIR PAIR PAIR PAIR PAIR PAIR PAIR PAIR
+    AC_ASM("push {r4-r11, lr}\n\t"
+           "ldrd r4, r5, [sp, #36]\n\t" /* end, next */
+           "lsl r5, r5, #2\n\t"
+           "rsb r6, r3, #0\n\t"
+           "and r6, r6, #15\n\t" /* pairs that the first round leaves out */
+           "mov r7, #44\n\t"
+           "adr.w r8, 2f\n\t"
+           "mla r6, r6, r7, r8\n\t"
+           "orr r6, r6, #1\n\t"
+           "add r7, r2, r3, lsl #4\n\t"
+           "push {r0, r2, r4, r5, r6, r7}\n\t"
+           "1:\n\t"
+           "ldr r3, [sp, #12]\n\t"
+           "ldm r0, {r4-r7}\n\t"
+           "add r3, r3, r0\n\t"
+           "ldm r3, {r8-r11}\n\t"
+           "ldr r2, [sp, #4]\n\t"
+           "ldr.w pc, [sp, #16]\n\t"
+           ".balign 4\n"
+           "2:\n\t" EIGHT EIGHT
+           "ldr r3, [sp, #20]\n\t"
+           "cmp r2, r3\n\t"
+           "bne 2b\n\t"
+           "ldr r0, [sp]\n\t"
+           "stmia r0!, {r4-r7}\n\t"
+           "str r0, [sp]\n\t"
+           "ldrd r12, r3, [sp, #8]\n\t"
+           "add r3, r3, r0\n\t"
+           "stmdb r3, {r8-r11}\n\t"
+           "cmp r0, r12\n\t"
+           "bne 1b\n\t"
+           "add sp, sp, #24\n\t"
+           "pop {r4-r11, pc}");
+#undef PAIR
+#undef EIGHT
+}
+
+/* In registers: r0 to, r1 x, r2 two steps, r3 rounds of four pairs, r8 one step; 4 * size bytes of code make a pair. */
+#define ZIP(type, name, shift, size, PAIR)                                                                                \
+    __attribute__((naked)) void AC_KERNEL(name)(uint32_t *to __attribute__((unused)), const type *x __attribute__((unused)), \
+                                                size_t step __attribute__((unused)), int pairs __attribute__((unused))) { \
+        AC_ASM("push {r4-r8, lr}\n\t"                                                                                    \
+               "lsl r8, r2, #" shift "\n\t"                                                                              \
+               "lsl r2, r8, #1\n\t"                                                                                      \
+               "rsb r4, r3, #0\n\t"                                                                                      \
+               "and r4, r4, #3\n\t" /* pairs that the first round leaves out */                                          \
+               "add r3, r3, #3\n\t"                                                                                      \
+               "lsr r3, r3, #2\n\t"                                                                                      \
+               "mov r5, #4 * " size "\n\t"                                                                               \
+               "adr.w r6, 2f\n\t"                                                                                        \
+               "mla r4, r4, r5, r6\n\t"                                                                                  \
+               "orr r4, r4, #1\n\t"                                                                                      \
+               "bx r4\n\t"                                                                                               \
+               ".balign 4\n"                                                                                             \
+               "2:\n\t" PAIR PAIR PAIR PAIR "subs r3, r3, #1\n\t"                                                       \
+               "bne 2b\n\t"                                                                                              \
+               "pop {r4-r8, pc}");                                                                                       \
+    }
+ZIP(int8_t, zip_bytes, "0", "13",
+    "ldr.w r12, [r1]\n\t"
+    "ldr.w lr, [r1, r8]\n\t"
+    "add.w r1, r1, r2\n\t"
+    "sxtb16 r4, r12\n\t"
+    "sxtb16 r5, r12, ror #8\n\t"
+    "sxtb16 r6, lr\n\t"
+    "sxtb16 lr, lr, ror #8\n\t"
+    "pkhtb r7, lr, r5, asr #16\n\t"
+    "pkhbt r5, r5, lr, lsl #16\n\t"
+    "pkhbt r12, r4, r6, lsl #16\n\t"
+    "pkhtb r6, r6, r4, asr #16\n\t"
+    "strd r12, r5, [r0], #8\n\t"
+    "strd r6, r7, [r0], #8\n\t")
+ZIP(int16_t, zip_halves, "1", "12",
+    "ldr.w r4, [r1]\n\t"
+    "ldr.w r6, [r1, #4]\n\t"
+    "add.w r1, r1, r8\n\t"
+    "ldr.w r5, [r1]\n\t"
+    "ldr.w r7, [r1, #4]\n\t"
+    "add.w r1, r1, r8\n\t"
+    "pkhbt r12, r4, r5, lsl #16\n\t"
+    "pkhtb lr, r5, r4, asr #16\n\t"
+    "pkhbt r4, r6, r7, lsl #16\n\t"
+    "pkhtb r5, r7, r6, asr #16\n\t"
+    "strd r12, lr, [r0], #8\n\t"
+    "strd r4, r5, [r0], #8\n\t")
+#undef ZIP
+
+__attribute__((naked)) uint32_t AC_KERNEL(or_of_fours)(const int32_t *sum __attribute__((unused)),
+                                                       int fours __attribute__((unused))) {
+#define ONE(v)                         \
+    "eor r12, " v ", " v ", asr #31\n\t" \
+    "sub r12, r12, " v ", asr #31\n\t" \
+    "orr r2, r2, r12\n\t"
+    AC_ASM("push {r4-r6, lr}\n\t"
+           "mov r2, #0\n\t"
+           "1:\n\t"
+           "ldmia r0!, {r3-r6}\n\t" ONE("r3") ONE("r4") ONE("r5") ONE("r6")
+           "subs r1, r1, #1\n\t"
+           "bne 1b\n\t"
+           "mov r0, r2\n\t"
+           "pop {r4-r6, pc}");
+#undef ONE
+}
+
+__attribute__((naked)) void AC_KERNEL(put_fours)(int16_t *to __attribute__((unused)), const int32_t *sum __attribute__((unused)),
+                                                 int fours __attribute__((unused)), int32_t by __attribute__((unused))) {
+#define ONE(v)                    \
+    "qadd " v ", " v ", r8\n\t"   \
+    "asr " v ", " v ", r3\n\t"    \
+    "ssat " v ", #16, " v "\n\t"
+#define TWO(a, b) /* what is -32768 becomes -32767 */ \
+    "pkhbt " a ", " a ", " b ", lsl #16\n\t"          \
+    "qsub16 " a ", " a ", r9\n\t"                     \
+    "sadd16 " a ", " a ", r9\n\t"                     \
+    "str " a ", [r0], #4\n\t"
+    AC_ASM("push {r4-r9, lr}\n\t"
+           "mov r8, #1\n\t"
+           "lsl r8, r8, r3\n\t"
+           "lsr r8, r8, #1\n\t"
+           "mov r9, #0x00010001\n\t"
+           "1:\n\t"
+           "ldmia r1!, {r4-r7}\n\t" ONE("r4") ONE("r5") ONE("r6") ONE("r7") TWO("r4", "r5") TWO("r6", "r7")
+           "subs r2, r2, #1\n\t"
+           "bne 1b\n\t"
+           "pop {r4-r9, pc}");
+#undef ONE
+#undef TWO
+}
+
 /* In registers: r0 sum, r1 bytes of a row, r2 x, r3 w, r4-r7 the four sums, r8-r11 words of x, r11 or r12 on words of w, lr v.
  * A row of four windows: each word of x is loaded once; what a window has alone at its first or last column is multiplied
  * by half a word. */

@@ -184,6 +184,28 @@ AC_INLINE void ac_columns_of_planes(uint32_t *to, const int8_t *x, size_t plane,
 void AC_KERNEL(dot_columns)(int32_t *sum, const int32_t *end, const uint32_t *columns,
                             const int8_t *w, int groups, int32_t start);
 
+/* ---- pairs of int16: what gradients in blocks are multiplied by ---- */
+
+#if AC_DSP
+/* sum[4 * k + p] += the products of column p of the k-th four columns and the first of two rows, sum[next + 4 * k + p] +=
+ * those of the second, up to `end`, at least one four; sums wrap. Of both, columns and rows, the pairs of four lie side by
+ * side; at least one pair. */
+void AC_KERNEL(dot_pairs)(int32_t *sum, const uint32_t *columns, const uint32_t *rows, int pairs, const int32_t *end, int next);
+
+/* to[4 * k + p] = (byte p at x + 2 * k * step, byte p one step on) for p < 4 and k < pairs, at least one */
+void AC_KERNEL(zip_bytes)(uint32_t *to, const int8_t *x, size_t step, int pairs);
+
+/* The same of int16. */
+void AC_KERNEL(zip_halves)(uint32_t *to, const int16_t *x, size_t step, int pairs);
+
+/* The or of the magnitudes of 4 * fours numbers, at least four. */
+uint32_t AC_KERNEL(or_of_fours)(const int32_t *sum, int fours);
+
+/* to[i] = sum[i] * 2^-by, halves upwards, or the nearer of -32767 and 32767, of 4 * fours numbers, at least four; `to` may lie
+ * where the sums do, and start there or before; by from 0 to 31. */
+void AC_KERNEL(put_fours)(int16_t *to, const int32_t *sum, int fours, int32_t by);
+#endif
+
 /* ---- rows: what the outputs of a depthwise convolution see ---- */
 
 /* x - zero as int16, wherever `to` points. */
@@ -213,17 +235,20 @@ AC_INLINE void ac_widen(int16_t *to, const int8_t *x, int count, int zero) {
         to[i] = (int16_t)(x[i] - zero);
 }
 
-/* Doubled weights of a window: each row's pairs of neighbours. */
-AC_INLINE void ac_put_window(uint32_t *to, const int8_t *w, int width) {
-    for (int i = 0; i < width; i++, w += width, to += width - 1) {
+/* Doubled weights of a window: each row's pairs of neighbours; step 1, or -1 from the last weight back. */
+AC_INLINE void ac_put_window_by(uint32_t *to, const int8_t *w, int width, int step) {
+    for (int i = 0; i < width; i++, w += step, to += width - 1) {
         uint32_t left = (uint32_t)(2 * w[0]);
         for (int j = 0; j + 1 < width; j++) {
-            const uint32_t right = (uint32_t)(2 * w[j + 1]);
+            w += step;
+            const uint32_t right = (uint32_t)(2 * w[0]);
             to[j] = (left & 0xFFFFu) | right << 16;
             left = right;
         }
     }
 }
+
+AC_INLINE void ac_put_window(uint32_t *to, const int8_t *w, int width) { ac_put_window_by(to, w, width, 1); }
 
 /* Windows on rows of a channel. */
 typedef struct {

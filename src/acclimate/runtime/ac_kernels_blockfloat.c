@@ -1,76 +1,5 @@
-/* Gradients as block floating point: int16 or int8 mantissas m, one exponent e a channel and sample; m * 2^e.
- *
- * All sums of mantissas are exact or wrap as an int32 does, so the bits are the same everywhere. Floats appear only where
- * a gradient enters and where a weight's or bias's comes out. */
-#include "ac_ops.h"
-#include "ac_quantized.h"
-
-#include <string.h>
-
-enum { EMPTY = -512, RATIO_BITS = 15, CHUNK = 256 };
-
-typedef struct {
-    int n, c, h, w;
-    size_t plane;
-} shape;
-
-static shape shape_of(const ac_tensor *t) {
-    const int h = t->rank == 4 ? t->dim[2] : 1, w = t->rank > 2 ? t->dim[t->rank - 1] : 1;
-    return (shape){t->dim[0], t->dim[1], h, w, (size_t)h * (size_t)w};
-}
-
-static int smaller(int a, int b) { return a < b ? a : b; }
-static int larger(int a, int b) { return a > b ? a : b; }
-
-/* Of the positions at + i * step below `size`, i from 0 to count - 1: the first that is not negative, */
-static int first_inside(int at, int step, int count) { return at >= 0 ? 0 : smaller(count, (-at + step - 1) / step); }
-
-/* and one past the last. */
-static int end_inside(int at, int step, int size, int count) {
-    return larger(first_inside(at, step, count), at >= size ? 0 : smaller(count, (size - 1 - at) / step + 1));
-}
-
-/* Exponents as they are used, whatever is in memory. */
-static int32_t bounded(int32_t e) { return e < EMPTY ? EMPTY : e > -EMPTY ? -EMPTY : e; }
-
-/* 2^e, 0 or infinity where a float has no such number */
-static float power_of_two(int32_t e) {
-    if (e < -149) return 0.0f;
-    if (e < -126) return ac_float(1u << (e + 149));
-    return ac_float((uint32_t)(e > 127 ? 255 : e + 127) << 23);
-}
-
-static float scaled_by(float x, int32_t e) { return e < -126 ? x * power_of_two(e + 100) * power_of_two(-100) : x * power_of_two(e); }
-
-/* x * 2^-by, halves upwards */
-AC_INLINE int32_t shifted(int32_t x, int32_t by) {
-    return by <= 0 ? x : by > 31 ? 0 : (int32_t)(((int64_t)x + ((int64_t)1 << (by - 1))) >> by);
-}
-
-AC_INLINE int32_t mantissa(const void *m, int narrow, size_t i) {
-    return narrow ? ((const int8_t *)m)[i] : ((const int16_t *)m)[i];
-}
-
-AC_INLINE void put_mantissa(void *m, int narrow, size_t i, int32_t v) {
-    if (narrow) ((int8_t *)m)[i] = (int8_t)v;
-    else ((int16_t *)m)[i] = (int16_t)v;
-}
-
-static int is_narrow(const ac_tensor *t) { return t->dtype == AC_I8; }
-
-static uint32_t size_of(int32_t v) { return v < 0 ? 0u - (uint32_t)v : (uint32_t)v; }
-
-/* By how much a block whose largest number is `top` is shifted right to be mantissas. */
-static int32_t excess(uint32_t top, int narrow) {
-    int32_t length = 0;
-    while (length < 32 && top >> length) length++;
-    return larger(length - (narrow ? 7 : 15), 0);
-}
-
-static int32_t as_mantissa(int32_t v, int32_t by, int narrow) {
-    const int32_t top = narrow ? INT8_MAX : INT16_MAX;
-    return ac_clamped(shifted(v, by), -top, top);
-}
+/* Gradients in blocks, element by element; see ac_blockfloat.h. */
+#include "ac_blockfloat.h"
 
 /* x -> m, e */
 ac_status AC_KERNEL(bf_pack)(const ac_call *call) {
@@ -111,14 +40,58 @@ ac_status AC_KERNEL(bf_unpack)(const ac_call *call) {
     return AC_OK;
 }
 
+/* Mantissas [0, count), count at most 32, where the low bits of `bits` are set. */
+AC_INLINE void gate(void *to, const void *m, int narrow, size_t at, uint32_t bits, size_t count) {
+    size_t i = 0;
+#if AC_DSP
+    static const uint32_t masks[4] = {0, 0xFFFFu, 0xFFFF0000u, 0xFFFFFFFFu};
+    for (; !narrow && i + 2 <= count; i += 2, bits >>= 2) {
+        const uint32_t pair = ac_load4((const int16_t *)m + at + i) & masks[bits & 3u];
+        AC_COPY((int16_t *)to + at + i, &pair, 4);
+    }
+    bits <<= i & 31u;
+#endif
+    for (; i < count; i++) put_mantissa(to, narrow, at + i, mantissa(m, narrow, at + i) & -(int32_t)(bits >> i & 1u));
+}
+
 /* m, bits -> m where the bit is set, else 0 */
 ac_status AC_KERNEL(bf_gate)(const ac_call *call) {
     const uint32_t *bits = AC_IN(call, 1);
     const size_t n = AC_IN_T(call, 0)->size;
     const int narrow = is_narrow(AC_IN_T(call, 0));
-    for (size_t i = 0; i < n; i++)
-        put_mantissa(AC_OUT(call, 0), narrow, i, bits[i >> 5] >> (i & 31u) & 1u ? mantissa(AC_IN(call, 0), narrow, i) : 0);
+    for (size_t i = 0; i < n; i += 32) {
+        const size_t count = n - i < 32 ? n - i : 32;
+        if (narrow) gate(AC_OUT(call, 0), AC_IN(call, 0), 1, i, bits[i >> 5], count);
+        else if (count < 32) gate(AC_OUT(call, 0), AC_IN(call, 0), 0, i, bits[i >> 5], count);
+        else gate(AC_OUT(call, 0), AC_IN(call, 0), 0, i, bits[i >> 5], 32);
+    }
     return AC_OK;
+}
+
+#if AC_DSP
+AC_APART void align_fours(int16_t *to, const int16_t *m, size_t fours, int32_t ratio, int32_t by) {
+    const int32_t half = 1 << (by - 1);
+    for (; fours; fours--, m += 4, to += 4)
+        for (int k = 0; k < 4; k += 2) {
+            const uint32_t pair = ac_load4(m + k);
+            const int32_t low = ac_low_low(pair, (uint32_t)ratio, half), high = ac_high_low(pair, (uint32_t)ratio, half);
+            const uint32_t both = ac_low_halves((uint32_t)(low >> by), (uint32_t)(high >> by));
+            AC_COPY(to + k, &both, 4);
+        }
+}
+#endif
+
+/* to[i] = m[i] * ratio * 2^-by; by from 15 to 31: no sum is 2^31, and none is more than a mantissa */
+AC_INLINE void align(void *to, const void *m, int narrow, size_t at, size_t count, int32_t ratio, int32_t by) {
+    const int32_t half = 1 << (by - 1);
+    size_t i = at;
+#if AC_DSP
+    if (!narrow && ratio < 32768) {
+        align_fours((int16_t *)to + at, (const int16_t *)m + at, count / 4, ratio, by);
+        i += count & ~(size_t)3;
+    }
+#endif
+    for (; i < at + count; i++) put_mantissa(to, narrow, i, (mantissa(m, narrow, i) * ratio + half) >> by);
 }
 
 /* m, e, ratio (O), power (O) -> g, t (N): g * 2^t = m * 2^e * ratio * 2^power, but for what is shifted out */
@@ -137,179 +110,50 @@ ac_status AC_KERNEL(bf_align)(const ac_call *call) {
         t[n] = top == 2 * EMPTY ? EMPTY : bounded(top + RATIO_BITS + spare);
         for (size_t o = 0; o < channels; o++) {
             const int32_t own = bounded(e[n * channels + o]), by = RATIO_BITS + spare + top - (own + power[o]);
-            for (size_t i = 0, at = (n * channels + o) * each; i < each; i++, at++) {
-                const int32_t v = mantissa(AC_IN(call, 0), narrow, at);
-                const int32_t g = own == EMPTY ? 0 : shifted(v * ratio[o], by);
-                put_mantissa(AC_OUT(call, 0), narrow, at, ac_clamped(g, narrow ? INT8_MIN : INT16_MIN, narrow ? INT8_MAX : INT16_MAX));
-            }
+            const size_t at = (n * channels + o) * each;
+            const int none = own == EMPTY || by > 31;
+            if (narrow) align(AC_OUT(call, 0), AC_IN(call, 0), 1, at, each, none ? 0 : ratio[o], none ? 31 : by);
+            else align(AC_OUT(call, 0), AC_IN(call, 0), 0, at, each, none ? 0 : ratio[o], none ? 31 : by);
         }
     }
     return AC_OK;
 }
 
-/* A part of an input plane: rows [row, row + rows), columns [col, col + cols), at most CHUNK elements. */
-typedef struct {
-    int row, col, rows, cols;
-} part;
-
-/* acc (rows, cols) of the part = sum over the output channels of a group and the taps of g * w, wrapping */
-static void sum_part(int32_t *acc, const ac_attr_bf_conv_input_grad *a, const shape *out, const shape *kernel, int narrow,
-                     const void *g, size_t first, const int8_t *w, size_t w_step, int count, const part *b) {
-    memset(acc, 0, (size_t)b->rows * (size_t)b->cols * sizeof *acc);
-    for (int o = 0; o < count; o++, first += out->plane, w += w_step)
-        for (int i = 0; i < kernel->h; i++)
-            for (int j = 0; j < kernel->w; j++) {
-                const int32_t weight = w[i * kernel->w + j];
-                const int row = i * a->dilation[0] - a->before[0] - b->row, col = j * a->dilation[1] - a->before[1] - b->col;
-                const int top = first_inside(row, a->stride[0], out->h), bottom = end_inside(row, a->stride[0], b->rows, out->h),
-                          left = first_inside(col, a->stride[1], out->w), right = end_inside(col, a->stride[1], b->cols, out->w);
-                for (int p = top; p < bottom; p++) {
-                    int32_t *line = acc + (row + p * a->stride[0]) * b->cols + col;
-                    const size_t at = first + (size_t)p * (size_t)out->w;
-                    for (int q = left; q < right; q++) {
-                        int32_t *to = line + q * a->stride[1];
-                        *to = ac_wrap_add(*to, mantissa(g, narrow, at + (size_t)q) * weight);
-                    }
-                }
-            }
-}
-
-/* g (N, O, P, Q), t (N), w (O, C / groups, kH, kW), part (O, K, kH, kW)?, index (K)? -> m (N, C, H, W), e (N, C) */
-ac_status AC_KERNEL(bf_conv_input_grad)(const ac_call *call) {
-    const ac_attr_bf_conv_input_grad *a = call->attr;
-    const shape in = shape_of(AC_OUT_T(call, 0)), kernel = shape_of(AC_IN_T(call, 2)), out = shape_of(AC_IN_T(call, 0));
-    const int32_t *t = AC_IN(call, 1);
-    const int parts = AC_IN(call, 3) ? AC_IN_T(call, 3)->dim[1] : 0;
-    const ac_weights w = {AC_IN(call, 2), AC_IN(call, 3), AC_IN(call, 4), kernel.c, parts, kernel.plane};
-    int32_t *e = AC_OUT(call, 1), acc[CHUNK];
-    const int from_narrow = is_narrow(AC_IN_T(call, 0)), narrow = is_narrow(AC_OUT_T(call, 0)), per_group = out.c / a->groups;
-    const int cols = smaller(in.w, CHUNK), rows = smaller(in.h, CHUNK / cols);
-    const int passes = rows == in.h && cols == in.w ? 1 : 2; /* where a plane is more than a chunk its sums are made twice */
-    for (int n = 0; n < in.n; n++)
-        for (int c = 0; c < in.c; c++) {
-            const int group = c / kernel.c, o = group * per_group;
-            int next = 0;
-            const int8_t *by = ac_weights_of(&w, o, c % kernel.c, &next);
-            const size_t row_size = ac_weights_step(&w, c % kernel.c, next);
-            const size_t first = ((size_t)n * (size_t)out.c + (size_t)o) * out.plane,
-                         to = ((size_t)n * (size_t)in.c + (size_t)c) * in.plane;
-            uint32_t largest = 0;
-            for (int pass = 2 - passes; pass < 2; pass++)
-                for (int r = 0; r < in.h; r += rows)
-                    for (int s = 0; s < in.w; s += cols) {
-                        const part b = {r, s, smaller(rows, in.h - r), smaller(cols, in.w - s)};
-                        sum_part(acc, a, &out, &kernel, from_narrow, AC_IN(call, 0), first, by, row_size, per_group, &b);
-                        const int size = b.rows * b.cols;
-                        for (int i = 0; (passes == 1 || pass == 0) && i < size; i++)
-                            if (size_of(acc[i]) > largest) largest = size_of(acc[i]);
-                        if (pass == 0) continue;
-                        const int32_t shift = excess(largest, narrow);
-                        for (int i = 0; i < size; i++)
-                            put_mantissa(AC_OUT(call, 0), narrow,
-                                         to + (size_t)(r + i / b.cols) * (size_t)in.w + (size_t)(s + i % b.cols),
-                                         as_mantissa(acc[i], shift, narrow));
-                    }
-            e[n * in.c + c] = largest ? bounded(bounded(t[n]) + excess(largest, narrow)) : EMPTY;
-        }
-    return AC_OK;
-}
-
-/* Whether channel o of every sample is zero. */
-static int is_still(const void *m, int narrow, const shape *s, int o) {
-    for (int n = 0; n < s->n; n++)
-        for (size_t i = 0, at = ((size_t)n * (size_t)s->c + (size_t)o) * s->plane; i < s->plane; i++)
-            if (mantissa(m, narrow, at + i)) return 0;
-    return 1;
-}
-
-/* What a weight's gradient is made from: x (N, C, H, W), m (N, O, P, Q) and e (N, O). */
-typedef struct {
-    const int32_t *stride, *before, *dilation;
-    int groups, x_zero;
-    float x_scale;
-    shape in, kernel, out;
-    const int8_t *x;
-    const void *m;
-    const int32_t *e;
-    int narrow;
-} products;
-
-/* The gradient, number by number, to dw or at once to what learns from it. */
-static void weight_grad(const products *a, float *dw, const ac_rule *learns) {
-    const int per_group = a->out.c / a->groups;
-    const size_t each = (size_t)a->kernel.c * a->kernel.plane;
-    size_t at = 0;
-    for (int o = 0; o < a->out.c; o++) {
-        if (is_still(a->m, a->narrow, &a->out, o)) { /* of most channels, where only the largest gradients are kept */
-            const float none = 0.0f;
-            for (size_t i = 0; i < each; i++, at++)
-                if (learns) AC_KERNEL(learn)(learns, at, &none, 1);
-                else dw[at] = none;
-            continue;
-        }
-        for (int c = 0; c < a->kernel.c; c++)
-            for (int i = 0; i < a->kernel.h; i++)
-                for (int j = 0; j < a->kernel.w; j++, at++) {
-                    const int row = i * a->dilation[0] - a->before[0], col = j * a->dilation[1] - a->before[1];
-                    const int top = first_inside(row, a->stride[0], a->out.h), bottom = end_inside(row, a->stride[0], a->in.h, a->out.h),
-                              left = first_inside(col, a->stride[1], a->out.w), right = end_inside(col, a->stride[1], a->in.w, a->out.w);
-                    float total = 0;
-                    for (int n = 0; n < a->out.n; n++) {
-                        const int8_t *from = a->x + ((size_t)n * (size_t)a->in.c + (size_t)(o / per_group * a->kernel.c + c)) * a->in.plane;
-                        const size_t first = ((size_t)n * (size_t)a->out.c + (size_t)o) * a->out.plane;
-                        int64_t sum = 0;
-                        for (int p = top; p < bottom; p++)
-                            for (int q = left; q < right; q++)
-                                sum += (int64_t)(from[(size_t)(row + p * a->stride[0]) * (size_t)a->in.w + (size_t)(col + q * a->stride[1])]
-                                                 - a->x_zero)
-                                       * mantissa(a->m, a->narrow, first + (size_t)p * (size_t)a->out.w + (size_t)q);
-                        total += scaled_by((float)sum, bounded(a->e[n * a->out.c + o]));
-                    }
-                    total *= a->x_scale;
-                    if (learns) AC_KERNEL(learn)(learns, at, &total, 1);
-                    else dw[at] = total;
-                }
-    }
-}
-
-/* x (N, C, H, W), m (N, O, P, Q), e (N, O) -> dw (O, C / groups, kH, kW) */
-ac_status AC_KERNEL(bf_conv_weight_grad)(const ac_call *call) {
-    const ac_attr_bf_conv_weight_grad *a = call->attr;
-    const products m = {a->stride, a->before, a->dilation, a->groups, a->x_zero, a->x_scale, shape_of(AC_IN_T(call, 0)),
-                        shape_of(AC_OUT_T(call, 0)), shape_of(AC_IN_T(call, 1)), AC_IN(call, 0), AC_IN(call, 1),
-                        AC_IN(call, 2), is_narrow(AC_IN_T(call, 1))};
-    weight_grad(&m, AC_OUT(call, 0), NULL);
-    return AC_OK;
-}
-
-/* w (O, C / groups, kH, kW), x (N, C, H, W), m (N, O, P, Q), e (N, O), lr (1), scale (1 or O), momentum?, residual?,
- * step (1)? */
-ac_status AC_KERNEL(bf_conv_sgd)(const ac_call *call) {
-    const ac_attr_bf_conv_sgd *a = call->attr;
-    const ac_tensor *t = AC_IN_T(call, 0);
-    const products m = {a->stride, a->before, a->dilation, a->groups, a->x_zero, a->x_scale, shape_of(AC_IN_T(call, 1)),
-                        shape_of(t), shape_of(AC_IN_T(call, 2)), AC_IN(call, 1), AC_IN(call, 2), AC_IN(call, 3),
-                        is_narrow(AC_IN_T(call, 2))};
-    const ac_rule r = {a->momentum, a->weight_decay, *(const float *)AC_IN(call, 4), a->nesterov, a->rounding,
-                       ac_rounding_key(AC_IN(call, 8), a->salt), 0, AC_IN(call, 0), AC_IN(call, 7), AC_IN(call, 6), AC_IN(call, 5),
-                       AC_IN_T(call, 5)->size > 1 ? t->size / (size_t)t->dim[0] : 0};
-    weight_grad(&m, NULL, &r);
-    return AC_OK;
+/* The sum of at most 2^16 mantissas. */
+AC_INLINE int32_t sum_of(const void *m, int narrow, size_t at, size_t count) {
+    const size_t end = at + count;
+    int32_t sum = 0;
+#if AC_DSP
+    const int16_t *from = (const int16_t *)m + at;
+    for (; !narrow && at + 16 <= end; at += 16, from += 16)
+        for (int k = 0; k < 16; k += 2) sum = ac_pairs(ac_load4(from + k), 0x00010001u, sum);
+#endif
+    for (; at < end; at++) sum += mantissa(m, narrow, at);
+    return sum;
 }
 
 /* m (N, C, ...), e (N, C) -> y (C) */
 ac_status AC_KERNEL(bf_sum)(const ac_call *call) {
+    enum { MOST = 1 << 16 };
     const shape in = shape_of(AC_IN_T(call, 0));
     const size_t channels = (size_t)in.c, each = AC_IN_T(call, 0)->size / ((size_t)in.n * channels);
     const int32_t *e = AC_IN(call, 1);
     float *y = AC_OUT(call, 0);
+    const void *m = AC_IN(call, 0);
     const int narrow = is_narrow(AC_IN_T(call, 0));
     for (size_t c = 0; c < channels; c++) {
         y[c] = 0;
         for (size_t n = 0; n < (size_t)in.n; n++) {
-            int64_t sum = 0;
-            for (size_t i = 0; i < each; i++) sum += mantissa(AC_IN(call, 0), narrow, (n * channels + c) * each + i);
-            y[c] += scaled_by((float)sum, bounded(e[n * channels + c]));
+            const size_t at = (n * channels + c) * each;
+            float sum;
+            if (each <= MOST) {
+                sum = (float)(narrow ? sum_of(m, 1, at, each) : sum_of(m, 0, at, each));
+            } else {
+                int64_t all = 0;
+                for (size_t i = 0; i < each; i += MOST) all += sum_of(m, narrow, at + i, each - i < MOST ? each - i : MOST);
+                sum = (float)all;
+            }
+            y[c] += scaled_by(sum, bounded(e[n * channels + c]));
         }
     }
     return AC_OK;
@@ -337,24 +181,34 @@ ac_status AC_KERNEL(bf_keep_top)(const ac_call *call) {
     return AC_OK;
 }
 
+/* sum[i] = a[i] * 2^-by_a + b[i] * 2^-by_b */
+AC_INLINE void add(int32_t *sum, const void *a, int32_t by_a, const void *b, int32_t by_b, int narrow, size_t at, size_t count) {
+    const int32_t half_a = by_a ? 1 << (by_a - 1) : 0, half_b = by_b ? 1 << (by_b - 1) : 0;
+    for (size_t i = 0; i < count; i++)
+        sum[i] = ((mantissa(a, narrow, at + i) + half_a) >> by_a) + ((mantissa(b, narrow, at + i) + half_b) >> by_b);
+}
+
 /* a, e_a, b, e_b -> a + b, e */
 ac_status AC_KERNEL(bf_add)(const ac_call *call) {
+    enum { SOME = 256, GONE = 17 }; /* shifted by so much no mantissa is left */
     const shape in = shape_of(AC_IN_T(call, 0));
     const size_t blocks = (size_t)in.n * (size_t)in.c, each = AC_IN_T(call, 0)->size / blocks;
     const int32_t *e = AC_IN(call, 1), *f = AC_IN(call, 3);
-    int32_t *out = AC_OUT(call, 1);
+    int32_t *out = AC_OUT(call, 1), sum[SOME];
     const int narrow = is_narrow(AC_IN_T(call, 0));
     for (size_t k = 0; k < blocks; k++) {
         const int32_t ea = bounded(e[k]), eb = bounded(f[k]), top = larger(ea, eb);
-        uint32_t largest = 0;
-        for (int pass = 0; pass < 2; pass++)
-            for (size_t i = k * each; i < (k + 1) * each; i++) {
-                const int32_t sum = shifted(mantissa(AC_IN(call, 0), narrow, i), top - ea)
-                                    + shifted(mantissa(AC_IN(call, 2), narrow, i), top - eb);
-                if (pass) put_mantissa(AC_OUT(call, 0), narrow, i, as_mantissa(sum, excess(largest, narrow), narrow));
-                else if (size_of(sum) > largest) largest = size_of(sum);
+        const int32_t by_a = smaller(top - ea, GONE), by_b = smaller(top - eb, GONE);
+        uint32_t length = 0;
+        for (int pass = each <= SOME; pass < 2; pass++) /* twice where the sums of a block are too many */
+            for (size_t i = 0; i < each; i += SOME) {
+                const size_t count = each - i < SOME ? each - i : SOME, at = k * each + i;
+                if (narrow) add(sum, AC_IN(call, 0), by_a, AC_IN(call, 2), by_b, 1, at, count);
+                else add(sum, AC_IN(call, 0), by_a, AC_IN(call, 2), by_b, 0, at, count);
+                if (each <= SOME || !pass) length |= length_of(sum, count);
+                if (pass) put_block(AC_OUT(call, 0), narrow, at, sum, count, excess(length, narrow));
             }
-        out[k] = largest ? bounded(top + excess(largest, narrow)) : EMPTY;
+        out[k] = length ? bounded(top + excess(length, narrow)) : EMPTY;
     }
     return AC_OK;
 }
@@ -366,11 +220,13 @@ ac_status AC_KERNEL(bf_avg_pool_grad)(const ac_call *call) {
     const int32_t *e = AC_IN(call, 1);
     int32_t *to = AC_OUT(call, 1);
     const int narrow = is_narrow(AC_IN_T(call, 0));
+    const int alike = out.plane == 1 && !a->before[0] && !a->before[1] && a->kernel[0] >= in.h && a->kernel[1] >= in.w;
+    const int rows = alike ? 1 : in.h, cols = alike ? 1 : in.w; /* one window that sees all: its pixels get the same */
     for (size_t k = 0; k < (size_t)in.n * (size_t)in.c; k++) {
         uint32_t largest = 0;
         for (int pass = 0; pass < 2; pass++)
-            for (int r = 0; r < in.h; r++)
-                for (int s = 0; s < in.w; s++) {
+            for (int r = 0; r < rows; r++)
+                for (int s = 0; s < cols; s++) {
                     int32_t sum = 0;
                     /* the windows that (r, s) lies in */
                     const int top = larger(0, (r + a->before[0] - a->kernel[0]) / a->stride[0]),
@@ -390,6 +246,8 @@ ac_status AC_KERNEL(bf_avg_pool_grad)(const ac_call *call) {
                                      as_mantissa(sum, excess(largest, narrow), narrow));
                     else if (size_of(sum) > largest) largest = size_of(sum);
                 }
+        for (size_t i = 1, at = k * in.plane; alike && i < in.plane; i++)
+            put_mantissa(AC_OUT(call, 0), narrow, at + i, mantissa(AC_OUT(call, 0), narrow, at));
         to[k] = largest ? bounded(bounded(bounded(e[k]) - RATIO_BITS) + excess(largest, narrow)) : EMPTY;
     }
     return AC_OK;

@@ -511,7 +511,7 @@ ADDER(add_windows_any, width)
 /* Whether input_grad_depthwise takes it. */
 static int is_spread(const input_view *v) {
     return v->kernel.c == 1 && v->a->dilation[0] == 1 && v->a->dilation[1] == 1 && v->kernel.plane <= 49
-           && v->kernel.h * spread_pitch(v) <= FLOATS;
+           && (int64_t)v->kernel.h * spread_pitch(v) <= FLOATS;
 }
 
 /* A depthwise convolution: dx correlates the spread d with the weights turned by half a turn. */

@@ -102,9 +102,10 @@ static int same_kind(const ac_tensor *a, const ac_tensor *b) {
 }
 
 /* Copy what both Programs keep under the same name between the state block and `packed`, in the order of `to`'s
- * bindings; `in`: into the block, as `to` lays it out, else out of it, as `from` does. Returns the bytes. */
-static uint32_t carry(const ac_program *from, const ac_program *to, uint8_t *state, uint8_t *packed, int in) {
-    uint32_t bytes = 0;
+ * bindings; `in`: into the block, as `to` lays it out, else out of it, as `from` does. Returns the bytes: many more than
+ * the block has, where names are bound again and again. */
+static uint64_t carry(const ac_program *from, const ac_program *to, uint8_t *state, uint8_t *packed, int in) {
+    uint64_t bytes = 0;
     ac_entry old, fresh;
     ac_binding a, b;
     if (ac_find_entry(from, "state", &old) != AC_OK || ac_find_entry(to, "state", &fresh) != AC_OK) return 0;

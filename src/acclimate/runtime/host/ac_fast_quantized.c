@@ -393,7 +393,7 @@ static int is_depthwise(const ac_attr_q_conv *a, const shape *kernel, const shap
     const int step = a->stride[1];
     const size_t line = (size_t)(padded(out->w) * step + kernel->w + 1) * 2, height = (size_t)(out->h - 1) * (size_t)a->stride[0]
                                                                                      + (size_t)kernel->h;
-    return kernel->c == 1 && a->groups > 1 && kernel->plane < 64 && (step == 1 || step == 2) && a->dilation[0] == 1
+    return kernel->c == 1 && (a->groups > 1 || out->c == 1) && kernel->plane < 64 && (step == 1 || step == 2) && a->dilation[0] == 1
            && a->dilation[1] == 1 && a->before[1] <= 64 && line * (height + 1) * sizeof(int16_t) + 64 <= CONV_SCRATCH;
 }
 
