@@ -82,6 +82,9 @@ def cases(seed: int, count: int):
         yield "q_conv_input_grad", [array(*y), w_q, scale], {**attrs, "size": x[2:]}
         weight_of = {"kernel": w[2:], "x_zero": zeros["x_zero"], "x_scale": 0.02}
         yield "q_conv_weight_grad", [x_q, array(*y)], {**attrs, **weight_of}
+        learned = {k: weight_of[k] for k in ("x_zero", "x_scale")}
+        rate = np.float32([0.01])
+        yield "q_conv_sgd", [w_q, x_q, array(*y), rate, np.float32([0.013])], {**attrs, **learned}
         m, n, k = (
             int(rng.choice([rng.integers(1, 12), rng.integers(1, 80), rng.integers(1, 300)])) for _ in "mnk"
         )
@@ -123,16 +126,19 @@ def program_of(op: str, arrays: list[np.ndarray], attrs: dict, last: int = -1) -
         if a is None
         else graph.constant(f"i{i}", a, "i32")
         if i in fixed
+        else graph.persistent(f"i{i}", a, "parameter", dtype_of(a))
+        if i in TABLE[op].updates
         else graph.input(f"i{i}", a.shape, dtype_of(a))
         for i, a in enumerate(arrays)
     ]
     others = tuple(i for i, p in enumerate(parse(TABLE[op].signature)[1]) if i and p.optional)
     out = emit(graph, op, *names, unused=others, **attrs)
-    graph.outputs["o"] = out if isinstance(out, str) else out[0]
+    if out:
+        graph.outputs["o"] = out if isinstance(out, str) else out[0]
     if last < 0:
         return build({"run": arrange(graph)})
     more = [] if isinstance(out, str) else [n for n in out[1:] if n]
-    tensors = [*more, *graph.inputs.values(), graph.outputs["o"]]
+    tensors = [*more, *graph.inputs.values(), *graph.outputs.values()]
     tensors.append(tensors.pop(len(more) + last))
     buffers, offsets, at = [], {}, 0
     for name in tensors:
@@ -148,7 +154,8 @@ def run(program: Program, arrays: list[np.ndarray], session: Session | None = No
     session.arena[:] = 0xFF  # not a number: what is not written is seen
     session.feed("run", {f"i{i}": a for i, a in enumerate(arrays) if f"i{i}" in program.entries["run"]})
     session.run_range("run")
-    return session.view("run", "o").copy()
+    entry, name = ("run", "o") if "o" in program.entries["run"] else ("state", "i0")  # what an op without outputs writes
+    return session.view(entry, name).copy()
 
 
 def guarded(size: int) -> np.ndarray:
@@ -166,8 +173,9 @@ def guarded(size: int) -> np.ndarray:
 
 def main(seed: int, count: int, isa: str) -> None:
     for op, arrays, attrs in cases(seed, count):
-        given = sum(a is not None and i not in TABLE[op].fixed for i, a in enumerate(arrays))
-        for last in range(given + 1):
+        inside = {*TABLE[op].fixed, *TABLE[op].updates}
+        given = sum(a is not None and i not in inside for i, a in enumerate(arrays))
+        for last in range(given + (len(parse(TABLE[op].signature)[1]) > 0)):
             program = program_of(op, arrays, attrs, last)
             session = Session(program, isa=isa, kernels="fast", threads=2)
             session.arena = guarded(program.arena_bytes)

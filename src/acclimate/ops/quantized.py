@@ -825,6 +825,7 @@ ROWS = (
         shape=q_conv_sgd_check,
         updates=(0, 5, 6),
         check=True,
+        fast=True,
         no_grad=_WHY,
         cost=lambda a, i, o: replace(_macs(a, i[2].size, i[0].shape), elementwise=6 * i[0].size),
     ),

@@ -748,6 +748,7 @@ ac_status AC_KERNEL(q_table)(const ac_call *call);
 ac_status AC_KERNEL(q_table_grad)(const ac_call *call);
 ac_status AC_KERNEL(q_sgd)(const ac_call *call);
 ac_status AC_KERNEL(q_conv_sgd)(const ac_call *call);
+ac_status AC_FAST_KERNEL(q_conv_sgd)(const ac_call *call);
 ac_status AC_KERNEL(bf_pack)(const ac_call *call);
 ac_status AC_KERNEL(bf_unpack)(const ac_call *call);
 ac_status AC_KERNEL(bf_gate)(const ac_call *call);

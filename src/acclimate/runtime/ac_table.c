@@ -119,7 +119,7 @@ const ac_row AC_TABLE[AC_OP_COUNT] = {
     {"q_table", "*:i8, T:i8 -> *:i8", 2, 1, 0, 0, AC_KERNEL(q_table), ac_check_q_table},
     {"q_table_grad", "*, *:i8, T -> *", 3, 1, 0, 0, AC_KERNEL(q_table_grad), ac_check_q_table_grad},
     {"q_sgd", "~:i8/i32, ~, 1, S, ~?, ~:i8?, 1:i32?, P:i32? ->", 8, 0, 6, 49, AC_KERNEL(q_sgd), ac_check_q_sgd},
-    {"q_conv_sgd", "Oc~:i8, NC~:i8, NO~, 1, S, Oc~?, Oc~:i8?, 1:i32? ->", 8, 0, 16, 97, AC_KERNEL(q_conv_sgd), ac_check_q_conv_sgd},
+    {"q_conv_sgd", "Oc~:i8, NC~:i8, NO~, 1, S, Oc~?, Oc~:i8?, 1:i32? ->", 8, 0, 16, 97, AC_FAST_OR_PLAIN(q_conv_sgd), ac_check_q_conv_sgd},
     {"bf_pack", "NC~ -> NC~:i16/i8, NC:i32", 1, 2, 0, 0, AC_KERNEL(bf_pack), ac_check_bf_pack},
     {"bf_unpack", "NC~:i16/i8, NC:i32 -> NC~", 2, 1, 0, 0, AC_KERNEL(bf_unpack), ac_check_bf_unpack},
     {"bf_gate", "NC~:i16/i8, NC~:bit -> NC~:i16/i8", 2, 1, 0, 0, AC_KERNEL(bf_gate), ac_check_bf_gate},

@@ -640,3 +640,32 @@ ac_status AC_FAST_KERNEL(q_conv_weight_grad)(const ac_call *call) {
     }
     return AC_OK;
 }
+
+/* A weight's gradient in the scratch, by a matrix product, and the update from there. */
+ac_status AC_FAST_KERNEL(q_conv_sgd)(const ac_call *call) {
+    const ac_attr_q_conv_sgd *a = call->attr;
+    const ac_tensor *w = AC_IN_T(call, 0);
+    const shape kernel = shape_of(w), in = shape_of(AC_IN_T(call, 1));
+    const size_t held = (size_t)in.c * in.plane, size = (held + w->size) * sizeof(float);
+    if (!call->workers || kernel.plane != 1 || a->groups != 1 || in.c < LANES || size > AC_SCRATCH_BYTES)
+        return AC_KERNEL(q_conv_sgd)(call);
+    float *gradient = (float *)call->workers->scratch + held;
+    ac_attr_q_conv_weight_grad of = {{0, 0}, {0, 0}, {0, 0}, {0, 0}, 1, {1, 1}, a->x_zero, a->x_scale};
+    memcpy(of.stride, a->stride, sizeof of.stride);
+    memcpy(of.before, a->before, sizeof of.before);
+    memcpy(of.after, a->after, sizeof of.after);
+    memcpy(of.dilation, a->dilation, sizeof of.dilation);
+    ac_tensor g = *w;
+    g.dtype = AC_F32;
+    const ac_call product = {2, 1, {AC_IN_T(call, 1), AC_IN_T(call, 2), &g}, {AC_IN(call, 1), AC_IN(call, 2), gradient}, &of,
+                             call->workers};
+    ac_status status = AC_FAST_KERNEL(q_conv_weight_grad)(&product);
+    if (status != AC_OK) return status;
+    const ac_attr_q_sgd by = {0, a->momentum, a->nesterov, a->weight_decay, a->rounding, a->salt};
+    const ac_call update = {8, 0,
+                            {w, &g, AC_IN_T(call, 3), AC_IN_T(call, 4), AC_IN_T(call, 5), AC_IN_T(call, 6), AC_IN_T(call, 7), NULL},
+                            {AC_IN(call, 0), gradient, AC_IN(call, 3), AC_IN(call, 4), AC_IN(call, 5), AC_IN(call, 6),
+                             AC_IN(call, 7), NULL},
+                            &by, NULL};
+    return AC_KERNEL(q_sgd)(&update);
+}
