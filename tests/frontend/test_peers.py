@@ -152,11 +152,15 @@ def test_parameters_are_the_files_own(name):
             value = graph.parameters()[place]
             assert np.array_equal(value.data, arrays[key])
             assert np.array_equal(value.quant.scale, arrays[key.replace("/weight", "/w_scales")])
-            bias = graph.parameters()[place.replace(".weight", ".bias")]
-            assert (
-                np.array_equal(bias.data, arrays[key.replace("/weight", "/bias")])
-                and bias.type.dtype == "i32"
+            bias, given = (
+                graph.parameters()[place.replace(".weight", ".bias")],
+                arrays[key.replace("/weight", "/bias")],
             )
+            room = (
+                2**31 - 1 - 255 * 128 * value.data[0].size
+            )  # dead channels have biases that a sum would wrap over
+            assert np.array_equal(bias.data, np.clip(given, -room, room)) and bias.type.dtype == "i32"
+            assert np.mean(bias.data == given) > 0.8
 
 
 def test_another_classifier_learns():

@@ -154,7 +154,9 @@ def run(program: Program, arrays: list[np.ndarray], session: Session | None = No
     session.arena[:] = 0xFF  # not a number: what is not written is seen
     session.feed("run", {f"i{i}": a for i, a in enumerate(arrays) if f"i{i}" in program.entries["run"]})
     session.run_range("run")
-    entry, name = ("run", "o") if "o" in program.entries["run"] else ("state", "i0")  # what an op without outputs writes
+    entry, name = (
+        ("run", "o") if "o" in program.entries["run"] else ("state", "i0")
+    )  # what an op without outputs writes
     return session.view(entry, name).copy()
 
 
