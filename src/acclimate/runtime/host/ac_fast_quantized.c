@@ -276,16 +276,20 @@ static void dense(const ac_call *call, const results *r, int16_t *scratch, int n
     const int8_t *x = (const int8_t *)AC_IN(call, 0)
                       + ((size_t)n * (size_t)in.c + (size_t)(first / per_group * kernel.c)) * in.plane;
     int16_t *panel = scratch, *weight = panel + (size_t)even * TILE;
+    const int once = last - first + 2 * ROWS <= 2 * ROWS * MOST_TAPS / even; /* there is room for all weights as int16 */
+    for (int o = first; once && o < last + 2 * ROWS; o++)
+        weights_of(weight + (size_t)(o - first) * (size_t)even, call, &kernel, smaller(o, last - 1));
     for (size_t at = 0; at < out.plane; at += TILE) {
         const int count = smaller(TILE, (int)(out.plane - at)), block = count > 2 * WIDE ? ROWS : 2 * ROWS;
         fill_panel(panel, a, x, &in, &kernel, &out, at);
         for (int o = first; o < last; o += block) {
             const int rows = smaller(block, last - o);
             int32_t sum[2 * ROWS][TILE];
-            for (int i = 0; i < block; i++)
+            const int16_t *by = weight + (once ? (size_t)(o - first) * (size_t)even : 0);
+            for (int i = 0; !once && i < block; i++)
                 weights_of(weight + (size_t)i * (size_t)even, call, &kernel, o + smaller(i, rows - 1));
-            if (count > 2 * WIDE) sum_panel(sum, panel, weight, even, ROWS, 4);
-            else sum_panel(sum, panel, weight, even, 2 * ROWS, 2);
+            if (count > 2 * WIDE) sum_panel(sum, panel, by, even, ROWS, 4);
+            else sum_panel(sum, panel, by, even, 2 * ROWS, 2);
             for (int i = 0; i < rows; i++)
                 put_results(r, o + i, ((size_t)n * (size_t)out.c + (size_t)(o + i)) * out.plane + at, sum[i], count);
         }
