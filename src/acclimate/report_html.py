@@ -512,14 +512,14 @@ def curve_svg(block: Curve) -> str:
                 kind,
             )
         )
-    for step, what in block.marks:
+    for i, (step, what) in enumerate(block.marks):
         if 0 < step <= steps:
             x = frame.x(step)
             body += [
                 _line(x, frame.top, x, frame.bottom, "before"),
                 _text(
                     x - 5 if x > WIDTH / 2 else x + 5,
-                    frame.top + 8,
+                    frame.top + 8 + 13 * (i % 3),  # neighbours one below the other
                     what,
                     "end" if x > WIDTH / 2 else "start",
                 ),
