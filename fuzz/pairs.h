@@ -6,6 +6,7 @@
 
 #include "acclimate.h"
 #include "draw.h"
+#include "seeds.h"
 
 #include <inttypes.h>
 #include <signal.h>
@@ -15,7 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_BYTES = 1 << 18, MAX_PAIRS = 256, HANG_SECONDS = 20 };
+enum { MAX_BYTES = 1 << 18, HANG_SECONDS = 20 };
 
 static struct {
     uint64_t seed, index;
@@ -80,27 +81,6 @@ static uint32_t nudged(uint32_t v) {
 static struct {
     uint64_t mutants, accepted, changed, refused[AC_E_FLASH + 1];
 } total;
-
-typedef struct {
-    uint8_t *program, *delta;
-    size_t program_size, delta_size;
-} seeds;
-
-static seeds pair[MAX_PAIRS];
-
-static uint32_t read_pairs(const char *path) {
-    FILE *f = fopen(path, "rb");
-    uint32_t n = 0, size;
-    for (; f && n < 2 * MAX_PAIRS && fread(&size, 4, 1, f) == 1; n++) {
-        size_t room = ((size_t)size + 3) / 4 * 4;
-        uint8_t *bytes = malloc(room + 4);
-        if (fread(bytes, 1, room, f) != room) return 0;
-        if (n % 2) pair[n / 2].delta = bytes, pair[n / 2].delta_size = size;
-        else pair[n / 2].program = bytes, pair[n / 2].program_size = size;
-    }
-    if (f) fclose(f);
-    return n / 2;
-}
 
 static void try_mutant(const ac_program *p, const seeds *of, uint8_t *scratch);
 static void try_seed(const ac_program *p, const seeds *of);

@@ -12,6 +12,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "ac_app.h"
 #include "draw.h"
+#include "seeds.h"
 
 #include <inttypes.h>
 #include <signal.h>
@@ -21,7 +22,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_PAIRS = 256, MESSAGES = 40, HANG_SECONDS = 20, LINE = 1 << 20, PAGES = 8, PAGE = 2048 };
+enum { MESSAGES = 40, HANG_SECONDS = 20, LINE = 1 << 20, PAGES = 8, PAGE = 2048 };
 enum { HELLO = 1, ENTRY, BINDING, READ, WRITE, RUN, COMMIT, SAVE, RESTORE, ROLLBACK, KEPT, MEASURE, RESET, EXTRA = 64 };
 
 const char *__asan_default_options(void);
@@ -223,11 +224,6 @@ static void transfer(uint32_t space, const uint8_t *bytes, uint32_t size, int fa
     }
 }
 
-static struct {
-    uint8_t *program, *delta;
-    uint32_t program_size, delta_size;
-} pair[MAX_PAIRS];
-
 /* A Program or a delta, changed or not, mended or not. One that is refused leaves all as it was. */
 static void send_file(ac_app *app, uint32_t pairs, uint32_t current) {
     const uint32_t k = below(3) ? current : below(pairs);
@@ -344,20 +340,6 @@ static void one_sequence(uint64_t index, uint32_t pairs) {
     free(arena);
     free(slot);
     free(app);
-}
-
-static uint32_t read_pairs(const char *path) {
-    FILE *f = fopen(path, "rb");
-    uint32_t n = 0, size;
-    for (; f && n < 2 * MAX_PAIRS && fread(&size, 4, 1, f) == 1; n++) {
-        size_t room = ((size_t)size + 3) / 4 * 4;
-        uint8_t *bytes = malloc(room + 4);
-        if (fread(bytes, 1, room, f) != room) return 0;
-        if (n % 2) pair[n / 2].delta = bytes, pair[n / 2].delta_size = size;
-        else pair[n / 2].program = bytes, pair[n / 2].program_size = size;
-    }
-    if (f) fclose(f);
-    return n / 2;
 }
 
 int main(int argc, char **argv) {

@@ -1,5 +1,7 @@
 """Mutated Programs against the loader and the kernels, under sanitizers. For longer: fuzz/README.md."""
 
+from pathlib import Path
+
 import pytest
 from runtime.native import call, compiler
 
@@ -106,6 +108,19 @@ def test_deltas(harness, count):
     } | (OF_DELTAS - {"the bytes could not be written"})
 
 
+def fuzzer_without(harness, folder: Path, name: str, check: str, without: str) -> Path:
+    """The fuzzer fuzz/`name`.c on a runtime whose ac_`name`.c has something else in place of a check."""
+    source = (acclimate.runtime.SOURCE / f"ac_{name}.c").read_text()
+    assert source.count(check) == 1
+    changed = folder / f"ac_{name}.c"
+    changed.write_text(source.replace(check, without))
+    others = [o for o in harness.objects if o.stem not in (f"ac_{name}", "fuzz")]
+    flags = [*harness.flags, f"-I{acclimate.runtime.SOURCE}", "-Wno-unused"]
+    driver = harness.delta_binary.with_name(f"{name}.o")
+    call(compiler(), *flags, changed, driver, *others, "-o", folder / name)
+    return folder / name
+
+
 @pytest.mark.parametrize(
     ("check", "without"),
     [
@@ -117,15 +132,9 @@ def test_deltas(harness, count):
     ],
 )
 def test_a_missing_check_of_deltas_is_found(harness, tmp_path, check, without):
-    source = (acclimate.runtime.SOURCE / "ac_delta.c").read_text()
-    assert source.count(check) == 1
-    (tmp_path / "ac_delta.c").write_text(source.replace(check, without))
-    others = [o for o in harness.objects if o.stem not in ("ac_delta", "fuzz")]
-    flags = [*harness.flags, f"-I{acclimate.runtime.SOURCE}", "-Wno-unused"]
-    driver = harness.delta_binary.with_name("delta.o")
-    call(compiler(), *flags, tmp_path / "ac_delta.c", driver, *others, "-o", tmp_path / "delta")
+    binary = fuzzer_without(harness, tmp_path, "delta", check, without)
     kept = tmp_path / "finding.acu"
-    done = harness.run(harness.pairs, "--count", 300_000, "--save", kept, binary=tmp_path / "delta", expect=1)
+    done = harness.run(harness.pairs, "--count", 300_000, "--save", kept, binary=binary, expect=1)
     assert "FINDING: mutant" in done["error"] and "a seed is refused" not in done["error"]
     assert kept.stat().st_size > 0
 
@@ -155,12 +164,6 @@ def test_flash(harness, count):
     ],
 )
 def test_a_missing_check_of_flash_is_found(harness, tmp_path, check, without):
-    source = (acclimate.runtime.SOURCE / "ac_store.c").read_text()
-    assert source.count(check) == 1
-    (tmp_path / "ac_store.c").write_text(source.replace(check, without))
-    others = [o for o in harness.objects if o.stem not in ("ac_store", "fuzz")]
-    flags = [*harness.flags, f"-I{acclimate.runtime.SOURCE}", "-Wno-unused"]
-    driver = harness.delta_binary.with_name("store.o")
-    call(compiler(), *flags, tmp_path / "ac_store.c", driver, *others, "-o", tmp_path / "store")
-    done = harness.run(harness.pairs, "--count", 30_000, binary=tmp_path / "store", expect=1)
+    binary = fuzzer_without(harness, tmp_path, "store", check, without)
+    done = harness.run(harness.pairs, "--count", 30_000, binary=binary, expect=1)
     assert "FINDING: mutant" in done["error"] and "a seed is refused" not in done["error"]
