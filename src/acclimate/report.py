@@ -236,8 +236,8 @@ _BOUND = Column("lower_bound_bytes", "bound", "bytes")
 _FLASH = Column("flash_bytes", "flash", "bytes", 1)
 _LEARNS = Column("trainable", "learns", "count")
 _ESTIMATES = (
-    "Bytes and MACs are exact. Time and energy of a step are estimates from the device's profile; "
-    "acclimate devices NAME gives the source of each number."
+    "Bytes and MACs of a Program are exact. The runtime's own bytes, time and energy are estimates from the device's "
+    "profile; acclimate devices NAME gives the source of each number."
 )
 
 

@@ -679,7 +679,8 @@ def render(report: Report) -> str:
 <h1>{escape(report.title)}</h1>
 <p class="subtitle">{escape(report.subtitle)}</p>
 {sections}
-<footer>Made by acclimate. Bytes and MACs are exact; time and energy of a step are estimates.</footer>
+<footer>Made by acclimate. Bytes and MACs of a Program are exact;
+the runtime's own bytes, time and energy are estimates.</footer>
 </main>
 </body>
 </html>
